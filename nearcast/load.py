@@ -1,0 +1,47 @@
+"""What a node says about itself: residency and load, per model version.
+
+A report speaks only for the identity of the connection it came over; who reads one clamps its values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from nearcast.handler import Stateful
+
+Residency: TypeAlias = Literal["hot", "loading", "cold"]
+Tier: TypeAlias = Literal["local", "peer", "cloud"]
+"""How far a target is: in this process, a neighbouring edge node, a cloud core."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionReport:
+    """One version on one node.
+
+    `service_p50_us`/`service_p95_us` are batch-1 model times in microseconds, measured at warm-up and then live;
+    `eta_ms` is the time until a loading version is hot; `quality` in [0, 1] comes from the signed manifest.
+    """
+
+    model: str
+    version: str
+    residency: Residency = "hot"
+    eta_ms: float = 0.0
+    in_flight: int = 0
+    queue_us: float = 0.0
+    service_p50_us: float = 0.0
+    service_p95_us: float = 0.0
+    stateful: Stateful = "none"
+    quality: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeReport:
+    """Everything a router wants to know about one node. `slots` = model runs that can go on at the same time."""
+
+    node: str
+    role: str
+    slots: int = 1
+    in_flight: int = 0
+    draining: bool = False
+    versions: tuple[VersionReport, ...] = ()

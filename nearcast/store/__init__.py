@@ -1,0 +1,1 @@
+"""The versions on disk: immutable folders, and one small pointer file per model."""

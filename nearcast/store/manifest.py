@@ -1,0 +1,138 @@
+"""The signed description of one model version. Wire names are the field names; unknown fields are errors."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+import msgspec
+
+from nearcast.errors import Code, MeshError
+
+CHUNK_SIZE_BYTES = 256 * 1024
+"""Unit of download and verification: what a cut connection costs at most."""
+MANIFEST_SIZE_BYTES_MAX = 4 * 1024 * 1024
+NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,63}$"
+PATH_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+
+ModelName = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
+FileName = Annotated[str, msgspec.Meta(pattern=PATH_PATTERN)]
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+Release = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+
+
+class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One file of a version: a plain name in the version folder, never a path. `chunks` are sha256 per 256 KiB."""
+
+    path: FileName
+    size_bytes: Annotated[int, msgspec.Meta(ge=0)]
+    sha256: Sha256
+    chunks: tuple[Sha256, ...]
+
+
+class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A declared input or output. `batch_axis` None = the model cannot be batched over this tensor."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    batch_axis: int | None = None
+
+
+class GoldenTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A tensor of a golden vector: raw little-endian bytes live in `file` at `offset`, `size_bytes` long."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    file: FileName
+    offset: Annotated[int, msgspec.Meta(ge=0)]
+    size_bytes: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class GoldenVector(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A real input and the output that this version must give for it, within `atol`; also the warm-up data.
+
+    For a model with hidden state, vectors run in order on one fresh interpreter.
+    """
+
+    inputs: tuple[GoldenTensor, ...]
+    outputs: tuple[GoldenTensor, ...]
+    atol: float = 1e-4
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One version of one model.
+
+    Attributes:
+        release: monotone counter per model; in decimal it is the `model_version` of the wire.
+        engine: which engine runs it. `model_file` names the file that it opens.
+        stateful: none, explicit (state is a tensor) or hidden (one interpreter per sequence).
+        quality: what the model's author measured, in [0, 1]; compared only between versions of one model.
+        latency_budget_ms: a golden run slower than this fails the gate.
+        rollback_ok: older releases to which a signed rollback may return.
+    """
+
+    schema: Literal[1] = 1
+    name: ModelName
+    release: Release
+    semver: str
+    engine: Literal["onnxruntime", "litert"]
+    model_file: FileName
+    files: tuple[File, ...]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    stateful: Literal["none", "explicit", "hidden"] = "none"
+    variant: str = "default"
+    quality: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    golden: tuple[GoldenVector, ...] = ()
+    latency_budget_ms: Annotated[float, msgspec.Meta(gt=0)] = 1000.0
+    rollback_ok: tuple[Release, ...] = ()
+    labels: tuple[str, ...] = ()
+    licence: str
+    description: str = ""
+    properties: dict[str, str] = {}
+
+    def file(self, path: str) -> File:
+        """The entry of one file.
+
+        Raises:
+            KeyError: if the manifest names no such file.
+        """
+        for entry in self.files:
+            if entry.path == path:
+                return entry
+        raise KeyError(path)
+
+    def encode(self) -> bytes:
+        """Canonical bytes: the same manifest always encodes the same way."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
+
+
+def decode_manifest(data: bytes) -> Manifest:
+    """Parse and check a manifest.
+
+    Raises:
+        MeshError: UNTRUSTED if it is too large, malformed, or names files twice or not at all.
+    """
+    if len(data) > MANIFEST_SIZE_BYTES_MAX:
+        raise MeshError(Code.UNTRUSTED, f"The manifest is larger than {MANIFEST_SIZE_BYTES_MAX} bytes.")
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except msgspec.DecodeError as error:
+        raise MeshError(Code.UNTRUSTED, f"The manifest is malformed: {error}.") from error
+    names = [entry.path for entry in manifest.files]
+    if len(set(names)) != len(names):
+        raise MeshError(Code.UNTRUSTED, "The manifest names a file twice.")
+    used = {manifest.model_file} | {t.file for v in manifest.golden for t in (*v.inputs, *v.outputs)}
+    if missing := used - set(names):
+        raise MeshError(Code.UNTRUSTED, f"The manifest uses files that it does not list: {', '.join(sorted(missing))}.")
+    for entry in manifest.files:
+        if len(entry.chunks) != -(-entry.size_bytes // CHUNK_SIZE_BYTES):
+            raise MeshError(Code.UNTRUSTED, f"The chunk list of {entry.path} does not fit its size.")
+    return manifest
+
+
+def is_model_name(name: str) -> bool:
+    """Whether `name` may name a model (and so a folder): lower case, digits, `_` and `-`, at most 64 characters."""
+    return re.fullmatch(NAME_PATTERN, name) is not None
