@@ -1,0 +1,103 @@
+"""`python -m benchmarks NAME... [--quick] [--json]` measures, prints `name value unit target ok`, keeps the result.
+
+Exits 1 if a row that has a target misses it or was not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import importlib.metadata
+import json
+import platform
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rows import Row
+
+HERE = Path(__file__).parent
+NAMES = ("echo", "serving", "router", "policy", "coldstart", "footprint")
+PACKAGES = ("nearcast", "ngh2", "grpcio", "uvloop", "numpy", "onnxruntime", "ai-edge-litert", "protobuf", "paho-mqtt", "tuf")
+
+
+def main() -> int:
+    """Run the named benchmarks."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one or more of: {', '.join(NAMES)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes; noisier")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args()
+    names = options.names or list(NAMES)
+    if unknown := set(names) - set(NAMES):
+        parser.error(f"unknown benchmark {', '.join(sorted(unknown))}; choose from {', '.join(NAMES)}")
+    targets = tomllib.loads((HERE / "targets.toml").read_text())
+    judged: list[dict[str, Any]] = []
+    for name in names:
+        rows = judge(importlib.import_module(f"benchmarks.{name}").run(quick=options.quick), targets.get(name, {}))
+        judged += rows
+        if not options.json:
+            print_rows(rows)
+    keep(judged, names, quick=options.quick)
+    if options.json:
+        print(json.dumps({"machine": machine(), "rows": judged}, indent=1))
+    return 0 if all(row["ok"] is not False for row in judged) else 1
+
+
+def judge(rows: list[Row], targets: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with their target and `ok`: True, False, or None where there is no target."""
+    result = []
+    for row in rows:
+        target = targets.get(row.name)
+        entry = {"name": row.name, "value": row.value, "unit": row.unit, "target": "", "ok": None, "note": row.note}
+        if target is not None:
+            at_least, at_most = target.get("at_least"), target.get("at_most")
+            entry["target"] = f"≥ {at_least:g}" if at_least is not None else f"≤ {at_most:g}"
+            entry["ok"] = row.value >= at_least if at_least is not None else row.value <= at_most
+        result.append(entry)
+    measured = {row.name for row in rows}
+    result += [
+        {"name": name, "value": None, "unit": target["unit"], "target": "not measured", "ok": False, "note": ""}
+        for name, target in targets.items()
+        if name not in measured
+    ]
+    return result
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """One line a row."""
+    for row in rows:
+        value = "-" if row["value"] is None else f"{row['value']:.4g}"
+        ok = {True: "ok", False: "MISS", None: ""}[row["ok"]]
+        print(f"{row['name']:44} {value:>10} {row['unit']:6} {row['target']:>10} {ok:4} {row['note']}", flush=True)
+
+
+def machine() -> dict[str, Any]:
+    """Where the figures come from."""
+    model = next(
+        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.machine(),
+    )
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"cpu": model, "python": platform.python_version(), "system": platform.platform(), "versions": versions}
+
+
+def keep(rows: list[dict[str, Any]], names: list[str], *, quick: bool) -> None:
+    """Write the result beside the others: one file a run, named by what ran."""
+    folder = HERE / "results"
+    folder.mkdir(exist_ok=True)
+    taken = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    kind = "quick" if quick else "full"
+    document = {"taken": taken, "kind": kind, "machine": machine(), "rows": rows}
+    (folder / f"{'-'.join(names)}.{kind}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
