@@ -1,0 +1,145 @@
+"""Logs and metrics of one process, set up by one call.
+
+Logs go to stderr (stdout belongs to `announce` and to command output): structlog on top of stdlib logging, JSON
+unless a person watches. Metrics live in a registry of their own and are served on loopback.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import sys
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import msgspec
+import structlog
+from prometheus_client import GC_COLLECTOR, PLATFORM_COLLECTOR, PROCESS_COLLECTOR, CollectorRegistry
+
+from nearcast.runtime import format_address, listen_error, parse_address, require_tls
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+_QUIET = ("aiohttp.access", "asyncio", "tuf", "urllib3", "grpc")
+"""Libraries whose chatter below WARNING is no event of the mesh."""
+
+
+class TelemetryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How a process logs. `auto` writes for people on a terminal and JSON elsewhere."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "json", "console"] = "auto"
+
+
+class Telemetry:
+    """The metrics of one process and their listener."""
+
+    def __init__(self, service: str) -> None:
+        self.service = service
+        self.registry = CollectorRegistry(auto_describe=True)
+        for collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR):
+            self.registry.register(collector)
+        self._runner: web.AppRunner | None = None
+
+    async def serve_metrics(self, address: str, *, tls: ssl.SSLContext | None = None) -> str:
+        """Serve `GET /metrics` and return the address, with the port that the system chose.
+
+        Raises:
+            MeshError: if the address is taken, or reachable from other machines without certificates.
+        """
+        from aiohttp import web
+
+        require_tls(address, tls is not None)
+        host, port = parse_address(address)
+        app = web.Application()
+        app.router.add_get("/metrics", self._answer())
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, host, port, ssl_context=tls).start()
+        except OSError as error:
+            await runner.cleanup()
+            raise listen_error(error, address) from error
+        self._runner = runner
+        return format_address(*runner.addresses[0][:2])
+
+    async def close(self) -> None:
+        """Stop serving metrics."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    def _answer(self) -> Callable[[web.Request], Awaitable[web.Response]]:
+        from aiohttp import web
+        from prometheus_client.exposition import choose_encoder
+
+        async def answer(request: web.Request) -> web.Response:
+            encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+            return web.Response(body=encode(self.registry), headers={"Content-Type": content_type})
+
+        return answer
+
+
+def start(service: str, config: TelemetryConfig) -> Telemetry:
+    """Set up the logging of this process and return its metrics. Calling it again replaces the logging set-up."""
+    chain: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.PositionalArgumentsFormatter(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+        _name_service(service),
+    ]
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *chain,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=chain,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_renderers(config)],
+        )
+    )
+    root = logging.getLogger()
+    for old in root.handlers[:]:
+        if getattr(old, "is_nearcast", False):
+            root.removeHandler(old)
+    handler.is_nearcast = True  # type: ignore[attr-defined]
+    root.addHandler(handler)
+    root.setLevel(config.level.upper())
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(max(root.level, logging.WARNING))
+    return Telemetry(service)
+
+
+def get_logger(name: str) -> structlog.stdlib.BoundLogger:
+    """The logger of a module. Events are stable `noun_verb` names, what varies goes into fields."""
+    # Bound to stdlib logging from the start: structlog's own default, before `start`, would print to stdout.
+    return cast(
+        "structlog.stdlib.BoundLogger",
+        structlog.wrap_logger(logging.getLogger(name), wrapper_class=structlog.stdlib.BoundLogger),
+    )
+
+
+def _name_service(service: str) -> structlog.typing.Processor:
+    def add(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        event.setdefault("service", service)
+        return event
+
+    return add
+
+
+def _renderers(config: TelemetryConfig) -> list[structlog.typing.Processor]:
+    is_json = config.format == "json" or (config.format == "auto" and not sys.stderr.isatty())
+    if is_json:
+        return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    return [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
