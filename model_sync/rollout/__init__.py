@@ -1,0 +1,1 @@
+"""What a channel serves: its document, and the pure transitions between documents."""

@@ -1,0 +1,397 @@
+"""The TUF repository as its publisher sees it: static files, immutable but for `timestamp.json`.
+
+Order of every change: blobs and target files, role metadata, snapshot, and last of all `timestamp.json` by rename. A
+reader, and this class after a crash, sees either the state before or the state after. Root, targets and models roles
+are signed elsewhere; only snapshot, timestamp and rollout are signed here, with the online key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]
+from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
+from tuf.api.metadata import (  # type: ignore[attr-defined]
+    Metadata,
+    MetaFile,
+    Root,
+    Snapshot,
+    TargetFile,
+    Targets,
+    Timestamp,
+)
+from tuf.api.serialization import DeserializationError
+
+from model_sync.durable import remove_leftovers, write_file
+from model_sync.layout import (
+    METADATA_SIZE_BYTES_MAX,
+    blob_path,
+    custom_rollback_ok,
+    encode_metadata,
+    file_sha256,
+    make_target,
+    models_path,
+    parse_models_path,
+    target_file_path,
+)
+from model_sync.repository_version import Version, read_version
+from model_sync.rollout.document import ChannelDocument
+from nearcast.errors import Code, MeshError
+from nearcast.store.manifest import MANIFEST_SIZE_BYTES_MAX, Manifest, decode_manifest
+
+VERSIONS_KEPT = 16
+"""Superseded versions of a role kept for readers that are in the middle of an update."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lifetimes:
+    """How long each role's signature holds. Online roles are signed again at half of it."""
+
+    root: timedelta = timedelta(days=365)
+    targets: timedelta = timedelta(days=90)
+    models: timedelta = timedelta(days=90)
+    snapshot: timedelta = timedelta(days=7)
+    rollout: timedelta = timedelta(days=7)
+    timestamp: timedelta = timedelta(days=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """One release that a models role vouches for. `rollback_ok` joins the manifest's word and the role's."""
+
+    team: str
+    manifest: Manifest
+    manifest_sha256: str
+    rollback_ok: frozenset[int]
+
+
+class Repository:
+    """One repository folder. Not safe for use from several threads at once; the controller serialises."""
+
+    def __init__(self, folder: Path, signer: CryptoSigner, *, lifetimes: Lifetimes | None = None) -> None:
+        self.folder = folder
+        self._signer = signer
+        self._lifetimes = lifetimes or Lifetimes()
+        remove_leftovers(folder)
+        self._version = read_version(folder, signer.public_key.keyid)
+
+    # -- what is published ------------------------------------------------------------------------------------------
+
+    @property
+    def serial(self) -> int:
+        """Version of `timestamp.json`: grows with every change."""
+        return self._version.timestamp.signed.version
+
+    @property
+    def root_version(self) -> int:
+        """Version of the newest root."""
+        return self._version.root.signed.version
+
+    def root_bytes(self, version: int | None = None) -> bytes:
+        """One version of the root role, the newest by default."""
+        return (self.folder / "metadata" / f"{version or self.root_version}.root.json").read_bytes()
+
+    def offline_expiries(self) -> dict[str, datetime]:
+        """When the roles expire that only an operator can sign."""
+        expiries = {"root": self._version.root.signed.expires, "targets": self._version.targets.signed.expires}
+        for name, role in self._version.roles.items():
+            if name != "rollout":
+                expiries[name] = role.signed.expires
+        return expiries
+
+    def releases(self, model: str) -> list[int]:
+        """Published releases of a model, oldest first."""
+        found = [parse_models_path(path) for role in self._models_roles().values() for path in role.signed.targets]
+        return sorted(release for name, release in found if name == model)
+
+    def find(self, model: str, release: int) -> Published:
+        """What is published as one release.
+
+        Raises:
+            MeshError: MODEL_NOT_FOUND, naming the releases that exist.
+        """
+        path = models_path(model, release)
+        for name, role in self._models_roles().items():
+            target = role.signed.targets.get(path)
+            if target is None:
+                continue
+            sha256 = target.hashes["sha256"]
+            manifest = decode_manifest(self._read_target(path, target))
+            return Published(
+                team=name.removeprefix("models-"),
+                manifest=manifest,
+                manifest_sha256=sha256,
+                rollback_ok=custom_rollback_ok(target) | frozenset(manifest.rollback_ok),
+            )
+        known = ", ".join(map(str, self.releases(model))) or "none"
+        raise MeshError(
+            Code.MODEL_NOT_FOUND, f"Release {release} of {model} is not published; published releases: {known}."
+        )
+
+    def channel(self, name: str) -> ChannelDocument | None:
+        """The present document of a channel; None if it has none."""
+        path = f"channels/{name}.json"
+        target = self._version.roles["rollout"].signed.targets.get(path)
+        if target is None:
+            return None
+        return msgspec.json.decode(self._read_target(path, target), type=ChannelDocument)
+
+    def has_blob(self, sha256: str, size_bytes: int) -> bool:
+        """Whether a blob is present, readable, and really what its name says."""
+        path = self.folder / blob_path(sha256)
+        try:
+            return path.stat().st_size == size_bytes and file_sha256(path) == sha256
+        except OSError:
+            return False
+
+    # -- changes ----------------------------------------------------------------------------------------------------
+
+    def publish_models(self, team: str, metadata: bytes, manifests: Mapping[str, bytes]) -> int:
+        """Take over a models role that an operator has signed; answers the new serial.
+
+        Args:
+            team: whose role.
+            metadata: the signed role as JSON.
+            manifests: bytes of each added manifest by target path.
+
+        Raises:
+            MeshError: UNTRUSTED if signature, version or content do not fit the delegation; CONFLICT if the role was
+                made from an older state; INVALID_REQUEST if a manifest or a blob is missing.
+        """
+        name = f"models-{team}"
+        current = self._version.roles.get(name)
+        if current is None or name == "rollout":
+            raise MeshError(Code.UNTRUSTED, f"The targets role delegates nothing to the team {team!r}.")
+        role = self._verify_role(name, metadata, current.signed.version)
+        added = self._added_targets(role.signed, current.signed)
+        for path, target in added.items():
+            self._check_release(path, target, manifests)
+        for path, target in added.items():
+            self._write_target(path, target, manifests[path])
+        return self._commit({name: role})
+
+    def publish_channel(self, document: ChannelDocument) -> int:
+        """Sign a channel's next document with the rollout role; answers the new serial.
+
+        Raises:
+            MeshError: CONFLICT if `intent` does not follow the present one.
+        """
+        present = self.channel(document.channel)
+        if document.intent != (present.intent if present else 0) + 1:
+            raise MeshError(Code.CONFLICT, "The channel has changed meanwhile; read it and try again.")
+        data = msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n"
+        path = f"channels/{document.channel}.json"
+        target = make_target(path, data)
+        role = deepcopy(self._version.roles["rollout"])
+        role.signed.targets[path] = target
+        self._advance(role, self._lifetimes.rollout)
+        self._write_target(path, target, data)
+        return self._commit({"rollout": role})
+
+    def refresh(self, *, force: bool = False) -> bool:
+        """Sign the online roles again once half of their life is over; answers whether anything was signed."""
+        now = datetime.now(UTC)
+        version = self._version
+
+        def due(role: Metadata[Any], lifetime: timedelta) -> bool:
+            return force or role.signed.expires - now < lifetime / 2
+
+        changed: dict[str, Metadata[Targets]] = {}
+        rollout = version.roles["rollout"]
+        if due(rollout, self._lifetimes.rollout):
+            changed["rollout"] = deepcopy(rollout)
+            self._advance(changed["rollout"], self._lifetimes.rollout)
+        if changed or due(version.snapshot, self._lifetimes.snapshot):
+            self._commit(changed)
+            return True
+        if due(version.timestamp, self._lifetimes.timestamp):
+            self._write_timestamp(version)
+            return True
+        return False
+
+    # -- checks of an operator's role -------------------------------------------------------------------------------
+
+    def _verify_role(self, name: str, data: bytes, version: int) -> Metadata[Targets]:
+        if len(data) > METADATA_SIZE_BYTES_MAX:
+            raise MeshError(Code.TOO_LARGE, f"The role is larger than {METADATA_SIZE_BYTES_MAX} bytes.")
+        try:
+            role = Metadata[Targets].from_bytes(data)
+            self._version.targets.signed.verify_delegate(name, role.signed_bytes, role.signatures)
+        except UnsignedMetadataError as error:
+            raise MeshError(
+                Code.UNTRUSTED,
+                f"The role {name} is not signed by a key that the targets role delegates to; use that team's key.",
+            ) from error
+        except (RepositoryError, DeserializationError, ValueError) as error:
+            raise MeshError(Code.UNTRUSTED, f"The role {name} is malformed.") from error
+        if not isinstance(role.signed, Targets) or role.signed.delegations is not None:
+            raise MeshError(Code.UNTRUSTED, f"The role {name} must be a targets role without delegations.")
+        if role.signed.version != version + 1:
+            raise MeshError(
+                Code.CONFLICT,
+                f"The role {name} is at version {version}; sign version {version + 1}, not {role.signed.version}.",
+            )
+        if role.signed.is_expired():
+            raise MeshError(Code.UNTRUSTED, f"The role {name} has expired already; sign it again.")
+        return role
+
+    def _added_targets(self, role: Targets, current: Targets) -> dict[str, TargetFile]:
+        for path, target in current.targets.items():
+            if role.targets.get(path) != target:
+                raise MeshError(Code.UNTRUSTED, f"{path} was published already and must stay as it is.")
+        added = {path: target for path, target in role.targets.items() if path not in current.targets}
+        delegations = self._version.targets.signed.delegations
+        for path in added:
+            model, release = parse_models_path(path)
+            first = next(iter(delegations.get_roles_for_target(path)), None) if delegations else None
+            if first is None:
+                raise MeshError(Code.UNTRUSTED, f"No team may publish {path}.")
+            published = self.releases(model)
+            if published and release <= published[-1]:
+                raise MeshError(
+                    Code.CONFLICT, f"Release {release} of {model} is not newer than the published {published[-1]}."
+                )
+            if published and models_path(model, published[-1]) not in current.targets:
+                raise MeshError(Code.FORBIDDEN, f"The model {model} belongs to another team; choose another name.")
+        return added
+
+    def _check_release(self, path: str, target: TargetFile, manifests: Mapping[str, bytes]) -> None:
+        data = manifests.get(path)
+        if data is None or len(data) > MANIFEST_SIZE_BYTES_MAX:
+            raise MeshError(Code.INVALID_REQUEST, f"The manifest of {path} is missing or too large.")
+        if target.length != len(data) or target.hashes != {"sha256": hashlib.sha256(data).hexdigest()}:
+            raise MeshError(Code.UNTRUSTED, f"The manifest of {path} is not the one that was signed.")
+        manifest = decode_manifest(data)
+        if models_path(manifest.name, manifest.release) != path:
+            raise MeshError(Code.UNTRUSTED, f"The manifest of {path} describes {manifest.name} {manifest.release}.")
+        for entry in manifest.files:
+            if not self.has_blob(entry.sha256, entry.size_bytes):
+                raise MeshError(
+                    Code.INVALID_REQUEST,
+                    f"The file {entry.path} of {manifest.name} {manifest.release} is not in the repository, "
+                    "or not whole; upload its blob first.",
+                )
+
+    # -- files ------------------------------------------------------------------------------------------------------
+
+    def _commit(self, changed: Mapping[str, Metadata[Targets]]) -> int:
+        """Write changed roles, then a snapshot that names them, then the timestamp that makes it all visible."""
+        roles = {**self._version.roles, **changed}
+        snapshot = deepcopy(self._version.snapshot)
+        for name, role in changed.items():
+            data = encode_metadata(role)
+            if len(data) > METADATA_SIZE_BYTES_MAX:
+                raise MeshError(Code.TOO_LARGE, f"The role {name} would grow beyond {METADATA_SIZE_BYTES_MAX} bytes.")
+            write_file(self._metadata_path(f"{role.signed.version}.{name}"), data)
+            snapshot.signed.meta[f"{name}.json"] = MetaFile.from_data(role.signed.version, data, ["sha256"])
+        self._advance(snapshot, self._lifetimes.snapshot)
+        write_file(self._metadata_path(f"{snapshot.signed.version}.snapshot"), encode_metadata(snapshot))
+        self._write_timestamp(
+            Version(
+                root=self._version.root,
+                timestamp=self._version.timestamp,
+                snapshot=snapshot,
+                targets=self._version.targets,
+                roles=roles,
+            )
+        )
+        self._prune(["snapshot", *changed])
+        return self.serial
+
+    def _write_timestamp(self, version: Version) -> None:
+        timestamp = deepcopy(version.timestamp)
+        snapshot = version.snapshot
+        timestamp.signed.snapshot_meta = MetaFile.from_data(
+            snapshot.signed.version, encode_metadata(snapshot), ["sha256"]
+        )
+        self._advance(timestamp, self._lifetimes.timestamp)
+        write_file(self._metadata_path("timestamp"), encode_metadata(timestamp))
+        self._version = Version(
+            root=version.root,
+            timestamp=timestamp,
+            snapshot=snapshot,
+            targets=version.targets,
+            roles=version.roles,
+        )
+
+    def _advance(self, role: Metadata[Any], lifetime: timedelta) -> None:
+        role.signed.version += 1
+        role.signed.expires = (datetime.now(UTC) + lifetime).replace(microsecond=0)
+        role.sign(self._signer)
+
+    def _write_target(self, path: str, target: TargetFile, data: bytes) -> None:
+        write_file(self.folder / target_file_path(path, target.hashes["sha256"]), data)
+
+    def _read_target(self, path: str, target: TargetFile) -> bytes:
+        data = (self.folder / target_file_path(path, target.hashes["sha256"])).read_bytes()
+        target.verify_length_and_hashes(data)
+        return data
+
+    def _metadata_path(self, name: str) -> Path:
+        return self.folder / "metadata" / f"{name}.json"
+
+    def _models_roles(self) -> dict[str, Metadata[Targets]]:
+        return {name: role for name, role in self._version.roles.items() if name.startswith("models-")}
+
+    def _prune(self, names: Sequence[str]) -> None:
+        """Forget versions of a role that no reader can still be about to ask for, and channel documents likewise."""
+        for name in names:
+            files = {int(path.name.partition(".")[0]): path for path in self._glob("metadata", f"*.{name}.json")}
+            for version in sorted(files)[:-VERSIONS_KEPT]:
+                files[version].unlink(missing_ok=True)
+        if "rollout" not in names:
+            return
+        for path, target in self._version.roles["rollout"].signed.targets.items():
+            present = self.folder / target_file_path(path, target.hashes["sha256"])
+            documents = [
+                file for file in self._glob("targets/channels", f"*.{path.rpartition('/')[2]}") if file != present
+            ]
+            documents.sort(key=lambda file: file.stat().st_mtime_ns)
+            for file in documents[:-VERSIONS_KEPT]:
+                file.unlink(missing_ok=True)
+
+    def _glob(self, folder: str, pattern: str) -> list[Path]:
+        return list((self.folder / folder).glob(pattern))
+
+
+def create_repository(
+    folder: Path, root: Metadata[Root], targets: Metadata[Targets], roles: Mapping[str, Metadata[Targets]],
+    signer: CryptoSigner, *, lifetimes: Lifetimes | None = None,
+) -> Repository:  # fmt: skip
+    """Write the first state of a repository from signed offline roles; signs the online ones.
+
+    Args:
+        folder: an empty or missing folder.
+        root: signed root, version 1.
+        targets: signed targets role that delegates to `roles` and to `rollout`.
+        roles: signed, empty models roles by name.
+        signer: the online key.
+        lifetimes: of the online roles.
+    """
+    lifetimes = lifetimes or Lifetimes()
+    now = datetime.now(UTC).replace(microsecond=0)
+    rollout = Metadata(Targets(expires=now + lifetimes.rollout))
+    rollout.sign(signer)
+    metas: dict[str, MetaFile] = {}
+    for name, role in {"targets": targets, **roles, "rollout": rollout}.items():
+        data = encode_metadata(role)
+        write_file(folder / "metadata" / f"{role.signed.version}.{name}.json", data)
+        metas[f"{name}.json"] = MetaFile.from_data(role.signed.version, data, ["sha256"])
+    write_file(folder / "metadata" / f"{root.signed.version}.root.json", encode_metadata(root))
+    snapshot = Metadata(Snapshot(expires=now + lifetimes.snapshot, meta=metas))
+    snapshot.sign(signer)
+    data = encode_metadata(snapshot)
+    write_file(folder / "metadata" / "1.snapshot.json", data)
+    timestamp = Metadata(
+        Timestamp(expires=now + lifetimes.timestamp, snapshot_meta=MetaFile.from_data(1, data, ["sha256"]))
+    )
+    timestamp.sign(signer)
+    write_file(folder / "metadata" / "timestamp.json", encode_metadata(timestamp))
+    return Repository(folder, signer, lifetimes=lifetimes)

@@ -1,0 +1,73 @@
+"""All metadata of one moment of the repository, read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tuf.api.exceptions import RepositoryError
+from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp  # type: ignore[attr-defined]
+from tuf.api.serialization import DeserializationError
+
+from nearcast.errors import Code, MeshError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Version:
+    """All metadata of one moment, as the timestamp of that moment names it."""
+
+    root: Metadata[Root]
+    timestamp: Metadata[Timestamp]
+    snapshot: Metadata[Snapshot]
+    targets: Metadata[Targets]
+    roles: Mapping[str, Metadata[Targets]] = field(default_factory=dict)
+
+
+def read_version(folder: Path, online_keyid: str) -> Version:
+    """The state that `timestamp.json` names; what a crash left beyond it is ignored and later overwritten."""
+    folder = folder / "metadata"
+    try:
+        numbers = [int(path.name.partition(".")[0]) for path in folder.glob("*.root.json")]
+        root = Metadata[Root].from_file(str(folder / f"{max(numbers)}.root.json"))
+        timestamp = Metadata[Timestamp].from_file(str(folder / "timestamp.json"))
+        snapshot_version = timestamp.signed.snapshot_meta.version
+        snapshot = Metadata[Snapshot].from_file(str(folder / f"{snapshot_version}.snapshot.json"))
+        meta = snapshot.signed.meta
+        targets = Metadata[Targets].from_file(str(folder / f"{meta['targets.json'].version}.targets.json"))
+        names = sorted(targets.signed.delegations.roles or {}) if targets.signed.delegations else []
+        roles = {
+            name: Metadata[Targets].from_file(str(folder / f"{meta[f'{name}.json'].version}.{name}.json"))
+            for name in names
+        }
+    except (OSError, ValueError, KeyError, RepositoryError, DeserializationError) as error:
+        raise MeshError(
+            Code.UNAVAILABLE, "The repository is missing or damaged; make one with `nearcast keys init`."
+        ) from error
+    version = Version(root=root, timestamp=timestamp, snapshot=snapshot, targets=targets, roles=roles)
+    _verify_version(version, online_keyid)
+    return version
+
+
+def _verify_version(version: Version, online_keyid: str) -> None:
+    root, targets = version.root.signed, version.targets.signed
+    top: list[tuple[str, Metadata[Any]]] = [
+        ("timestamp", version.timestamp),
+        ("snapshot", version.snapshot),
+        ("targets", version.targets),
+    ]
+    try:
+        for name, role in top:
+            root.verify_delegate(name, role.signed_bytes, role.signatures)
+        for name, role in version.roles.items():
+            targets.verify_delegate(name, role.signed_bytes, role.signatures)
+    except (RepositoryError, ValueError) as error:
+        raise MeshError(
+            Code.UNTRUSTED, "A role of the repository has no valid signature; restore it from a backup."
+        ) from error
+    delegations = targets.delegations
+    rollout = delegations.roles.get("rollout") if delegations and delegations.roles else None
+    trusted = [root.roles["timestamp"].keyids, root.roles["snapshot"].keyids, rollout.keyids if rollout else []]
+    if any(online_keyid not in keyids for keyids in trusted):
+        raise MeshError(Code.UNTRUSTED, "The online key is not the one that this repository trusts.")
