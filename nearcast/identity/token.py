@@ -1,0 +1,60 @@
+"""The join token: one use, expiring, and enough to know the controller before anything it says is believed."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Annotated, Final
+
+import msgspec
+
+from nearcast.errors import Code, MeshError
+
+TOKEN_SIZE_BYTES_MAX: Final = 4096
+INVITE_AGAIN: Final = "run `nearcast nodes invite` again and use the new token"
+
+_Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+
+
+class JoinToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `nearcast nodes invite` prints.
+
+    Attributes:
+        control: base URL of the controller, https.
+        ca_sha256: fingerprint of the mesh's CA certificate (DER).
+        root_sha256: digest of the TUF root metadata file.
+        name: the node that is invited.
+        role: its role.
+        secret: proves the invitation; good for one certificate.
+        expires_at: wall-clock seconds since 1970.
+    """
+
+    control: Annotated[str, msgspec.Meta(pattern=r"^https://[^/\s]+$", max_length=512)]
+    ca_sha256: _Digest
+    root_sha256: _Digest
+    name: str
+    role: str
+    secret: Annotated[str, msgspec.Meta(min_length=16, max_length=256)]
+    expires_at: float
+
+    def encode(self) -> str:
+        """The token as text without spaces: URL-safe base64 of JSON."""
+        return base64.urlsafe_b64encode(msgspec.json.encode(self)).decode().rstrip("=")
+
+    @classmethod
+    def decode(cls, text: str) -> JoinToken:
+        """Read a token.
+
+        Raises:
+            MeshError: INVALID_REQUEST if the text is none, for example because a part is missing.
+        """
+        text = text.strip()
+        try:
+            if len(text) > TOKEN_SIZE_BYTES_MAX:
+                raise ValueError("too long")
+            data = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+            return msgspec.json.decode(data, type=cls)
+        except (binascii.Error, ValueError, msgspec.DecodeError) as error:
+            raise MeshError(
+                Code.INVALID_REQUEST, f"The join token is damaged or incomplete; {INVITE_AGAIN}."
+            ) from error
