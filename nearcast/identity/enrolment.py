@@ -57,7 +57,7 @@ class _Refusal(msgspec.Struct, frozen=True):
 def join(token: str, folder: Path, *, clock: Clock = SYSTEM_CLOCK) -> Identity:
     """Join the mesh that `token` invites to and keep the identity in `folder`. Blocks; repeating it is harmless.
 
-    Nothing is written before the controller has answered, but the key: `node.key` (0600, kept if there is one). Then come
+    Only the key, `node.key` (0600, kept if there is one), is written before the controller has answered. Then come
     `ca.pem`, `root.json` (the TUF root, its digest checked), `control` (the controller's URL) and, last, `node.pem`.
 
     Raises:
