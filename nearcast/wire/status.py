@@ -41,7 +41,7 @@ _PLAIN = re.compile(r"[\x20-\x24\x26-\x7e]*")
 _METADATA_VALUE = re.compile(r"[\x20-\x7e]*")
 _LOAD_IN_FLIGHT = re.compile(r"(?:^TEXT |[ ,])named_metrics\.nc_in_flight=([0-9]{1,15})(?:\.0*)?(?:$|[ ,])")
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
-# A gRPC status that comes without `nc-code` is another server's. Those that the catalogue lacks mean "it went wrong there".
+# A gRPC status without `nc-code` is another server's. One that the catalogue lacks means "it went wrong there".
 _FOREIGN: dict[int, Code] = {entry.grpc: code for code, entry in reversed(CATALOGUE.items())} | {
     6: Code.CONFLICT,
     11: Code.INVALID_REQUEST,
@@ -84,7 +84,9 @@ def parse_timeout(text: str) -> float:
     """
     match = _TIMEOUT.fullmatch(text)
     if match is None:
-        raise MeshError(Code.INVALID_REQUEST, "The grpc-timeout header needs 1 to 8 digits and a unit: H, M, S, m, u or n.")
+        raise MeshError(
+            Code.INVALID_REQUEST, "The grpc-timeout header needs 1 to 8 digits and one unit of H M S m u n."
+        )
     return int(match[1]) * _UNITS[match[2]]
 
 
@@ -144,7 +146,8 @@ def error_from_status(
         sent = code in _MAY_HAVE_RUN or code is Code.UNAVAILABLE
         if status not in _FOREIGN:
             text = f"The peer answered gRPC status {status}: {text}"
-    return kind(code, text or f"The peer gave no reason (gRPC status {status}).", retry_after_ms=retry_after_ms, sent=sent)
+    text = text or f"The peer gave no reason (gRPC status {status})."
+    return kind(code, text, retry_after_ms=retry_after_ms, sent=sent)
 
 
 def served_to_trailers(served: Served) -> _Trailers:

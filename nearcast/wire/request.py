@@ -1,0 +1,133 @@
+"""Inference requests: as they came (`WireRequest`) and as they are made here (`TensorRequest`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from nearcast.handler import InferRequest, Parameter, Tensors
+from nearcast.wire.framing import Scan, scan
+from nearcast.wire.message import (
+    NO_PARAMETERS,
+    encode_message,
+    encode_requested,
+    read_parameters,
+    read_requested,
+    read_tensors,
+)
+
+
+class WireRequest(InferRequest):
+    """A `ModelInferRequest` as received. Top-level fields are read at once, tensors only when asked for.
+
+    The arrays of `decode` are read-only and may view the body.
+
+    Raises:
+        MeshError: INVALID_REQUEST if the bytes are no protobuf message.
+    """
+
+    __slots__ = ("_body", "_inputs", "_requested", "_scan")
+
+    def __init__(self, body: bytes) -> None:
+        found = scan(body)
+        self.model = found.model
+        self.version = found.version
+        self.id = found.id
+        self.parameters = read_parameters(body, found.parameters)
+        self._body = body
+        self._scan: Scan = found
+        self._inputs: Tensors | None = None
+        self._requested: tuple[str, ...] | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self._body)
+
+    def decode(self) -> Tensors:
+        if self._inputs is None:
+            self._inputs = read_tensors(self.model, self._body, self._scan, self._scan.seventh)
+        return self._inputs
+
+    def encode(self) -> bytes:
+        return self._body
+
+    def encode_pieces(self) -> Sequence[bytes]:
+        """The original bytes, in one piece."""
+        return (self._body,)
+
+    def requested_outputs(self) -> Sequence[str]:
+        """Names of the outputs asked for; empty = all.
+
+        Raises:
+            MeshError: INVALID_REQUEST if malformed; UNSUPPORTED for outputs by classification or in shared memory.
+        """
+        if self._requested is None:
+            self._requested = read_requested(self._body, self._scan.sixth)
+        return self._requested
+
+
+class TensorRequest(InferRequest):
+    """A request made from arrays: what REST, MQTT and clients build. Arrays must not change afterwards."""
+
+    __slots__ = ("_encoded", "_inputs", "_outputs", "_pieces")
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        inputs: Tensors,
+        version: str = "",
+        id: str = "",  # noqa: A002 - the protocol's word
+        parameters: Mapping[str, Parameter] = NO_PARAMETERS,
+        outputs: Sequence[str] = (),
+    ) -> None:
+        self.model = model
+        self.version = version
+        self.id = id
+        self.parameters = parameters
+        self._inputs = inputs
+        self._outputs = tuple(outputs)
+        self._pieces: tuple[bytes, ...] | None = None
+        self._encoded: bytes | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        if self._pieces is not None:
+            return sum(map(len, self._pieces))
+        return 64 + sum(64 + array.nbytes for array in self._inputs.values())
+
+    def decode(self) -> Tensors:
+        return self._inputs
+
+    def encode(self) -> bytes:
+        if self._encoded is None:
+            pieces = self.encode_pieces()
+            self._encoded = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return self._encoded
+
+    def encode_pieces(self) -> Sequence[bytes]:
+        """The message in pieces, so that large tensors are not copied once more to be joined. Cached.
+
+        Raises:
+            MeshError: INVALID_REQUEST if an array or a parameter cannot travel.
+        """
+        if self._pieces is None:
+            self._pieces = encode_message(
+                model=self.model,
+                version=self.version,
+                id_=self.id,
+                parameters=self.parameters,
+                tensors=self._inputs,
+                sixth=encode_requested(self._outputs),
+                raw_field=7,
+            )
+        return self._pieces
+
+    def requested_outputs(self) -> Sequence[str]:
+        return self._outputs
+
+
+def request_pieces(request: InferRequest) -> Sequence[bytes]:
+    """The request as pieces of one `ModelInferRequest`, whatever class it is of."""
+    if isinstance(request, WireRequest | TensorRequest):
+        return request.encode_pieces()
+    return (request.encode(),)
