@@ -1,0 +1,1 @@
+"""Routing: where an inference request goes. `router.policy` decides, the rest carries it out."""

@@ -1,0 +1,75 @@
+"""What a routing decision costs: `decide` alone, and with the accounting around it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from benchmarks.rows import Row
+from nearcast.handler import Served
+from nearcast.load import NodeReport, Tier, VersionReport
+from router.policy import Outcome, Policy, PolicyConfig, RequestFacts, Send
+
+
+def make_policy(targets: int, *, seed: int = 1) -> Policy:
+    """One local target, a quarter peers, the rest cloud; all hold the model."""
+    policy = Policy(PolicyConfig(targets_max=max(256, targets)), seed)
+    for i in range(targets):
+        tier: Tier = "local" if i == 0 else "peer" if i % 4 == 0 else "cloud"
+        policy.add_target(0.0, f"node-{i}", tier)
+        version = VersionReport(
+            model="digits", version="1", service_p50_us=800.0 + 40 * i, service_p95_us=1500.0 + 90 * i
+        )
+        policy.on_report(0.0, f"node-{i}", NodeReport(node=f"node-{i}", role="edge", slots=4, versions=(version,)))
+        policy.on_probe(0.0, f"node-{i}", 0.0002 if tier == "local" else 0.002 + 0.0004 * i)
+    return policy
+
+
+def sample_us(step: Callable[[int], None], rounds: int) -> list[float]:
+    """Microseconds of each of `rounds` calls, sorted."""
+    clock = time.perf_counter_ns
+    samples: list[float] = []
+    for i in range(rounds):
+        start = clock()
+        step(i)
+        samples.append((clock() - start) / 1e3)
+    samples.sort()
+    return samples
+
+
+def run(quick: bool) -> list[Row]:
+    """Measure decisions among 8, 32 and 128 candidates; virtual time moves 100 µs a request."""
+    rounds = 3_000 if quick else 30_000
+    rows: list[Row] = []
+    for targets in (8, 32, 128):
+        policy = make_policy(targets)
+        facts = RequestFacts(model="digits", version="1", size_bytes=600, remaining_s=0.25)
+
+        def decide(i: int, policy: Policy = policy, facts: RequestFacts = facts) -> None:
+            policy.decide(i * 1e-4, facts)
+
+        sample_us(decide, 500)
+        samples = sample_us(decide, rounds)
+        rows += [
+            Row(f"policy decide, {targets} candidates, p50", samples[rounds // 2], "us"),
+            Row(f"policy decide, {targets} candidates, p99", samples[rounds * 99 // 100], "us"),
+        ]
+    policy = make_policy(8)
+    facts = RequestFacts(model="digits", version="1", size_bytes=600, remaining_s=0.25)
+    outcome = Outcome(served=Served(node="node-0", compute_us=900, queue_us=10))
+
+    def whole(i: int) -> None:
+        now = i * 1e-3
+        send = policy.decide(now, facts)
+        if isinstance(send, Send):
+            policy.on_reply(now + 9e-4, policy.on_sent(now, facts, send), outcome)
+
+    sample_us(whole, 500)
+    samples = sample_us(whole, rounds)
+    rows.append(Row("policy decide + sent + reply, 8 candidates, p50", samples[rounds // 2], "us"))
+    return rows
+
+
+if __name__ == "__main__":
+    for row in run(quick=False):
+        print(f"{row.name:<50} {row.value:8.2f} {row.unit}")

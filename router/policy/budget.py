@@ -1,0 +1,34 @@
+"""Token budgets: they deny only the new attempt, never one in flight."""
+
+from __future__ import annotations
+
+
+class TokenBudget:
+    """Earns `share` of a token per request and `per_s` per second, keeps at most `burst`, spends one per extra send.
+
+    Over any window: spent <= burst + share * requests + per_s * seconds.
+    """
+
+    __slots__ = ("_at", "_burst", "_per_s", "_share", "tokens")
+
+    def __init__(self, *, share: float, burst: float, per_s: float = 0.0) -> None:
+        self._share = share
+        self._burst = burst
+        self._per_s = per_s
+        self._at: float | None = None
+        self.tokens = burst
+
+    def earn(self) -> None:
+        """A request was sent."""
+        self.tokens = min(self._burst, self.tokens + self._share)
+
+    def spend(self, now: float) -> bool:
+        """Take one token; False if there is none."""
+        if self._per_s > 0.0:
+            if self._at is not None and now > self._at:
+                self.tokens = min(self._burst, self.tokens + (now - self._at) * self._per_s)
+            self._at = now
+        if self.tokens < 1.0:
+            return False
+        self.tokens -= 1.0
+        return True

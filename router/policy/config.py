@@ -1,0 +1,88 @@
+"""Every parameter of the policy in one frozen place. Times are milliseconds here and seconds inside."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+NonNegative = Annotated[float, msgspec.Meta(ge=0)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Parameters of `Policy`.
+
+    Attributes:
+        reserve_ms: kept back of every deadline for the way home.
+        queue_wait_ms_max: a request without deadline is refused if it would wait longer than this.
+        tail_weight: what a millisecond between the median and the 95th percentile costs, in milliseconds of median.
+        peer_penalty_ms: handicap of a neighbouring node, because near is better when nothing else decides.
+        cloud_penalty_ms: handicap of a cloud core; stands for its price.
+        tie_fraction: candidates within this fraction of the best count as equal.
+        tie_ms: and so do those within this many milliseconds.
+        hot_quantile: Prequal's Q_RIF: a target above this quantile of the load of its tier is hot.
+        error_penalty_ms: handicap of a target that always fails; scaled by its error share.
+        error_half_life_ms: time after which half of a target's bad name is forgotten.
+        rtt_seed_ms: first guess of a peer's round trip; the cloud's is ten times that.
+        service_seed_ms: first guess of a model time that nobody has reported.
+        bytes_per_s_seed: first guess of a link's rate, bytes per second.
+        window_size: samples of the sliding service-time window.
+        window_age_ms_max: older samples are dropped.
+        stale_ms: age at which a report's spread counts double and its load is half forgotten.
+        stale_widening_max: upper bound of that widening.
+        refresh_ms: how often ages, decays and hot bounds are brought up to date.
+        hedge_share: hedges per request, on average.
+        hedge_burst: hedges that may be saved up.
+        hedge_delay_ms_min: no hedge is sent earlier.
+        brownout_share: when more than this share of requests outlasts its hedge delay, hedging stops for that tier.
+        brownout_smoothing: weight of one request in that share.
+        retry_share: retries per request, on average.
+        retry_burst: retries that may be saved up; a node's death spends up to this many at once.
+        retry_per_s: retries earned per second without any traffic.
+        attempts_max: sends of one request, all kinds together.
+        breaker_failures: consecutive failures of a model on a target that open its breaker.
+        breaker_open_ms: how long it stays open the first time; doubles with each relapse.
+        breaker_open_ms_max: bound of that doubling.
+        breaker_trials: requests that a half-open breaker lets through at the same time.
+        pushback_ms_max: a target's wish to be left alone counts for at most this long.
+        sequences_max: sequences whose target is remembered; the least recently used is forgotten first.
+        targets_max: targets that are known at the same time.
+    """
+
+    reserve_ms: NonNegative = 1.0
+    queue_wait_ms_max: Positive = 2000.0
+    tail_weight: NonNegative = 0.3
+    peer_penalty_ms: NonNegative = 1.0
+    cloud_penalty_ms: NonNegative = 3.0
+    tie_fraction: NonNegative = 0.1
+    tie_ms: NonNegative = 0.1
+    hot_quantile: Fraction = 0.84
+    error_penalty_ms: NonNegative = 2000.0
+    error_half_life_ms: Positive = 2000.0
+    rtt_seed_ms: Positive = 2.0
+    service_seed_ms: Positive = 5.0
+    bytes_per_s_seed: Positive = 50e6
+    window_size: Count = 64
+    window_age_ms_max: Positive = 5000.0
+    stale_ms: Positive = 2000.0
+    stale_widening_max: NonNegative = 4.0
+    refresh_ms: Positive = 50.0
+    hedge_share: Fraction = 0.05
+    hedge_burst: NonNegative = 10.0
+    hedge_delay_ms_min: NonNegative = 1.0
+    brownout_share: Fraction = 0.2
+    brownout_smoothing: Fraction = 0.03
+    retry_share: Fraction = 0.05
+    retry_burst: NonNegative = 16.0
+    retry_per_s: NonNegative = 1.0
+    attempts_max: Count = 3
+    breaker_failures: Count = 5
+    breaker_open_ms: Positive = 250.0
+    breaker_open_ms_max: Positive = 5000.0
+    breaker_trials: Count = 1
+    pushback_ms_max: NonNegative = 1000.0
+    sequences_max: Count = 10_000
+    targets_max: Count = 256

@@ -1,0 +1,60 @@
+"""What happened to a request: the events that feed the policy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from nearcast.errors import Code
+from nearcast.handler import Served
+
+if TYPE_CHECKING:
+    from router.policy.breaker import Breaker
+    from router.policy.state import VersionState
+
+FAULTS = frozenset({Code.INTERNAL, Code.UNAVAILABLE, Code.DEADLINE})
+"""Codes that speak against the target. OVERLOADED is an honest answer and only pushes back."""
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """How one attempt ended.
+
+    `code` None = answered; CANCELLED = we gave it up. `sent` tells whether the target may have executed it.
+    """
+
+    code: Code | None = None
+    sent: bool = True
+    retry_after_ms: int | None = None
+    served: Served | None = None
+
+
+ANSWERED = Outcome()
+ABANDONED = Outcome(code=Code.CANCELLED)
+
+
+class Attempt:
+    """One send, open until `Policy.on_reply` has closed it. Only the policy changes it."""
+
+    __slots__ = ("kind", "load_at_send", "open", "passed_delay", "sent_at", "size_bytes", "timed", "trials", "version")
+
+    def __init__(self, version: VersionState, sent_at: float, size_bytes: int, kind: str, load_at_send: int) -> None:
+        self.version = version
+        self.sent_at = sent_at
+        self.size_bytes = size_bytes
+        self.kind = kind
+        self.load_at_send = load_at_send
+        self.open = True
+        self.trials: tuple[Breaker, ...] = ()
+        self.timed = False
+        self.passed_delay = False
+
+    @property
+    def target(self) -> str:
+        """Name of the target."""
+        return self.version.target.name
+
+    @property
+    def release(self) -> str:
+        """The model version that was asked for."""
+        return self.version.version

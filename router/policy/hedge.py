@@ -1,0 +1,70 @@
+"""When a second copy of a slow request is worth sending ("The Tail at Scale", Dean and Barroso, CACM 2013)."""
+
+from __future__ import annotations
+
+from router.policy.budget import TokenBudget
+
+
+class BrownOut:
+    """Share of requests that outlast their hedge delay, smoothed.
+
+    A delay at the 95th percentile is passed by 5 %. If far more pass it, the whole tier has become slow: more copies
+    would only make it slower.
+    """
+
+    __slots__ = ("_share_max", "_smoothing", "share")
+
+    def __init__(self, *, share_max: float, smoothing: float) -> None:
+        self._share_max = share_max
+        self._smoothing = smoothing
+        self.share = 0.0
+
+    def note(self, *, passed: bool) -> None:
+        """A request with a hedge delay outlasted it, or did not."""
+        self.share += self._smoothing * ((1.0 if passed else 0.0) - self.share)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether hedging stops."""
+        return self.share > self._share_max
+
+
+class Hedger:
+    """The budget and the brown-out gates of one router."""
+
+    __slots__ = ("_gates", "_share_max", "_smoothing", "budget", "denied", "fired")
+
+    def __init__(self, *, share: float, burst: float, brownout_share: float, brownout_smoothing: float) -> None:
+        self.budget = TokenBudget(share=share, burst=burst)
+        self._share_max = brownout_share
+        self._smoothing = brownout_smoothing
+        self._gates: dict[str, BrownOut] = {}
+        self.fired = 0
+        self.denied = 0
+
+    def gate(self, tier: str) -> BrownOut:
+        """The gate of one tier."""
+        gate = self._gates.get(tier)
+        if gate is None:
+            gate = self._gates[tier] = BrownOut(share_max=self._share_max, smoothing=self._smoothing)
+        return gate
+
+    def take(self, now: float, tier: str) -> bool:
+        """Whether a request that waits on `tier` may be copied now; spends a token if so."""
+        allowed = not self.gate(tier).frozen and self.budget.spend(now)
+        if allowed:
+            self.fired += 1
+        else:
+            self.denied += 1
+        return allowed
+
+
+def hedge_delay_s(t95_s: float, second_t95_s: float, limit_s: float, *, minimum_s: float) -> float | None:
+    """Delay after which a copy to the second target starts; None if it could not be in time.
+
+    The 95th percentile of the chosen target, or earlier where the deadline would leave the second too little.
+    """
+    latest = limit_s - second_t95_s
+    if latest < minimum_s:
+        return None
+    return max(minimum_s, min(t95_s, latest))

@@ -1,0 +1,355 @@
+"""The state machine: events in, decisions out. One request: `decide`, then per send `on_sent` and `on_reply`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from nearcast.errors import Code
+from nearcast.load import NodeReport, Tier
+from router.policy import refuse
+from router.policy.budget import TokenBudget
+from router.policy.choose import Choice, Chooser, judge
+from router.policy.config import PolicyConfig
+from router.policy.events import FAULTS, Attempt, Outcome
+from router.policy.facts import Decision, Reject, RequestFacts, Send, Terms
+from router.policy.fleet import Fleet
+from router.policy.generator import SplitMix
+from router.policy.hedge import Hedger, hedge_delay_s
+from router.policy.sequences import Sequences
+from router.policy.state import TargetState, VersionState
+
+_INFINITY = float("inf")
+_LOW_PRIORITY = 2
+_PUSHBACK_DEFAULT_MS = 20
+_MISPLACED = frozenset({Code.MODEL_NOT_FOUND, Code.VERSION_MISMATCH})
+_MISPLACED_S = 1.0
+
+
+class Policy:
+    """Chooses targets. Not thread-safe; `now` is a monotonic instant in seconds that never goes back.
+
+    Args:
+        config: all parameters.
+        seed: of the policy's own generator: the same events and seed give the same decisions.
+        random: draws from [0, 1) instead of that generator.
+
+    In-flight invariant: the sum of `own` over all targets equals the number of open attempts, always.
+    """
+
+    def __init__(self, config: PolicyConfig, seed: int = 0, *, random: Callable[[], float] | None = None) -> None:
+        self.config = config
+        self._fleet = Fleet(config)
+        self._chooser = Chooser(config, random or SplitMix(seed).random)
+        self._hedger = Hedger(
+            share=config.hedge_share,
+            burst=config.hedge_burst,
+            brownout_share=config.brownout_share,
+            brownout_smoothing=config.brownout_smoothing,
+        )
+        self._retries = TokenBudget(share=config.retry_share, burst=config.retry_burst, per_s=config.retry_per_s)
+        self._sequences = Sequences(config.sequences_max)
+        self._reserve_s = config.reserve_ms / 1e3
+        self._wait_max_s = config.queue_wait_ms_max / 1e3
+        self._delay_min_s = config.hedge_delay_ms_min / 1e3
+        self._refresh_s = config.refresh_ms / 1e3
+        self._refreshed_at: float | None = None
+        self.outstanding = 0
+
+    # What is known ---------------------------------------------------------------------------------------------------
+
+    @property
+    def models(self) -> dict[str, tuple[str, ...]]:
+        """Models and the versions that some target holds."""
+        return {model: tuple(sorted(index.versions)) for model, index in self._fleet.models.items()}
+
+    @property
+    def targets(self) -> tuple[TargetState, ...]:
+        """All targets, also removed ones with open attempts. For reading only."""
+        return tuple(self._fleet.targets.values())
+
+    @property
+    def hedger(self) -> Hedger:
+        """Budget and brown-out gates. For reading only."""
+        return self._hedger
+
+    def newest(self, model: str) -> str:
+        """The largest release of a model that is hot on some target; "" = none."""
+        index = self._fleet.models.get(model)
+        return index.newest if index is not None else ""
+
+    def holders(self, model: str, version: str = "") -> tuple[str, ...]:
+        """Names of the targets that hold a version hot ("" = any version)."""
+        index = self._fleet.models.get(model)
+        if index is None:
+            return ()
+        lists = index.versions.values() if not version else [index.versions.get(version, [])]
+        return tuple(v.target.name for versions in lists for v in versions if v.residency == "hot")
+
+    # Targets come, go and speak --------------------------------------------------------------------------------------
+
+    def add_target(self, now: float, name: str, tier: Tier, domain: str = "") -> bool:
+        """Know a target from now on. `domain` groups targets that fail together. False = there are too many."""
+        return self._fleet.add(now, name, tier, domain)
+
+    def remove_target(self, now: float, name: str) -> None:
+        """Choose a target no more."""
+        self._fleet.remove(now, name)
+
+    def on_report(self, now: float, name: str, report: NodeReport) -> None:
+        """A target spoke for itself."""
+        target = self._fleet.targets.get(name)
+        if target is not None:
+            self._fleet.report(now, target, report)
+
+    def on_probe(self, now: float, name: str, rtt_s: float | None) -> None:
+        """A probe was answered after `rtt_s`, or not at all (None)."""
+        target = self._fleet.targets.get(name)
+        if target is None:
+            return
+        if rtt_s is None:
+            target.breaker.open(now)
+        else:
+            target.observe_rtt(rtt_s)
+            target.breaker.probe_succeeded()
+        self._fleet.settle(now, target)
+
+    def on_connection_lost(self, now: float, name: str) -> None:
+        """The connection to a target broke: nothing goes there until it has had time, or answers a probe."""
+        target = self._fleet.targets.get(name)
+        if target is not None and target.tier != "local":
+            target.breaker.open(now)
+            self._fleet.settle(now, target)
+
+    # One request -----------------------------------------------------------------------------------------------------
+
+    def decide(self, now: float, facts: RequestFacts, *, explain: bool = False) -> Decision:
+        """Where the request goes, or why nowhere. Changes nothing that counts: only `on_sent` does."""
+        if self._refreshed_at is None or now - self._refreshed_at >= self._refresh_s:
+            self._refresh(now)
+        index = self._fleet.models.get(facts.model)
+        if index is None:
+            return refuse.unknown_model(facts.model, self._fleet.models)
+        remaining = facts.remaining_s
+        limit = _INFINITY if remaining is None else remaining - self._reserve_s
+        decision: Decision | None = None
+        if facts.sequence:
+            decision = self._bound(now, facts, index.versions, limit)
+        if decision is None:
+            version = facts.version or index.newest
+            candidates = index.versions.get(version)
+            choice = self._chooser.pick(now, candidates, facts.size_bytes, limit) if candidates else None
+            if choice is not None and choice.wait_s <= self._wait_max_s:
+                decision = self._send(facts, choice, limit, "best", missed=False)
+            else:
+                decision = self._second_best(now, facts, index.versions, version, limit)
+        if explain:
+            decision = self._explain(now, facts, decision, index.versions, limit)
+        return decision
+
+    def on_sent(self, now: float, facts: RequestFacts, send: Send, kind: str = "first") -> Attempt:
+        """The request leaves for `send.target`. `kind` is first, hedge or retry.
+
+        Raises:
+            KeyError: if the target is not known any more; decide again.
+        """
+        target = self._fleet.targets[send.target]
+        version = target.versions.get((facts.model, send.version))
+        if version is None:
+            # Forwarded to us, or the report has just changed: count it all the same.
+            version = VersionState(target, facts.model, send.version)
+        attempt = Attempt(version, now, facts.size_bytes, kind, target.own)
+        target.own += 1
+        target.load = target.own + target.others
+        self.outstanding += 1
+        if not version.plain:
+            attempt.trials = tuple(b for b in (target.breaker, version.breaker) if b.start_trial())
+        if kind == "first":
+            attempt.timed = send.hedge_after_s is not None
+            self._hedger.budget.earn()
+            self._retries.earn()
+        if facts.sequence and (facts.stateful or version.stateful):
+            self._sequences.bind(facts.tenant, facts.model, facts.sequence, send.target, send.version)
+        return attempt
+
+    def on_reply(self, now: float, attempt: Attempt, outcome: Outcome) -> None:
+        """The attempt is over. A second call for the same attempt changes nothing."""
+        if not attempt.open:
+            return
+        attempt.open = False
+        version = attempt.version
+        target = version.target
+        self.outstanding -= 1
+        target.own -= 1
+        target.load = target.own + target.others
+        for breaker in attempt.trials:
+            breaker.end_trial()
+        if target.gone and target.own == 0 and self._fleet.targets.get(target.name) is target:
+            del self._fleet.targets[target.name]
+        if attempt.timed and not attempt.passed_delay:
+            self._hedger.gate(target.tier).note(passed=False)
+        self._learn(now, attempt, outcome)
+        version.settle(now)
+
+    def hedge(self, now: float, facts: RequestFacts, attempt: Attempt, tried: Sequence[str] = ()) -> Send | None:
+        """Asked when a hedge delay has passed: where a copy goes, or None. `facts.remaining_s` is what is left now.
+
+        Same version, another target (in another failure domain if there is one), with a free slot, and able to answer
+        in time at its 95th percentile; within the budget and outside a brown-out.
+        """
+        if not attempt.open:
+            return None
+        if attempt.timed and not attempt.passed_delay:
+            attempt.passed_delay = True
+            self._hedger.gate(attempt.version.target.tier).note(passed=True)
+        if self._keeps_state(facts, attempt.version) or not facts.idempotent:
+            return None
+        limit = _INFINITY if facts.remaining_s is None else facts.remaining_s - self._reserve_s
+        own = attempt.version.target
+        free = [
+            v
+            for v in self._candidates(facts.model, attempt.release)
+            if v.target is not own and v.target.name not in tried and v.target.load < v.target.slots
+        ]
+        away = [v for v in free if v.target.domain != own.domain]
+        choice = self._chooser.pick(now, away or free, facts.size_bytes, limit)
+        if choice is None or not self._hedger.take(now, own.tier):
+            return None
+        return Send(choice.version.target.name, attempt.release, None, (), "hedge")
+
+    def retry(
+        self, now: float, facts: RequestFacts, attempt: Attempt, outcome: Outcome, tried: Sequence[str]
+    ) -> Send | None:
+        """Asked after a failed attempt: where it is sent once more, or None. `tried` holds every target so far.
+
+        A send that never left is free; every other one costs a token. What may have run is repeated only without state.
+        """
+        code = outcome.code
+        if code is None or len(tried) >= self.config.attempts_max:
+            return None
+        refused = code in _MISPLACED or (code is Code.UNAVAILABLE and not outcome.sent)
+        if not refused:
+            if code not in (Code.UNAVAILABLE, Code.INTERNAL, Code.OVERLOADED):
+                return None
+            if self._keeps_state(facts, attempt.version):
+                return None
+            if code is not Code.OVERLOADED and not facts.idempotent:
+                return None
+        limit = _INFINITY if facts.remaining_s is None else facts.remaining_s - self._reserve_s
+        for version in (attempt.release, *facts.fallbacks):
+            candidates = [v for v in self._candidates(facts.model, version) if v.target.name not in tried]
+            choice = self._chooser.pick(now, candidates, facts.size_bytes, limit) or self._chooser.pick_late(
+                now, candidates, facts.size_bytes, limit, panic=False
+            )
+            if choice is not None:
+                if not refused and not self._retries.spend(now):
+                    return None
+                return Send(choice.version.target.name, version, None, (), "retry", version != attempt.release)
+        return None
+
+    # Inside ----------------------------------------------------------------------------------------------------------
+
+    def _refresh(self, now: float) -> None:
+        elapsed = 0.0 if self._refreshed_at is None else now - self._refreshed_at
+        self._refreshed_at = now
+        self._fleet.refresh(now, elapsed)
+
+    def _candidates(self, model: str, version: str) -> Sequence[VersionState]:
+        index = self._fleet.models.get(model)
+        return index.versions.get(version, ()) if index is not None else ()
+
+    def _keeps_state(self, facts: RequestFacts, version: VersionState) -> bool:
+        return facts.stateful or version.stateful
+
+    def _send(self, facts: RequestFacts, choice: Choice, limit: float, reason: str, *, missed: bool) -> Send:
+        second = choice.second
+        version = choice.version
+        if second is None:
+            return Send(version.target.name, version.version, None, (), reason, missed)
+        delay: float | None = None
+        if facts.idempotent and not version.stateful and not facts.stateful:
+            delay = hedge_delay_s(choice.t95_s, choice.second_t95_s, limit, minimum_s=self._delay_min_s)
+        return Send(version.target.name, version.version, delay, (second.target.name,), reason, missed)
+
+    def _bound(
+        self, now: float, facts: RequestFacts, versions: dict[str, list[VersionState]], limit: float
+    ) -> Decision | None:
+        """A known sequence goes to the target that holds its state, as the version that it began with."""
+        binding = self._sequences.get(facts.tenant, facts.model, facts.sequence)
+        if binding is None or (facts.pinned and facts.version != binding[1]):
+            return None
+        name, release = binding
+        held = [v for v in versions.get(release, ()) if v.target.name == name]
+        if not held or held[0].obstacle(now)[0] in ("gone", "draining", "connection_lost", "not_resident"):
+            return None
+        choice = self._chooser.pick_late(now, held, facts.size_bytes, limit, panic=True)
+        if choice is None or choice.wait_s > self._wait_max_s:
+            return refuse.nothing_feasible(now, held, facts.size_bytes, limit, facts.remaining_s)
+        return Send(name, release, None, (), "sequence")
+
+    def _second_best(
+        self, now: float, facts: RequestFacts, versions: dict[str, list[VersionState]], version: str, limit: float
+    ) -> Decision:
+        """No candidate fits with its 95th percentile: another version, then the median, then a refusal."""
+        wanted = [(version, False), *((fallback, True) for fallback in facts.fallbacks if fallback != version)]
+        for name, missed in wanted[1:]:
+            choice = self._chooser.pick(now, versions.get(name, ()), facts.size_bytes, limit)
+            if choice is not None and choice.wait_s <= self._wait_max_s:
+                return self._send(facts, choice, limit, "fallback", missed=missed)
+        if facts.priority < _LOW_PRIORITY:
+            for panic in (False, True):
+                for name, missed in wanted:
+                    held = versions.get(name, ())
+                    choice = self._chooser.pick_late(now, held, facts.size_bytes, limit, panic=panic)
+                    if choice is not None and choice.wait_s <= self._wait_max_s:
+                        return Send(choice.version.target.name, name, None, (), "panic" if panic else "late", missed)
+        every = [v for name, _ in wanted for v in versions.get(name, ())]
+        if not every:
+            return refuse.unknown_version(facts.model, version, self._fleet.models[facts.model])
+        return refuse.nothing_feasible(now, every, facts.size_bytes, limit, facts.remaining_s)
+
+    def _explain(
+        self, now: float, facts: RequestFacts, decision: Decision, versions: dict[str, list[VersionState]], limit: float
+    ) -> Decision:
+        names = dict.fromkeys((facts.version or self.newest(facts.model), *facts.fallbacks))
+        chosen = (decision.target, decision.version) if isinstance(decision, Send) else ("", "")
+        terms: tuple[Terms, ...] = tuple(
+            judge(now, v, facts.size_bytes, limit, chosen[0] if v.version == chosen[1] else "")
+            for name in names
+            for v in versions.get(name, ())
+        )
+        if isinstance(decision, Send):
+            return Send(
+                decision.target, decision.version, decision.hedge_after_s, decision.alternatives, decision.reason,
+                decision.missed, terms,
+            )  # fmt: skip
+        return Reject(decision.code, decision.message, decision.retry_after_ms, decision.reason, terms)
+
+    def _learn(self, now: float, attempt: Attempt, outcome: Outcome) -> None:
+        version = attempt.version
+        target = version.target
+        code = outcome.code
+        latency = max(0.0, now - attempt.sent_at)
+        if code is Code.CANCELLED:
+            if attempt.passed_delay:
+                # The loser of a hedge took at least this long; without it a slow target would never look slow.
+                version.window.add(now, max(0.0, latency - target.rtt_s))
+            return
+        if code not in FAULTS:
+            target.breaker.succeed()
+            version.breaker.succeed()
+        if code is None:
+            version.observe(now, latency, outcome.served, attempt.size_bytes, attempt.load_at_send)
+        elif code is Code.OVERLOADED:
+            wait_ms = _PUSHBACK_DEFAULT_MS if outcome.retry_after_ms is None else outcome.retry_after_ms
+            target.pushed_back_until = now + min(float(wait_ms), self.config.pushback_ms_max) / 1e3
+            self._fleet.settle(now, target)
+        elif code in _MISPLACED:
+            version.unserved_until = now + _MISPLACED_S
+        elif code is Code.UNAVAILABLE and target.tier != "local":
+            version.observe_fault()
+            self.on_connection_lost(now, target.name)
+        elif code is Code.UNAVAILABLE or code is Code.INTERNAL or (code is Code.DEADLINE and latency > version.base95):
+            version.observe_fault()
+            version.breaker.fail(now)
+        if version.breaker.state != "closed" or attempt.trials:
+            self._fleet.settle(now, target)
