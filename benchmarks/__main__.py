@@ -6,7 +6,7 @@ Exits 1 if a row that has a target misses it or was not measured.
 from __future__ import annotations
 
 import argparse
-import datetime
+import datetime as dt
 import importlib
 import importlib.metadata
 import json
@@ -20,7 +20,18 @@ from benchmarks.rows import Row
 
 HERE = Path(__file__).parent
 NAMES = ("echo", "serving", "router", "policy", "coldstart", "footprint")
-PACKAGES = ("nearcast", "ngh2", "grpcio", "uvloop", "numpy", "onnxruntime", "ai-edge-litert", "protobuf", "paho-mqtt", "tuf")
+PACKAGES = (
+    "nearcast",
+    "ngh2",
+    "grpcio",
+    "uvloop",
+    "numpy",
+    "onnxruntime",
+    "ai-edge-litert",
+    "protobuf",
+    "paho-mqtt",
+    "tuf",
+)
 
 
 def main() -> int:
@@ -53,9 +64,10 @@ def judge(rows: list[Row], targets: dict[str, dict[str, Any]]) -> list[dict[str,
         target = targets.get(row.name)
         entry = {"name": row.name, "value": row.value, "unit": row.unit, "target": "", "ok": None, "note": row.note}
         if target is not None:
-            at_least, at_most = target.get("at_least"), target.get("at_most")
-            entry["target"] = f"≥ {at_least:g}" if at_least is not None else f"≤ {at_most:g}"
-            entry["ok"] = row.value >= at_least if at_least is not None else row.value <= at_most
+            if "at_least" in target:
+                entry |= {"target": f"≥ {target['at_least']:g}", "ok": row.value >= target["at_least"]}
+            else:
+                entry |= {"target": f"≤ {target['at_most']:g}", "ok": row.value <= target["at_most"]}
         result.append(entry)
     measured = {row.name for row in rows}
     result += [
@@ -77,7 +89,11 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 def machine() -> dict[str, Any]:
     """Where the figures come from."""
     model = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.machine(),
     )
     versions = {}
@@ -93,7 +109,7 @@ def keep(rows: list[dict[str, Any]], names: list[str], *, quick: bool) -> None:
     """Write the result beside the others: one file a run, named by what ran."""
     folder = HERE / "results"
     folder.mkdir(exist_ok=True)
-    taken = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    taken = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
     kind = "quick" if quick else "full"
     document = {"taken": taken, "kind": kind, "machine": machine(), "rows": rows}
     (folder / f"{'-'.join(names)}.{kind}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")

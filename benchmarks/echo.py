@@ -26,8 +26,12 @@ def run(*, quick: bool) -> list[Row]:
             with serve("benchmarks.echo_server", kind) as ready:
                 check(ready["address"])
                 guess = 30_000 if kind == "ngh2" else 4_000
-                burst = load_h2(ready["address"], PATH, MESSAGE, requests=int(guess * seconds), connections=4, streams=16)
-                single = load_h2(ready["address"], PATH, MESSAGE, requests=int(guess / 8 * seconds), connections=1, streams=1)
+                burst = load_h2(
+                    ready["address"], PATH, MESSAGE, requests=int(guess * seconds), connections=4, streams=16
+                )
+                single = load_h2(
+                    ready["address"], PATH, MESSAGE, requests=int(guess / 8 * seconds), connections=1, streams=1
+                )
                 if burst.failed or single.failed:
                     raise RuntimeError(f"{kind}: {burst.failed + single.failed} requests failed")
                 rates[kind].append(burst.requests_per_s)

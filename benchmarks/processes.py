@@ -58,7 +58,14 @@ def has_h2load() -> bool:
 
 
 def load_h2(
-    address: str, path: str, message: bytes, *, requests: int, connections: int, streams: int, headers: Mapping[str, str] | None = None
+    address: str,
+    path: str,
+    message: bytes,
+    *,
+    requests: int,
+    connections: int,
+    streams: int,
+    headers: Mapping[str, str] | None = None,
 ) -> Load:
     """Send `requests` gRPC messages with h2load and read its summary.
 
@@ -68,10 +75,23 @@ def load_h2(
     with tempfile.NamedTemporaryFile() as body:
         body.write(b"\0" + len(message).to_bytes(4, "big") + message)
         body.flush()
-        command = ["taskset", "-c", str(LOAD_CPU), "h2load", f"-n{requests}", f"-c{connections}", f"-m{streams}", "-t1", "-d", body.name]
+        command = [
+            "taskset",
+            "-c",
+            str(LOAD_CPU),
+            "h2load",
+            f"-n{requests}",
+            f"-c{connections}",
+            f"-m{streams}",
+            "-t1",
+            "-d",
+            body.name,
+        ]
         for name, value in {"content-type": "application/grpc", "te": "trailers", **(headers or {})}.items():
             command += ["-H", f"{name}: {value}"]
-        result = subprocess.run([*command, f"http://{address}{path}"], capture_output=True, text=True, check=False, timeout=300)
+        result = subprocess.run(
+            [*command, f"http://{address}{path}"], capture_output=True, text=True, check=False, timeout=300
+        )
     out = result.stdout
     rate = re.search(r"finished in [^,]+, ([\d.]+) req/s", out)
     counts = re.search(r"(\d+) succeeded, (\d+) failed, (\d+) errored", out)

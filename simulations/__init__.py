@@ -1,1 +1,1 @@
-"""Virtual time for the live routing code: the same `router.policy` objects, driven by an event heap instead of sockets."""
+"""Virtual time for the live routing code: `router.policy` driven by an event heap instead of sockets."""

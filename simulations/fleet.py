@@ -16,7 +16,7 @@ QUEUE_MAX = 2_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSpec:
-    """What a simulated node is. `rtt_s` is there and back between router and node; `service_s` the median of one run."""
+    """What a simulated node is. `rtt_s` is there and back from the router; `service_s` is the median of one run."""
 
     name: str
     tier: Tier
@@ -47,6 +47,7 @@ class Node:
         self._busy = 0
         self._waiting = 0
         self._service_s = spec.service_s
+        self._random = world.stream(f"service/{spec.name}")
 
     @property
     def in_flight(self) -> int:
@@ -98,7 +99,7 @@ class Node:
         )
 
     def _draw_service_s(self) -> float:
-        random = self._world.random
+        random = self._random
         service_s = self.spec.service_s * random.lognormvariate(0.0, 0.15) * self.slowdown
         if self.spec.stall_share and random.random() < self.spec.stall_share:
             service_s += self.spec.stall_s
@@ -115,5 +116,9 @@ class Node:
             service_p95_us=self._service_s * 1.5e6,
         )
         return NodeReport(
-            node=self.spec.name, role=self.spec.tier, slots=self.spec.slots, in_flight=self.in_flight, versions=(version,)
+            node=self.spec.name,
+            role=self.spec.tier,
+            slots=self.spec.slots,
+            in_flight=self.in_flight,
+            versions=(version,),
         )

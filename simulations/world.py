@@ -15,14 +15,18 @@ EVENTS_MAX = 50_000_000
 
 
 class World:
-    """Virtual time in seconds, one seeded generator, and a running hash of everything that was recorded."""
+    """Virtual time in seconds, seeded generators, and a running hash of everything that was recorded."""
 
     def __init__(self, seed: int) -> None:
         self.now = 0.0
-        self.random = Random(seed)
+        self._seed = seed
         self._heap: list[tuple[float, int, Action]] = []
         self._count = 0
         self._trace = hashlib.sha256()
+
+    def stream(self, name: str) -> Random:
+        """A generator of its own for one purpose: runs of two policies see the same arrivals and faults."""
+        return Random(f"{self._seed}/{name}")
 
     def at(self, time_s: float, action: Action) -> None:
         """Run `action` at the virtual instant `time_s`; equal instants run in the order they were scheduled.

@@ -1,8 +1,8 @@
 """Train the digits models of the demo on scikit-learn's digits and write them next to this file.
 
 `python nearcast/cli/demo/models/digits/train.py` needs the development install (scikit-learn, onnx). The same versions
-give the same bytes. Written: `digits-1.onnx` and `digits-2.onnx` (int8, for the edge), `digits-large-1.onnx` (float32, for
-the cloud), and `samples.npz`: test images with labels, and one image on which releases 1 and 2 disagree.
+give the same bytes. Written: `digits-1.onnx` and `digits-2.onnx` (int8, for the edge), `digits-large-1.onnx` (float32,
+for the cloud), and `samples.npz`: test images with labels, and one image on which releases 1 and 2 disagree.
 """
 
 from __future__ import annotations
@@ -109,11 +109,18 @@ def main() -> None:
     one, two = answers["digits-1"], answers["digits-2"]
     differ = np.flatnonzero((one.argmax(1) != two.argmax(1)) & (one.max(1) > 0.5) & (two.max(1) > 0.5))
     best = differ[np.argmax(np.minimum(one[differ].max(1), two[differ].max(1)))]
-    print(f"test image {best}: release 1 says {one[best].argmax()}, release 2 says {two[best].argmax()}, label {test_y[best]}")
+    print(
+        f"test image {best}: release 1 says {one[best].argmax()}, "
+        f"release 2 says {two[best].argmax()}, label {test_y[best]}"
+    )
     clear = np.flatnonzero((one.argmax(1) == test_y) & (two.argmax(1) == test_y) & (one.max(1) > 0.9))
     chosen = [int(clear[test_y[clear] == digit][0]) for digit in range(10)]
     np.savez_compressed(
-        HERE / "samples.npz", images=batch[chosen], labels=test_y[chosen], disputed=batch[best], disputed_label=test_y[best]
+        HERE / "samples.npz",
+        images=batch[chosen],
+        labels=test_y[chosen],
+        disputed=batch[best],
+        disputed_label=test_y[best],
     )
 
 
