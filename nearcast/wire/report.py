@@ -70,8 +70,8 @@ def encode_report(report: NodeReport) -> bytes:
 def decode_report(body: bytes) -> NodeReport:
     """A report from a peer, every value clamped.
 
-    Not-a-number counts as the worst value, an unknown residency as cold and an unknown statefulness as hidden; p95 is never
-    below p50; a node has at least one slot; of two entries for one version the first counts.
+    Not-a-number counts as the worst value, an unknown residency as cold and an unknown statefulness as hidden; p95 is
+    never below p50; a node has at least one slot; of two entries for one version the first counts.
 
     Raises:
         MeshError: INTERNAL if the bytes are no report or larger than `size_bytes_max`.

@@ -76,6 +76,17 @@ class TensorResponse(InferResponse):
         self._pieces: tuple[bytes, ...] | None = None
         self._encoded: bytes | None = None
 
+    def with_id(self, id: str) -> TensorResponse:  # noqa: A002 - the protocol's word
+        """The same answer to a request of another id; the arrays are shared."""
+        return TensorResponse(
+            model=self.model,
+            version=self.version,
+            outputs=self._outputs,
+            id=id,
+            parameters=self.parameters,
+            served=self.served,
+        )
+
     def decode(self) -> Tensors:
         return self._outputs
 

@@ -1,0 +1,121 @@
+"""Another node, or any server of the protocol, as an `InferenceHandler`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+
+from google.protobuf.message import DecodeError
+
+from nearcast.errors import Code, MeshError
+from nearcast.handler import InferRequest, InferResponse, ModelMetadata, RequestContext
+from nearcast.load import NodeReport
+from nearcast.transport.mesh import REPORT
+from nearcast.transport.oip import MODEL_INFER, MODEL_METADATA, MODEL_READY, SERVER_READY, decode_metadata
+from nearcast.transport.seam import Channel, Metadata
+from nearcast.wire import status
+from nearcast.wire.report import decode_report
+from nearcast.wire.request import request_pieces
+from nearcast.wire.response import WireResponse
+from nearcast.wire.v1 import oip_pb2 as pb
+
+
+class RemoteNode:
+    """A server behind a channel.
+
+    Requests go out as they came in, bytes untouched. `nc-hop`, `nc-version` and `nc-tenant` are said only for a
+    forwarded context (`RequestContext.forward`): the peer believes them on its mesh listener alone.
+    """
+
+    def __init__(self, channel: Channel, name: str = "") -> None:
+        self.name = name
+        self._channel = channel
+
+    async def infer(self, request: InferRequest, context: RequestContext) -> InferResponse:
+        """Send the request and wait for the answer.
+
+        Raises:
+            CallError: the peer's error, or the channel's; `sent` says whether the model may have run.
+            MeshError: INTERNAL if the answer is malformed, INVALID_REQUEST if a value cannot travel.
+        """
+        reply = await self._channel.unary(
+            MODEL_INFER, request_pieces(request), metadata=_metadata(context), deadline=context.deadline
+        )
+        served = status.served_from_trailers(reply.trailers)
+        if not served.node:
+            served = replace(served, node=self.name)
+        return WireResponse(_whole(reply.body), served)
+
+    async def stream(
+        self, requests: AsyncIterator[InferRequest], context: RequestContext
+    ) -> AsyncIterator[InferResponse]:
+        """Answer a stream of requests, in order, one after the other.
+
+        Raises:
+            CallError: of the first request that fails.
+        """
+        async for request in requests:
+            yield await self.infer(request, context)
+
+    async def report(self, *, deadline: float | None = None) -> NodeReport:
+        """What the node says about itself, clamped.
+
+        Raises:
+            CallError: if the node cannot be asked.
+            MeshError: INTERNAL if the report is malformed.
+        """
+        reply = await self._channel.unary(REPORT, (b"",), deadline=deadline)
+        return decode_report(_whole(reply.body))
+
+    async def metadata(self, model: str, version: str = "", *, deadline: float | None = None) -> ModelMetadata:
+        """Tensors and versions of a model.
+
+        Raises:
+            CallError: the peer's error, such as MODEL_NOT_FOUND.
+            MeshError: INTERNAL if the answer is malformed.
+        """
+        body = pb.ModelMetadataRequest(name=model, version=version).SerializeToString()
+        reply = await self._channel.unary(MODEL_METADATA, (body,), deadline=deadline)
+        return decode_metadata(_whole(reply.body))
+
+    async def is_ready(self, model: str = "", version: str = "", *, deadline: float | None = None) -> bool:
+        """Whether the model ("" = the server) answers requests now.
+
+        Raises:
+            CallError: if the node cannot be asked.
+        """
+        try:
+            if not model:
+                reply = await self._channel.unary(SERVER_READY, (b"",), deadline=deadline)
+                return pb.ServerReadyResponse.FromString(_whole(reply.body)).ready
+            body = pb.ModelReadyRequest(name=model, version=version).SerializeToString()
+            reply = await self._channel.unary(MODEL_READY, (body,), deadline=deadline)
+            return pb.ModelReadyResponse.FromString(_whole(reply.body)).ready
+        except DecodeError as error:
+            raise MeshError(Code.INTERNAL, "The peer's readiness is malformed.") from error
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._channel.close()
+
+
+def _metadata(context: RequestContext) -> Metadata:
+    out: list[tuple[str, str]] = []
+    if context.forwarded:
+        out.append((status.HOP, "1"))
+        _add(out, status.VERSION, context.version)
+        _add(out, status.TENANT, context.tenant)
+    if context.priority:
+        out.append((status.PRIORITY, str(context.priority)))
+    _add(out, status.IDEMPOTENCY_KEY, context.idempotency_key)
+    _add(out, status.TRACE, context.trace)
+    return out
+
+
+def _add(out: list[tuple[str, str]], name: str, value: str) -> None:
+    if value:
+        out.append((name, status.require_metadata_value(name, value)))
+
+
+def _whole(body: Sequence[bytes]) -> bytes:
+    return body[0] if len(body) == 1 else b"".join(body)
