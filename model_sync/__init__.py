@@ -1,0 +1,1 @@
+"""Signed model distribution: repository and controller, rollouts, and the agent beside each node."""

@@ -1,0 +1,8 @@
+"""`python -m model_sync`: the sync process."""
+
+import sys
+
+from model_sync.app import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""The sync process: holder of the online key and of the mesh's authority, one HTTPS listener."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import errno
+import fcntl
+import os
+import ssl
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from aiohttp import web
+
+from model_sync.config import SyncConfig
+from model_sync.controller import Controller
+from model_sync.durable import write_file
+from model_sync.enrolment_authority import EnrolmentAuthority
+from model_sync.keys import ENROLMENT_FILE, ONLINE_KEY, SYNC_NAME, default_home, load_key, write_identity
+from model_sync.repository import Repository
+from nearcast import runtime, telemetry
+from nearcast.config import load_config
+from nearcast.errors import Code, MeshError
+from nearcast.identity import CertificateAuthority, Identity, load_identity, reload_certificate, server_tls
+from nearcast.runtime import Shutdown, announce, format_address, is_loopback, listen_error, parse_address
+
+_log = telemetry.get_logger("model_sync.app")
+
+
+def run_sync(config: SyncConfig) -> int:
+    """Run the sync process to its end; answers its exit code."""
+    return runtime.run(lambda shutdown: serve(config, shutdown), drain_s=config.drain_s + 1.0)
+
+
+async def serve(config: SyncConfig, shutdown: Shutdown) -> int:
+    """Serve the control API until the shutdown is requested.
+
+    Raises:
+        MeshError: if the keys are missing, another process serves the same home, or the address is taken.
+    """
+    home = Path(config.home) if config.home else default_home() / "sync"
+    telemetered = telemetry.start("sync", config.telemetry)
+    with lock_home(home):
+        authority = CertificateAuthority.load(home / "ca")
+        enrolment = EnrolmentAuthority(
+            home / ENROLMENT_FILE,
+            lifetime_s=config.certificate_lifetime_s,
+            invites_max=config.limits.invites_max,
+            invite_ttl_s_max=config.limits.invite_ttl_s_max,
+        )
+        controller = Controller(
+            Repository(home / "repository", load_key(home / ONLINE_KEY)),
+            enrolment,
+            authority,
+            CertificateAuthority.load(home / "device-ca"),
+            limits=config.limits,
+        )
+        tls = server_tls(fresh_identity(home, authority), require_client=False, alpn=("http/1.1",))
+        runner = web.AppRunner(controller.application(), access_log=None, shutdown_timeout=config.drain_s)
+        try:
+            await controller.refresh()
+            await runner.setup()
+            controller.url = await listen(runner, config, home, tls)
+            addresses = {"control": controller.url}
+            if config.metrics:
+                addresses["metrics"] = await telemetered.serve_metrics(config.metrics)
+            write_control(home, controller.url)
+            announce("sync", **addresses)
+            await _keep_fresh(controller, home, authority, tls, config.refresh_s, shutdown)
+        finally:
+            controller.hint.close()
+            await runner.cleanup()
+            await telemetered.close()
+            enrolment.close()
+    return 0
+
+
+@contextlib.contextmanager
+def lock_home(home: Path) -> Iterator[None]:
+    """Hold the folder for this process alone; the lock ends with the process, however it ends.
+
+    Raises:
+        MeshError: UNAVAILABLE if there are no keys, CONFLICT if another process serves this home.
+    """
+    if not (home / ONLINE_KEY).exists():
+        raise MeshError(Code.UNAVAILABLE, f"{home} holds no keys of a sync process; make them: nearcast keys init.")
+    descriptor = os.open(home / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise MeshError(Code.CONFLICT, f"Another sync process already serves {home}.") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def fresh_identity(home: Path, authority: CertificateAuthority) -> Identity:
+    """The process's own identity, made anew once two thirds of its life are over: the authority is at hand."""
+    folder = home / "identity"
+    try:
+        identity = load_identity(folder)
+        if identity.validity().starts_at <= time.time() < identity.validity().renew_at:
+            return identity
+    except MeshError:
+        _log.warning("identity_unreadable")
+    write_identity(folder, authority, SYNC_NAME, "sync")
+    return load_identity(folder)
+
+
+async def listen(runner: web.AppRunner, config: SyncConfig, home: Path, tls: ssl.SSLContext) -> str:
+    """Open the listener; answers the URL that nodes are told."""
+    host, port = parse_address(config.address)
+    ports = [port] if port else [*_last_port(home, host), 0]
+    for attempt in ports:
+        try:
+            await web.TCPSite(runner, host, attempt, ssl_context=tls).start()
+            break
+        except OSError as error:
+            if attempt == ports[-1] or error.errno != errno.EADDRINUSE:
+                raise listen_error(error, config.address) from error
+    address = config.public_address or format_address(*runner.addresses[0][:2])
+    if not config.public_address and host in ("0.0.0.0", "::"):  # noqa: S104 (a comparison, nothing is bound)
+        raise MeshError(
+            Code.INVALID_REQUEST, f"Nodes cannot reach {config.address}; set public_address to what they can reach."
+        )
+    return f"https://{address}"
+
+
+def _last_port(home: Path, host: str) -> list[int]:
+    """The port of the last run. Nodes remember it, so a restarted process should come back to it."""
+    try:
+        address = parse_address((home / "control").read_text().strip().removeprefix("https://"))
+    except (OSError, MeshError):
+        return []
+    return [address.port] if address.host == host and is_loopback(host) else []
+
+
+def write_control(home: Path, url: str) -> None:
+    """Leave the address where operators on this machine look for it."""
+    write_file(home / "control", url.encode() + b"\n")
+    operator = home.parent / "operator"
+    if operator.is_dir() and os.access(operator, os.W_OK):
+        write_file(operator / "control", url.encode() + b"\n")
+
+
+async def _keep_fresh(
+    controller: Controller,
+    home: Path,
+    authority: CertificateAuthority,
+    tls: ssl.SSLContext,
+    refresh_s: float,
+    shutdown: Shutdown,
+) -> None:
+    while not shutdown.requested:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(refresh_s):
+                await shutdown.wait()
+        if shutdown.requested:
+            return
+        try:
+            await controller.refresh()
+            reload_certificate(tls, fresh_identity(home, authority))
+        except (OSError, MeshError):
+            # A full disk must not end the process: what is signed still holds, and the next round tries again.
+            _log.exception("refresh_failed")
+
+
+def load_sync_config(
+    path: Path | None, overrides: Sequence[str], *, home: Path | None = None, environ: Mapping[str, str] | None = None
+) -> SyncConfig:
+    """The layered configuration; `home` (an option of the command) is stronger than all of it."""
+    environ = os.environ if environ is None else environ
+    # NEARCAST_HOME is the operator's folder, not a setting of this process.
+    settings = {key: value for key, value in environ.items() if key != "NEARCAST_HOME"}
+    chosen = [*overrides, *([f"home={home}"] if home else [])]
+    return load_config(SyncConfig, path=path, environ=settings, overrides=chosen).value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m model_sync`."""
+    parser = argparse.ArgumentParser(prog="python -m model_sync", description="Run the sync process.")
+    parser.add_argument("--home", type=Path, help="folder with the keys of the sync process")
+    parser.add_argument("--config", type=Path, help="TOML file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
+    chosen = parser.parse_args(arguments)
+    return run_sync(load_sync_config(chosen.config, chosen.set, home=chosen.home))

@@ -1,0 +1,237 @@
+"""Bundles: a folder with `manifest.json` and the files that it names. No archive, no code, the same bytes every time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from model_sync.golden import GOLDEN_FILE, VECTORS_MAX, pack_vectors, read_vectors
+from nearcast.errors import Code, MeshError
+from nearcast.store.manifest import (
+    CHUNK_SIZE_BYTES,
+    MANIFEST_SIZE_BYTES_MAX,
+    File,
+    FileName,
+    Manifest,
+    ModelName,
+    Release,
+    Tensor,
+    decode_manifest,
+)
+
+MANIFEST_FILE = "manifest.json"
+GATE_TIMEOUT_S = 180.0
+"""How long a bundle may take to load and answer its golden vectors on the publisher's machine."""
+SUFFIXES = {"onnxruntime": (".onnx", ".ort"), "litert": (".tflite",)}
+"""Formats that hold no code, by engine."""
+
+
+class BundleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What an author writes (`spec.toml`) to make a bundle; sizes and digests are computed.
+
+    Attributes:
+        files: further files beside `model_file`, such as external weights.
+        golden: `.npz` files, one vector each (arrays `in_<name>`, `out_<name>`), or `.json` files with a list of
+            `{"inputs": {name: nested lists}, "outputs": {...}}`. Outputs that are left out are computed by the engine.
+        atol: how far an answer may be from a golden output.
+    """
+
+    name: ModelName
+    release: Release
+    semver: str
+    engine: Literal["onnxruntime", "litert"]
+    model_file: FileName
+    licence: Annotated[str, msgspec.Meta(min_length=1)]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    files: tuple[FileName, ...] = ()
+    stateful: Literal["none", "explicit", "hidden"] = "none"
+    variant: str = "default"
+    quality: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    latency_budget_ms: Annotated[float, msgspec.Meta(gt=0)] = 1000.0
+    golden: Annotated[tuple[str, ...], msgspec.Meta(max_length=VECTORS_MAX)] = ()
+    atol: Annotated[float, msgspec.Meta(ge=0)] = 1e-4
+    rollback_ok: tuple[Release, ...] = ()
+    labels: tuple[str, ...] = ()
+    description: str = ""
+    properties: dict[str, str] = {}
+
+
+def read_spec(path: Path) -> BundleSpec:
+    """Read a `spec.toml`.
+
+    Raises:
+        MeshError: INVALID_REQUEST naming what does not fit.
+    """
+    try:
+        return msgspec.convert(tomllib.loads(path.read_text()), BundleSpec)
+    except OSError as error:
+        raise MeshError(Code.INVALID_REQUEST, f"The specification {path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
+        raise MeshError(Code.INVALID_REQUEST, f"The specification {path} does not fit: {error}.") from error
+
+
+def create_bundle(spec: BundleSpec, source: Path, out: Path) -> Manifest:
+    """Make a bundle folder.
+
+    Args:
+        spec: what to make.
+        source: folder that holds the files which `spec` names.
+        out: the new folder; missing or empty. It appears only once it is whole.
+
+    Raises:
+        MeshError: CONFLICT if `out` holds something, INVALID_REQUEST if files are missing or do not fit, UNTRUSTED if the
+            model cannot be loaded as specified.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MeshError(Code.CONFLICT, f"{out} exists already; choose a new folder.")
+    if not spec.model_file.endswith(SUFFIXES[spec.engine]):
+        raise MeshError(
+            Code.INVALID_REQUEST, f"{spec.engine} opens {' or '.join(SUFFIXES[spec.engine])}, not {spec.model_file}."
+        )
+    names = [spec.model_file, *spec.files]
+    if len({*names, GOLDEN_FILE, MANIFEST_FILE}) != len(names) + 2:
+        raise MeshError(
+            Code.INVALID_REQUEST,
+            f"A file is named twice, or like {GOLDEN_FILE} or {MANIFEST_FILE}, which are made here.",
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        manifest = _fill(draft, spec, source, names)
+        draft.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        draft.rename(out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return manifest
+
+
+def _fill(draft: Path, spec: BundleSpec, source: Path, names: list[str]) -> Manifest:
+    for name in names:
+        try:
+            shutil.copyfile(source / name, draft / name)
+        except OSError as error:
+            raise MeshError(Code.INVALID_REQUEST, f"The file {name} cannot be read from {source}.") from error
+    manifest = Manifest(
+        name=spec.name,
+        release=spec.release,
+        semver=spec.semver,
+        engine=spec.engine,
+        model_file=spec.model_file,
+        files=tuple(describe_file(draft / name) for name in names),
+        inputs=spec.inputs,
+        outputs=spec.outputs,
+        stateful=spec.stateful,
+        variant=spec.variant,
+        quality=spec.quality,
+        latency_budget_ms=spec.latency_budget_ms,
+        rollback_ok=spec.rollback_ok,
+        labels=spec.labels,
+        licence=spec.licence,
+        description=spec.description,
+        properties=dict(sorted(spec.properties.items())),
+    )
+    vectors = read_vectors(source, spec.golden, spec.inputs, spec.outputs)
+    if vectors:
+        golden = pack_vectors(vectors, manifest, draft, spec.atol)
+        files = (*manifest.files, describe_file(draft / GOLDEN_FILE))
+        manifest = msgspec.structs.replace(manifest, golden=golden, files=files)
+    data = manifest.encode()
+    decode_manifest(data)
+    (draft / MANIFEST_FILE).write_bytes(data)
+    return manifest
+
+
+def describe_file(path: Path) -> File:
+    """A file's size, digest and the digests of its 256 KiB chunks."""
+    whole, chunks, size_bytes = hashlib.sha256(), [], 0
+    with path.open("rb") as file:
+        while piece := file.read(CHUNK_SIZE_BYTES):
+            whole.update(piece)
+            chunks.append(hashlib.sha256(piece).hexdigest())
+            size_bytes += len(piece)
+    return File(path=path.name, size_bytes=size_bytes, sha256=whole.hexdigest(), chunks=tuple(chunks))
+
+
+def read_bundle(folder: Path) -> tuple[Manifest, bytes]:
+    """The manifest of a bundle and its exact bytes.
+
+    Raises:
+        MeshError: INVALID_REQUEST if there is none, UNTRUSTED if it is malformed.
+    """
+    try:
+        with (folder / MANIFEST_FILE).open("rb") as file:
+            data = file.read(MANIFEST_SIZE_BYTES_MAX + 1)
+    except OSError as error:
+        raise MeshError(
+            Code.INVALID_REQUEST, f"{folder} is no bundle: it has no {MANIFEST_FILE}. Make one: nearcast bundle create."
+        ) from error
+    return decode_manifest(data), data
+
+
+def verify_bundle(folder: Path) -> Manifest:
+    """Check that a bundle holds exactly what its manifest says.
+
+    Raises:
+        MeshError: UNTRUSTED naming the file that is missing, too much, or has other bytes.
+    """
+    manifest, _ = read_bundle(folder)
+    named = {entry.path for entry in manifest.files} | {MANIFEST_FILE}
+    found = {path.name for path in folder.iterdir()}
+    if extra := sorted(found - named):
+        raise MeshError(Code.UNTRUSTED, f"The bundle holds files that its manifest does not name: {', '.join(extra)}.")
+    if missing := sorted(named - found):
+        raise MeshError(Code.UNTRUSTED, f"The bundle lacks files that its manifest names: {', '.join(missing)}.")
+    for entry in manifest.files:
+        path = folder / entry.path
+        if path.is_symlink() or not path.is_file() or describe_file(path) != entry:
+            raise MeshError(
+                Code.UNTRUSTED, f"The file {entry.path} has other bytes than its manifest says; make the bundle again."
+            )
+    if not manifest.model_file.endswith(SUFFIXES[manifest.engine]):
+        raise MeshError(Code.UNTRUSTED, f"{manifest.model_file} is no format that {manifest.engine} opens.")
+    return manifest
+
+
+def run_gate(folder: Path) -> dict[str, object]:
+    """Load a verified bundle in a child process and run its golden vectors; answers what the child measured.
+
+    Raises:
+        MeshError: UNTRUSTED if the model does not load, crashes, is too slow or answers otherwise than it must.
+    """
+    try:
+        child = subprocess.run(
+            [sys.executable, "-m", "nearcast.serving.gate", str(folder)],
+            capture_output=True,
+            timeout=GATE_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise MeshError(Code.UNTRUSTED, f"The model did not pass its gate within {GATE_TIMEOUT_S:.0f} s.") from error
+    said = _last_json(child.stdout)
+    if child.returncode != 0:
+        reason = said.get("error") or child.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise MeshError(Code.UNTRUSTED, f"The model does not pass its gate: {reason or f'exit {child.returncode}'}")
+    return said
+
+
+def _last_json(output: bytes) -> dict[str, object]:
+    for line in reversed(output.decode(errors="replace").splitlines() or [""]):
+        try:
+            said = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(said, dict):
+            return said
+    return {}

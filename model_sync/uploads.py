@@ -1,0 +1,89 @@
+"""Blobs on their way in: bounded, checked while they stream, visible only when whole and durable."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Protocol
+
+from model_sync.config import SyncLimits
+from model_sync.durable import move_file
+from model_sync.layout import blob_path
+from nearcast.errors import Code, MeshError
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+RETRY_AFTER_MS = 1_000
+
+
+class Content(Protocol):
+    """A request's body as it arrives."""
+
+    async def readany(self) -> bytes:
+        """The next bytes; empty at the end."""
+        ...
+
+
+class Uploads:
+    """Receives blobs into a repository folder."""
+
+    def __init__(self, folder: Path, limits: SyncLimits) -> None:
+        self._folder = folder
+        self._limits = limits
+        self._running = 0
+
+    async def receive(self, sha256: str, size_bytes: int | None, content: Content) -> None:
+        """Take one blob.
+
+        Raises:
+            MeshError: TOO_LARGE, OVERLOADED, DEADLINE if it stalls, UNTRUSTED if its bytes are not what its name says.
+        """
+        if not _SHA256.fullmatch(sha256):
+            raise MeshError(Code.INVALID_REQUEST, "A blob is named by its SHA-256, 64 hexadecimal digits.")
+        if size_bytes is not None and size_bytes > self._limits.blob_size_bytes_max:
+            raise self._too_large()
+        if self._running >= self._limits.uploads_max:
+            raise MeshError(Code.OVERLOADED, "Too many uploads at once; try again.", retry_after_ms=RETRY_AFTER_MS)
+        target = self._folder / blob_path(sha256)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{sha256}.{secrets.token_hex(6)}.tmp")
+        self._running += 1
+        try:
+            await self._store(temporary, sha256, content)
+            await asyncio.to_thread(move_file, temporary, target)
+        finally:
+            self._running -= 1
+            temporary.unlink(missing_ok=True)
+
+    async def _store(self, temporary: Path, sha256: str, content: Content) -> None:
+        digest, size_bytes = hashlib.sha256(), 0
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        with os.fdopen(descriptor, "wb") as file:
+            async for piece in self._pieces(content):
+                size_bytes += len(piece)
+                if size_bytes > self._limits.blob_size_bytes_max:
+                    raise self._too_large()
+                digest.update(piece)
+                file.write(piece)
+            file.flush()
+            await asyncio.to_thread(os.fsync, file.fileno())
+        if digest.hexdigest() != sha256:
+            raise MeshError(Code.UNTRUSTED, "The bytes of the blob do not have the digest that it is named by.")
+
+    async def _pieces(self, content: Content) -> AsyncIterator[bytes]:
+        while True:
+            try:
+                async with asyncio.timeout(self._limits.upload_stall_s):
+                    piece = await content.readany()
+            except TimeoutError as error:
+                raise MeshError(Code.DEADLINE, "The upload stalled; start it again.") from error
+            if not piece:
+                return
+            yield piece
+
+    def _too_large(self) -> MeshError:
+        return MeshError(Code.TOO_LARGE, f"The blob is larger than {self._limits.blob_size_bytes_max} bytes.")
