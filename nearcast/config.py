@@ -22,6 +22,8 @@ from nearcast.errors import Code, MeshError
 T = TypeVar("T", bound=msgspec.Struct)
 
 ENVIRONMENT_PREFIX = "NEARCAST_"
+ENVIRONMENT_RESERVED = frozenset({"NEARCAST_HOME"})
+"""Variables with our prefix that are no setting: the operator's own folder, which commands read."""
 FILE_SIZE_BYTES_MAX = 1024 * 1024
 DEFAULT_ORIGIN = "default"
 _STRUCTURES = (tuple, list, dict, set, frozenset, Mapping, msgspec.Struct)
@@ -132,7 +134,7 @@ def _from_table(type_: type[msgspec.Struct], table: Mapping[str, Any], place: st
 def _from_environment(type_: type[msgspec.Struct], environ: Mapping[str, str]) -> dict[str, _Setting]:
     settings: dict[str, _Setting] = {}
     for variable in sorted(environ):
-        if variable.startswith(ENVIRONMENT_PREFIX):
+        if variable.startswith(ENVIRONMENT_PREFIX) and variable not in ENVIRONMENT_RESERVED:
             dotted = variable.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
             origin = f"environment {variable}"
             _require_leaf(type_, dotted, origin)

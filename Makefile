@@ -1,0 +1,104 @@
+# Everything a contributor runs. `make help` lists it.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+# The first interpreter that is new enough; `make PYTHON=/path/to/python` overrides it.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python3.14; do \
+	if "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo "$$p"; break; fi; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+STUBS_VENV := .venv-stubs
+STUBS_OUT ?= .
+PROTOS := $(wildcard proto/nearcast/wire/v1/*.proto)
+STUBS := nearcast/wire/v1
+SOURCES := nearcast router edge_node cloud_core model_sync simulations benchmarks tests
+PIP := -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+$(BIN)/python:
+	@if [ -z "$(PYTHON)" ]; then echo "No Python 3.11 or newer found; install one or run 'make PYTHON=/path/to/python $(MAKECMDGOALS)'." >&2; exit 69; fi
+	@if ! "$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null; then \
+		echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 69; fi
+	"$(PYTHON)" -m venv $(VENV)
+
+# The stamps say which locks are installed. A development environment holds all that the demo needs.
+$(VENV)/.demo: constraints/demo.txt constraints/build.txt pyproject.toml | $(BIN)/python
+	@if [ -e $(VENV)/.dev ]; then $(MAKE) -s $(VENV)/.dev; else \
+		echo "installing from constraints/demo.txt (a minute or two)"; \
+		$(BIN)/python $(PIP) --require-hashes -r constraints/demo.txt; \
+		$(BIN)/python $(PIP) --require-hashes -r constraints/build.txt; \
+		$(BIN)/python $(PIP) --no-deps --no-build-isolation -e .; fi
+	@touch $@
+
+$(VENV)/.dev: constraints/dev.txt constraints/build.txt pyproject.toml | $(BIN)/python
+	@echo "installing from constraints/dev.txt (a minute or two)"
+	@$(BIN)/python $(PIP) --require-hashes -r constraints/dev.txt
+	@$(BIN)/python $(PIP) --require-hashes -r constraints/build.txt
+	@$(BIN)/python $(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(STUBS_VENV)/.stubs: constraints/stubs.txt | $(BIN)/python
+	@$(BIN)/python -m venv $(STUBS_VENV)
+	@$(STUBS_VENV)/bin/python $(PIP) --require-hashes -r constraints/stubs.txt
+	@touch $@
+
+.PHONY: install
+install: $(VENV)/.demo ## make .venv with everything that `make demo` needs
+
+.PHONY: install-dev
+install-dev: $(VENV)/.dev ## make .venv with the development tools too
+
+.PHONY: demo
+demo: install ## run the whole mesh here; ONCE=1: check it and exit
+	@$(BIN)/nearcast demo $(if $(ONCE),--once)
+
+.PHONY: stubs
+stubs: $(STUBS_VENV)/.stubs ## regenerate nearcast/wire/v1 from proto/
+	@mkdir -p $(STUBS_OUT)
+	@$(STUBS_VENV)/bin/python -m grpc_tools.protoc -I proto --python_out=$(STUBS_OUT) --pyi_out=$(STUBS_OUT) $(PROTOS)
+
+.PHONY: stubs-check
+stubs-check: $(STUBS_VENV)/.stubs ## fail if the committed stubs are not those of proto/
+	@out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; $(MAKE) stubs STUBS_OUT="$$out"; \
+	for file in "$$out"/$(STUBS)/* $(STUBS)/*_pb2*; do \
+		name=$${file##*/}; \
+		diff -u "$(STUBS)/$$name" "$$out/$(STUBS)/$$name" || { echo "stubs are stale: run 'make stubs' and commit" >&2; exit 1; }; \
+	done
+
+.PHONY: format
+format: install-dev ## format the sources
+	@$(BIN)/ruff format $(SOURCES)
+	@$(BIN)/ruff check --fix $(SOURCES)
+
+.PHONY: check
+check: install-dev ## format, lint, types, layers, stubs
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@$(MAKE) stubs-check
+	@echo "check: all fine"
+
+.PHONY: test
+test: install-dev ## run the tests; ARGS="-k name" narrows them
+	@$(BIN)/pytest $(ARGS)
+
+.PHONY: bench
+bench: install-dev ## measure everything and compare with the targets (minutes)
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+.PHONY: bench-quick
+bench-quick: install-dev ## the same in seconds, noisier
+	@$(BIN)/python -m benchmarks --quick $(ARGS)
+
+.PHONY: clean
+clean: ## remove environments and everything generated
+	rm -rf $(VENV) $(STUBS_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks *.egg-info
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

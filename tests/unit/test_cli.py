@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import nearcast
+from nearcast.cli import SUBCOMMANDS, Entry, LazyGroup, main
+from nearcast.errors import Code, MeshError
+from nearcast.runtime import ExitCode
+
+CLI_FOLDER = Path(nearcast.__file__).parent / "cli"
+
+
+def existing() -> list[str]:
+    return main.list_commands(click.Context(main))
+
+
+def test_every_command_module_is_in_the_table() -> None:
+    modules = {path.stem for path in CLI_FOLDER.glob("*.py")} | {
+        path.parent.name for path in CLI_FOLDER.glob("*/__init__.py")
+    }
+    assert {entry.module for entry in SUBCOMMANDS.values()} >= {
+        f"nearcast.cli.{name}" for name in modules if name != "__init__" and defines_command(name)
+    }
+
+
+def defines_command(name: str) -> bool:
+    path = CLI_FOLDER / f"{name}.py"
+    path = path if path.exists() else CLI_FOLDER / name / "__init__.py"
+    return "\ndef command(" in path.read_text() or "\ncommand = " in path.read_text()
+
+
+@pytest.mark.parametrize("name", existing())
+def test_every_command_explains_itself(name: str) -> None:
+    result = CliRunner().invoke(main, [name, "--help"])
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("Usage: ")
+
+
+def test_help_lists_what_exists_in_the_order_of_the_table() -> None:
+    result = CliRunner().invoke(main, ["--help"])
+    positions = [result.output.index(f"\n  {name} ") for name in existing()]
+    assert positions == sorted(positions)
+    assert "config" in existing()
+
+
+def test_a_command_whose_module_is_not_installed_does_not_exist() -> None:
+    group = LazyGroup(name="x", entries={"gone": Entry("nearcast.cli.gone_for_good", "Nothing.")})
+    assert group.list_commands(click.Context(group)) == []
+    result = CliRunner().invoke(group, ["gone"])
+    assert result.exit_code == 2
+    assert "No such command" in result.output
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code"), [(Code.UNAVAILABLE, ExitCode.UNAVAILABLE), (Code.UNTRUSTED, ExitCode.UNTRUSTED)]
+)
+def test_an_error_is_one_line_and_a_numbered_exit_code(
+    monkeypatch: pytest.MonkeyPatch, code: Code, exit_code: ExitCode
+) -> None:
+    @click.command()
+    def command() -> None:
+        raise MeshError(code, "The controller does not answer; start it.")
+
+    module = types.ModuleType("nearcast_cli_probe")
+    module.__file__ = __file__
+    module.command = command  # type: ignore[attr-defined]
+    module.__spec__ = types.SimpleNamespace(origin=__file__)  # type: ignore[assignment]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    group = LazyGroup(name="nearcast", entries={"probe": Entry(module.__name__, "Probe.")})
+    result = CliRunner().invoke(group, ["probe"])
+    assert result.stderr == "nearcast: The controller does not answer; start it.\n"
+    assert result.stdout == ""
+    assert result.exit_code == exit_code
+
+
+def test_version() -> None:
+    assert CliRunner().invoke(main, ["--version"]).output == f"nearcast, version {nearcast.__version__}\n"
+
+
+def test_config_show_tells_values_and_origins(tmp_path: Path) -> None:
+    path = tmp_path / "sync.toml"
+    path.write_text('[telemetry]\nlevel = "debug"\n')
+    arguments = ["config", "show", "--app", "sync", "--config", str(path), "--set", "telemetry.format=json"]
+    environ = {"NEARCAST_ADDRESS": "127.0.0.1:7"}
+    listing = json.loads(CliRunner().invoke(main, [*arguments, "--json"], env=environ).output)
+    rows = {row["key"]: (row["value"], row["origin"]) for row in listing}
+    assert rows["telemetry.level"] == ("debug", str(path))
+    assert rows["telemetry.format"] == ("json", "--set")
+    assert rows["address"] == ("127.0.0.1:7", "environment NEARCAST_ADDRESS")
+    assert rows["home"][1] == "default"
+    table = CliRunner().invoke(main, arguments, env=environ)
+    assert table.exit_code == 0
+    assert "127.0.0.1:7" in table.output
+
+
+def test_config_show_refuses_what_load_would_refuse() -> None:
+    result = CliRunner().invoke(main, ["config", "show", "--app", "sync", "--set", "adress=x"])
+    assert result.exit_code == ExitCode.CONFIG
+    assert "`adress`" in result.stderr
+    assert "`address`" in result.stderr
