@@ -12,21 +12,45 @@ from typing import Protocol, TypeAlias
 from nearcast.errors import MeshError
 
 Metadata: TypeAlias = Sequence[tuple[str, str]]
+UNIX_PREFIX = "unix:"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Bounds of one server or channel."""
+    """Bounds of one server or channel.
+
+    Attributes:
+        message_size_bytes_max: one message, also after decompression.
+        metadata_size_bytes_max: all headers of one call, names and values and 32 bytes each as RFC 9113 counts.
+        receive_buffer_bytes_max: unfinished messages of all connections of a server together.
+        reply_queue_bytes_max: replies of one connection that its peer has not read; beyond it calls wait to be started.
+        send_buffer_bytes_max: bytes handed to the socket's buffer.
+        stream_messages_max: messages of one streaming call that wait for the method, and for the wire 256 KiB.
+        upload_timeout_s: from a unary call's headers to the end of its message.
+        stall_timeout_s: a peer that reads nothing of what waits for it is dropped after this.
+        idle_timeout_s: a connection without calls is closed after this.
+        call_timeout_s_max: a channel's cap for calls without a deadline.
+    """
 
     message_size_bytes_max: int = 64 * 1024 * 1024
     metadata_size_bytes_max: int = 16 * 1024
     metadata_count_max: int = 128
     concurrent_streams_max: int = 256
     connections_max: int = 10_000
+    receive_buffer_bytes_max: int = 1024 * 1024 * 1024
+    reply_queue_bytes_max: int = 16 * 1024 * 1024
     send_buffer_bytes_max: int = 1024 * 1024
+    stream_messages_max: int = 16
     handshake_timeout_s: float = 10.0
     connect_timeout_s: float = 2.0
     drain_timeout_s: float = 5.0
+    upload_timeout_s: float = 60.0
+    stall_timeout_s: float = 60.0
+    idle_timeout_s: float = 900.0
+    call_timeout_s_max: float = 300.0
+
+
+DEFAULT_LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +66,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One message and the trailers after it. `body` is in pieces so that a large tensor is never copied to be framed."""
+    """One message and the trailers after it. `body` is in pieces: a large tensor is never copied to be framed."""
 
     body: Sequence[bytes]
     trailers: Metadata = ()

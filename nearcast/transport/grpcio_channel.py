@@ -1,0 +1,120 @@
+"""gRPC channel on grpcio: the second implementation of the seam."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from nearcast.errors import Code, MeshError
+from nearcast.identity import Identity
+from nearcast.transport.seam import DEFAULT_LIMITS, CallError, Limits, Metadata, Reply
+from nearcast.wire import status
+
+TLS_SERVER_NAME = "localhost"
+"""grpcio insists on checking a name. Every certificate of the mesh carries this one beside its identity URI."""
+_METHODS_MAX = 256
+# What grpcio says when a call never left this process.
+_NOT_SENT = ("failed to connect", "connection refused", "handshake", "no such file", "dns resolution failed")
+_TOO_LARGE = "message larger than max"
+
+
+class GrpcioChannel:
+    """A `Channel` on grpc.aio.
+
+    Args:
+        address: `host:port` or `unix:/path`.
+        limits: bounds.
+        credentials: TLS material; None connects without TLS. The server's identity URI cannot be checked here: any
+            certificate of the same authority is believed.
+    """
+
+    def __init__(
+        self, address: str, *, limits: Limits = DEFAULT_LIMITS, credentials: grpc.ChannelCredentials | None = None
+    ) -> None:
+        self._address = address
+        self._limits = limits
+        options: list[tuple[str, Any]] = [
+            ("grpc.max_receive_message_length", limits.message_size_bytes_max),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_metadata_size", limits.metadata_size_bytes_max),
+            ("grpc.min_reconnect_backoff_ms", int(limits.connect_timeout_s * 1000)),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 2000),
+            # Channels of one process that dial the same address would otherwise share a connection.
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.enable_http_proxy", 0),
+        ]
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(address, options=options)
+        else:
+            options.append(("grpc.ssl_target_name_override", TLS_SERVER_NAME))
+            self._channel = grpc.aio.secure_channel(address, credentials, options=options)
+        self._methods: dict[str, Any] = {}
+        self._is_closed = False
+
+    async def unary(
+        self, method: str, body: Sequence[bytes], *, metadata: Metadata = (), deadline: float | None = None
+    ) -> Reply:
+        if self._is_closed:
+            raise CallError(Code.UNAVAILABLE, f"The channel to {self._address} is closed.")
+        timeout_s = self._limits.call_timeout_s_max if deadline is None else deadline - time.monotonic()
+        if timeout_s <= 0:
+            raise CallError(Code.DEADLINE, "The deadline passed before the call could be sent.")
+        for name, value in metadata:
+            status.require_metadata_value(name, value)
+        callable_ = self._methods.get(method)
+        if callable_ is None:
+            if len(self._methods) >= _METHODS_MAX:
+                self._methods.clear()
+            callable_ = self._methods[method] = self._channel.unary_unary(method)
+        call = callable_(b"".join(body), timeout=timeout_s, metadata=tuple(metadata))
+        try:
+            message = await call
+            return Reply((message,), _text_pairs(await call.trailing_metadata()))
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+        except grpc.aio.UsageError as error:
+            raise CallError(Code.UNAVAILABLE, f"The channel to {self._address} is closed.") from error
+
+    async def close(self) -> None:
+        self._is_closed = True
+        await self._channel.close()
+
+    def _error(self, error: grpc.aio.AioRpcError) -> CallError:
+        details = error.details() or ""
+        trailers = _text_pairs(error.trailing_metadata())
+        number = int(error.code().value[0])
+        made = status.error_from_status(number, status.encode_message(details), trailers, kind=CallError)
+        made.trailers = trailers
+        if any(name == status.CODE for name, _ in trailers):
+            return made
+        lower = details.lower()
+        if number == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0] and _TOO_LARGE in lower:
+            return CallError(Code.TOO_LARGE, f"{details}; send smaller batches.")
+        if made.code is Code.UNAVAILABLE:
+            made.sent = not any(text in lower for text in _NOT_SENT)
+        return made
+
+
+def channel_credentials(identity: Identity | None, ca: Path) -> grpc.ChannelCredentials:
+    """A node's identity, and the authority it trusts, in grpcio's form.
+
+    Raises:
+        MeshError: UNAUTHENTICATED if the files cannot be read.
+    """
+    try:
+        return grpc.ssl_channel_credentials(
+            root_certificates=ca.read_bytes(),
+            private_key=None if identity is None else identity.key.read_bytes(),
+            certificate_chain=None if identity is None else identity.certificate.read_bytes(),
+        )
+    except OSError as error:
+        raise MeshError(Code.UNAUTHENTICATED, f"The identity's files cannot be read: {error}.") from error
+
+
+def _text_pairs(metadata: Any) -> tuple[tuple[str, str], ...]:
+    return tuple((name, value) for name, value in metadata or () if isinstance(value, str))

@@ -1,0 +1,195 @@
+"""gRPC server on grpcio: the second implementation of the seam, and the reference that the first is tested against."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, TypeAlias
+
+import grpc
+
+from nearcast.errors import Code, MeshError
+from nearcast.identity import Identity
+from nearcast.identity.name import URI_PREFIX
+from nearcast.transport.listener import cannot_listen, require_free
+from nearcast.transport.ngh2_connection import join_address, split_address
+from nearcast.transport.seam import (
+    DEFAULT_LIMITS,
+    UNIX_PREFIX,
+    Call,
+    CallError,
+    Limits,
+    Metadata,
+    Methods,
+    StreamMethod,
+    UnaryMethod,
+)
+from nearcast.wire import status
+
+_Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
+
+_log = logging.getLogger(__name__)
+_STATUS = {code.value[0]: code for code in grpc.StatusCode}
+
+
+class GrpcioServer:
+    """A `Server` on grpc.aio.
+
+    Args:
+        methods: what it answers.
+        address: `host:port` (port 0: the system chooses) or `unix:/path`.
+        limits: bounds; grpcio has no counterpart of those for buffers, uploads and stalls.
+        credentials: TLS material; None serves without TLS.
+    """
+
+    def __init__(
+        self,
+        methods: Methods,
+        *,
+        address: str,
+        limits: Limits = DEFAULT_LIMITS,
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
+        self._methods = methods
+        self._address = address
+        self._limits = limits
+        self._credentials = credentials
+        self._server: grpc.aio.Server | None = None
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    async def start(self) -> None:
+        limits = self._limits
+        server = grpc.aio.server(
+            handlers=[_Handlers(self._methods)],
+            options=[
+                ("grpc.max_receive_message_length", limits.message_size_bytes_max),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.max_metadata_size", limits.metadata_size_bytes_max),
+                ("grpc.absolute_max_metadata_size", limits.metadata_size_bytes_max * 4),
+                ("grpc.max_concurrent_streams", limits.concurrent_streams_max),
+                ("grpc.server_handshake_timeout_ms", int(limits.handshake_timeout_s * 1000)),
+                ("grpc.max_connection_idle_ms", int(limits.idle_timeout_s * 1000)),
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        require_free(self._address)
+        try:
+            if self._credentials is None:
+                port = server.add_insecure_port(self._address)
+            else:
+                port = server.add_secure_port(self._address, self._credentials)
+        except RuntimeError as error:
+            raise cannot_listen(self._address, OSError(errno.EADDRINUSE, str(error))) from error
+        if not self._address.startswith(UNIX_PREFIX):
+            self._address = join_address(split_address(self._address)[0], port)
+        self._server = server
+        await server.start()
+
+    async def drain(self, timeout_s: float) -> None:
+        if self._server is not None:
+            await self._server.stop(timeout_s)
+
+
+def server_credentials(identity: Identity, *, require_client: bool) -> grpc.ServerCredentials:
+    """A node's identity in grpcio's form.
+
+    Raises:
+        MeshError: UNAUTHENTICATED if its files cannot be read.
+    """
+    try:
+        pair = (identity.key.read_bytes(), identity.certificate.read_bytes())
+        return grpc.ssl_server_credentials(
+            [pair], root_certificates=identity.ca.read_bytes(), require_client_auth=require_client
+        )
+    except OSError as error:
+        raise MeshError(Code.UNAUTHENTICATED, f"The identity's files cannot be read: {error}.") from error
+
+
+class _Handlers(grpc.GenericRpcHandler):
+    def __init__(self, methods: Methods) -> None:
+        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            path: grpc.unary_unary_rpc_method_handler(_unary(method, path)) for path, method in methods.unary.items()
+        }
+        for path, method in methods.stream.items():
+            self._handlers[path] = grpc.stream_stream_rpc_method_handler(_stream(method, path))
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        return self._handlers.get(str(handler_call_details.method))
+
+
+def _unary(method: UnaryMethod, path: str) -> Callable[[bytes, _Context], Awaitable[bytes]]:
+    async def behavior(message: bytes, context: _Context) -> bytes:
+        try:
+            reply = await method(message, _call(path, context))
+        except MeshError as error:
+            await _abort(context, error)
+        except Exception:  # noqa: BLE001 - a failing method must not end the server
+            _log.exception("the method %s raised", path)
+            await _abort(context, MeshError(Code.INTERNAL, "The server failed on this request; its log says why."))
+        else:
+            context.set_trailing_metadata(tuple(reply.trailers))
+            return reply.body[0] if len(reply.body) == 1 else b"".join(reply.body)
+        raise AssertionError
+
+    return behavior
+
+
+def _stream(method: StreamMethod, path: str) -> Callable[[AsyncIterator[bytes], _Context], AsyncIterator[bytes]]:
+    async def behavior(messages: AsyncIterator[bytes], context: _Context) -> AsyncIterator[bytes]:
+        trailers: Metadata = ()
+        try:
+            replies: Any = method(messages, _call(path, context))
+            async with aclosing(replies):
+                async for reply in replies:
+                    trailers = reply.trailers or trailers
+                    yield b"".join(reply.body)
+        except MeshError as error:
+            await _abort(context, error)
+        except (grpc.aio.AbortError, asyncio.CancelledError):
+            raise
+        except Exception:  # noqa: BLE001 - a failing method must not end the server
+            _log.exception("the method %s raised", path)
+            await _abort(context, MeshError(Code.INTERNAL, "The server failed on this request; its log says why."))
+        context.set_trailing_metadata(tuple(trailers))
+
+    return behavior
+
+
+async def _abort(context: _Context, error: MeshError) -> None:
+    said = status.error_to_status(error)
+    trailers = list(said.trailers)
+    if isinstance(error, CallError):
+        names = {name for name, _ in trailers}
+        trailers += [pair for pair in error.trailers if pair[0] not in names]
+    # grpcio percent-encodes the details itself.
+    await context.abort(_STATUS[said.code], status.decode_message(said.message), tuple(trailers))
+
+
+def _call(path: str, context: _Context) -> Call:
+    metadata: dict[str, str] = {}
+    for name, value in context.invocation_metadata() or ():
+        if isinstance(value, str) and name != "user-agent":
+            metadata[name] = f"{metadata[name]},{value}" if name in metadata else value
+    left_s = context.time_remaining()
+    return Call(
+        method=path,
+        metadata=metadata,
+        deadline=None if left_s is None else time.monotonic() + left_s,
+        identity=_identity(context),
+        peer=context.peer().partition(":")[2],
+    )
+
+
+def _identity(context: _Context) -> str:
+    names = [
+        name.decode("utf-8", "replace") for name in context.auth_context().get("x509_subject_alternative_name", ())
+    ]
+    uris = [name for name in names if name.startswith(URI_PREFIX)]
+    return uris[0] if len(uris) == 1 else ""

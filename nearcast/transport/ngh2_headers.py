@@ -1,0 +1,198 @@
+"""gRPC's use of HTTP/2 header fields: requests, responses and trailers as byte pairs."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from nearcast.errors import Code, MeshError
+from nearcast.transport.seam import CallError, Metadata
+from nearcast.wire import status
+
+Fields: TypeAlias = Sequence[tuple[bytes, bytes]]
+
+RESPONSE: Fields = ((b":status", b"200"), (b"content-type", b"application/grpc"))
+OK_TRAILERS: Fields = ((b"grpc-status", b"0"),)
+USER_AGENT = b"grpc-python-nearcast/0.1"
+# RFC 9113 counts 32 bytes for each field.
+FIELD_OVERHEAD_BYTES = 32
+
+_log = logging.getLogger(__name__)
+_CONTENT_TYPE = re.compile(rb"application/grpc(?:\+[a-z0-9.-]+)?(?: *;.*)?")
+_NAME = re.compile(r"[0-9a-z_.-]+")
+# They belong to HTTP/2 and gRPC; methods see them, if at all, as fields of `Call`.
+_PROTOCOL_NAMES = frozenset(
+    {b":scheme", b":authority", b"te", b"content-type", b"accept-encoding", b"grpc-accept-encoding", b"user-agent"}
+)
+# HTTP statuses of proxies in between, by the gRPC project's table "HTTP to gRPC status code mapping".
+_FROM_HTTP = {
+    b"400": Code.INTERNAL,
+    b"401": Code.UNAUTHENTICATED,
+    b"403": Code.FORBIDDEN,
+    b"404": Code.UNSUPPORTED,
+    b"415": Code.UNSUPPORTED,
+    b"429": Code.UNAVAILABLE,
+    b"502": Code.UNAVAILABLE,
+    b"503": Code.UNAVAILABLE,
+    b"504": Code.UNAVAILABLE,
+}
+
+
+@dataclass(slots=True)
+class RequestHead:
+    """What a call's headers say. `problem` is set if the call must be refused."""
+
+    path: str = ""
+    timeout_s: float | None = None
+    encoding: str = "identity"
+    metadata: Mapping[str, str] = ()  # type: ignore[assignment]
+    problem: MeshError | None = None
+    is_grpc: bool = False
+
+
+def read_request(fields: Iterable[tuple[bytes, bytes]], *, size_bytes_max: int, count_max: int) -> RequestHead:
+    """Read a request's header fields. Binary metadata (`-bin`) is dropped: nothing of ours uses it."""
+    head = RequestHead()
+    metadata: dict[str, str] = {}
+    size_bytes = count = 0
+    is_post = False
+    try:
+        for name, value in fields:
+            size_bytes += len(name) + len(value)
+            count += 1
+            if name == b":path":
+                head.path = value.decode("latin-1")
+            elif name == b":method":
+                is_post = value == b"POST"
+            elif name in _PROTOCOL_NAMES:
+                if name == b"content-type":
+                    head.is_grpc = value == b"application/grpc" or _CONTENT_TYPE.fullmatch(value) is not None
+            elif name.startswith(b"grpc-"):
+                if name == b"grpc-timeout":
+                    head.timeout_s = status.parse_timeout(value.decode("latin-1"))
+                elif name == b"grpc-encoding":
+                    head.encoding = value.decode("latin-1")
+            elif not name.endswith(b"-bin"):
+                _add(metadata, name.decode("latin-1"), value.decode("latin-1"))
+    except MeshError as error:
+        head.problem = error
+    head.metadata = metadata
+    head.is_grpc = head.is_grpc and is_post
+    if size_bytes + count * FIELD_OVERHEAD_BYTES > size_bytes_max or count > count_max:
+        head.problem = MeshError(
+            Code.INVALID_REQUEST, f"The metadata is over the limit of {size_bytes_max} bytes or {count_max} entries."
+        )
+    return head
+
+
+def write_request(prefix: Fields, metadata: Metadata, timeout_s: float) -> list[tuple[bytes, bytes]]:
+    """A call's header fields: `prefix`, the deadline, the metadata.
+
+    Raises:
+        MeshError: INVALID_REQUEST for a name or value that may not travel.
+    """
+    fields = list(prefix)
+    fields.append((b"grpc-timeout", status.format_timeout(timeout_s).encode()))
+    for name, value in metadata:
+        if not _is_custom_name(name):
+            raise MeshError(Code.INVALID_REQUEST, f"{name!r} cannot be used as a metadata name.")
+        fields.append((name.encode(), status.require_metadata_value(name, value).encode()))
+    return fields
+
+
+def request_prefix(method: str, *, authority: str, is_tls: bool) -> Fields:
+    """The fields that all calls of one method on one connection share."""
+    return (
+        (b":method", b"POST"),
+        (b":scheme", b"https" if is_tls else b"http"),
+        (b":path", method.encode()),
+        (b":authority", authority.encode()),
+        (b"te", b"trailers"),
+        (b"content-type", b"application/grpc"),
+        (b"user-agent", USER_AGENT),
+    )
+
+
+def write_trailers(trailers: Metadata, *, size_bytes_max: int) -> Fields:
+    """Trailers of a call that went well. Fields that may not travel, or no longer fit, are left out and logged."""
+    if not trailers:
+        return OK_TRAILERS
+    fields = list(OK_TRAILERS)
+    _append_custom(fields, trailers, size_bytes_max)
+    return fields
+
+
+def write_error(error: MeshError, *, is_first: bool, size_bytes_max: int) -> Fields:
+    """Trailers of a failed call; with the response's fields before them if nothing was sent yet ("trailers-only")."""
+    said = status.error_to_status(error)
+    fields = list(RESPONSE) if is_first else []
+    fields.append((b"grpc-status", str(said.code).encode()))
+    fields.append((b"grpc-message", said.message.encode()))
+    if error.code is Code.UNSUPPORTED:
+        fields.append((b"grpc-accept-encoding", b"identity,gzip"))
+    _append_custom(fields, said.trailers, size_bytes_max)
+    if isinstance(error, CallError):
+        names = {name for name, _ in said.trailers}
+        _append_custom(fields, [pair for pair in error.trailers if pair[0] not in names], size_bytes_max)
+    return fields
+
+
+def write_http_error(http_status: int, text: str) -> Fields:
+    """The answer to a request that is not gRPC at all: a plain HTTP status and why."""
+    return (
+        (b":status", str(http_status).encode()),
+        (b"content-type", b"application/grpc"),
+        (b"grpc-status", b"3"),
+        (b"grpc-message", status.encode_message(text).encode()),
+    )
+
+
+def read_trailers(fields: Iterable[tuple[bytes, bytes]]) -> tuple[int | None, str, list[tuple[str, str]]]:
+    """Status number (None if there is none), raw message and custom trailers of a response."""
+    number: int | None = None
+    message = ""
+    trailers: list[tuple[str, str]] = []
+    for name, value in fields:
+        if name == b"grpc-status":
+            number = int(value) if value.isdigit() and len(value) <= 4 else 2
+        elif name == b"grpc-message":
+            message = value.decode("latin-1")
+        elif name[0] != 58 and name not in _PROTOCOL_NAMES and not name.endswith(b"-bin"):
+            trailers.append((name.decode("latin-1"), value.decode("latin-1")))
+    return number, message, trailers
+
+
+def response_problem(fields: Iterable[tuple[bytes, bytes]]) -> CallError | None:
+    """Why a response's first header fields are no gRPC answer, if they are none."""
+    found = dict(fields)
+    http = found.get(b":status", b"")
+    if http != b"200" and b"grpc-status" not in found:
+        code = _FROM_HTTP.get(http, Code.INTERNAL)
+        return CallError(code, f"The peer answered HTTP status {http.decode('latin-1')} instead of gRPC.", sent=True)
+    if not found.get(b"content-type", b"application/grpc").startswith(b"application/grpc"):
+        return CallError(Code.INTERNAL, "The peer's answer is no gRPC (wrong content-type).", sent=True)
+    return None
+
+
+def _append_custom(fields: list[tuple[bytes, bytes]], trailers: Metadata, size_bytes_max: int) -> None:
+    size_bytes = sum(len(name) + len(value) + FIELD_OVERHEAD_BYTES for name, value in fields)
+    for name, value in trailers:
+        size_bytes += len(name) + len(value) + FIELD_OVERHEAD_BYTES
+        # The library would send a line feed as it is, and the peer would answer by resetting the call.
+        is_clean = value.isascii() and (value.isprintable() or not value)
+        if is_clean and size_bytes <= size_bytes_max and _is_custom_name(name):
+            fields.append((name.encode(), value.encode()))
+        else:
+            _log.warning("left out the trailer %s: it cannot travel or the trailers are too large", name[:64])
+
+
+def _is_custom_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None and not name.startswith("grpc-") and name.encode() not in _PROTOCOL_NAMES
+
+
+def _add(metadata: dict[str, str], name: str, value: str) -> None:
+    before = metadata.get(name)
+    metadata[name] = value if before is None else f"{before},{value}"

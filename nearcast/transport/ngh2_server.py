@@ -1,0 +1,99 @@
+"""gRPC server on asyncio and libnghttp2: a protocol object per connection, a task per call, one write per loop turn."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from typing import cast
+
+from nearcast.errors import Code, MeshError
+from nearcast.transport.listener import Listener
+from nearcast.transport.ngh2_connection import require_alpn
+from nearcast.transport.ngh2_server_connection import ServerConnection, ServerState
+from nearcast.transport.seam import DEFAULT_LIMITS, Limits, Methods
+
+_SWEEP_INTERVAL_S = 1.0
+_NOTICE_S_MAX = 0.3
+_CANCEL_GRACE_S = 1.0
+
+
+class Ngh2Server:
+    """A `Server` on libnghttp2.
+
+    Args:
+        methods: what it answers.
+        address: `host:port` (port 0: the system chooses) or `unix:/path`.
+        limits: bounds.
+        tls: server context; None serves without TLS.
+    """
+
+    def __init__(
+        self, methods: Methods, *, address: str, limits: Limits = DEFAULT_LIMITS, tls: ssl.SSLContext | None = None
+    ) -> None:
+        self._state = ServerState(methods=methods, limits=limits)
+        self._is_draining = False
+        self._tls = require_alpn(tls) if tls is not None else None
+        self._listener = Listener(address)
+        self._loop: asyncio.AbstractEventLoop = cast("asyncio.AbstractEventLoop", None)
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    @property
+    def address(self) -> str:
+        return self._listener.address
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        await self._listener.start(
+            lambda: ServerConnection(self._state, self._loop),
+            tls=self._tls,
+            handshake_timeout_s=self._state.limits.handshake_timeout_s,
+        )
+        self._sweeper = self._loop.call_later(_SWEEP_INTERVAL_S, self._sweep)
+
+    async def drain(self, timeout_s: float) -> None:
+        if self._is_draining or self._loop is None:
+            return
+        ends_at = self._loop.time() + timeout_s
+        self._is_draining = True
+        self._listener.close()
+        connections = list(self._state.connections)
+        if connections:
+            notice_s = min(_NOTICE_S_MAX, timeout_s)
+            await asyncio.gather(*(connection.notify(notice_s) for connection in connections))
+        for connection in list(self._state.connections):
+            connection.say_goodbye()
+        await self._wait_until_idle(ends_at)
+        await self._close_all()
+
+    async def _wait_until_idle(self, ends_at: float) -> None:
+        idle = self._state.idle
+        # A closed connection is one whose last answer has left: libnghttp2 wants nothing more after GOAWAY.
+        while self._state.connections and any(not connection.is_quiet for connection in self._state.connections):
+            left_s = ends_at - self._loop.time()
+            if left_s <= 0:
+                break
+            idle.clear()
+            try:
+                await asyncio.wait_for(idle.wait(), min(left_s, 0.05))
+            except TimeoutError:
+                continue
+
+    async def _close_all(self) -> None:
+        for connection in list(self._state.connections):
+            for stream in list(connection.streams.values()):
+                connection.fail(stream, MeshError(Code.UNAVAILABLE, "The server is shutting down; ask another node."))
+                self._state.cancel(stream)
+            connection.flush()
+            connection.close()
+        tasks = list(self._state.cancelled)
+        if tasks:
+            await asyncio.wait(tasks, timeout=_CANCEL_GRACE_S)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        await self._listener.wait_closed()
+
+    def _sweep(self) -> None:
+        now = self._loop.time()
+        for connection in list(self._state.connections):
+            connection.sweep(now)
+        self._sweeper = self._loop.call_later(_SWEEP_INTERVAL_S, self._sweep)

@@ -1,0 +1,358 @@
+"""The server's end of an ngh2 connection: which calls are open, what is refused, when answers leave."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+from ngh2 import (
+    DataReceived,
+    Event,
+    NGH2Error,
+    PingAcknowledged,
+    RequestReceived,
+    Role,
+    SettingsReceived,
+    StreamClosed,
+    StreamReset,
+    TrailersReceived,
+)
+
+from nearcast.errors import Code, MeshError
+from nearcast.transport.ngh2_connection import (
+    FRAME_SIZE_BYTES_MAX,
+    PULL_SIZE_BYTES,
+    STREAM_WINDOW_BYTES,
+    Ngh2Connection,
+)
+from nearcast.transport.ngh2_framing import MessageReader, whole_message
+from nearcast.transport.ngh2_headers import RequestHead, read_request, write_error, write_http_error
+from nearcast.transport.ngh2_stream import ServerStream
+from nearcast.transport.seam import Call, Limits, Methods
+
+_log = logging.getLogger(__name__)
+_DRAIN_PING = b"nc-drain"
+_NO_ERROR = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class ServerState:
+    """What the connections of one server share."""
+
+    methods: Methods
+    limits: Limits
+    connections: set[ServerConnection] = field(default_factory=set)
+    receiving_bytes: int = 0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    # Cancelled methods that have not returned yet; the loop itself keeps weak references only.
+    cancelled: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def cancel(self, stream: ServerStream) -> None:
+        """Cancel a call's method and keep it until it has returned."""
+        task = stream.task
+        if task is not None and not task.done():
+            self.cancelled.add(task)
+            task.add_done_callback(self.cancelled.discard)
+            task.cancel()
+
+
+class ServerConnection(Ngh2Connection):
+    """One client's connection."""
+
+    __slots__ = (
+        "_half_closed",
+        "_is_greeted",
+        "_notice_heard",
+        "_opened_at",
+        "_stalled_since",
+        "_swept_sent_bytes",
+        "_waiting",
+        "server",
+        "streams",
+        "writers",
+    )
+
+    def __init__(self, server: ServerState, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(Role.SERVER, server.limits, loop)
+        self.server = server
+        self.streams: dict[int, ServerStream] = {}
+        self.writers: set[ServerStream] = set()
+        # Calls whose start waits until the peer has read earlier replies.
+        self._waiting: deque[ServerStream] = deque()
+        # Answered calls whose request still comes in: reset once the answer is out, or it would be swallowed.
+        self._half_closed: set[int] = set()
+        self._opened_at = self.last_read_at
+        self._is_greeted = False
+        self._stalled_since: float | None = None
+        self._swept_sent_bytes = 0
+        self._notice_heard: asyncio.Future[None] | None = None
+
+    def settings(self) -> Mapping[int, int]:
+        limits = self.limits
+        return {
+            3: limits.concurrent_streams_max,
+            4: STREAM_WINDOW_BYTES,
+            5: FRAME_SIZE_BYTES_MAX,
+            6: limits.metadata_size_bytes_max,
+        }
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if len(self.server.connections) >= self.limits.connections_max:
+            self.transport = cast("asyncio.Transport", transport)
+            self.abort()
+            return
+        self.server.connections.add(self)
+        super().connection_made(transport)
+
+    def lost(self, error: BaseException | None) -> None:
+        self.server.connections.discard(self)
+        self._waiting.clear()
+        for stream in list(self.streams.values()):
+            self.drop(stream)
+        if self._notice_heard is not None and not self._notice_heard.done():
+            self._notice_heard.set_result(None)
+        self.server.idle.set()
+
+    # Receiving.
+
+    def handle_events(self, events: list[Event]) -> None:
+        streams = self.streams
+        for event in events:
+            if isinstance(event, DataReceived):
+                stream = streams.get(event.stream_id)
+                if stream is not None:
+                    self._receive(stream, event.data, is_end=event.end_stream)
+                elif event.data:
+                    self.h2.acknowledge_received_data(len(event.data), event.stream_id)
+            elif isinstance(event, RequestReceived):
+                self._open(event)
+            elif isinstance(event, StreamReset | StreamClosed):
+                self._half_closed.discard(event.stream_id)
+                stream = streams.get(event.stream_id)
+                if stream is not None:
+                    self.drop(stream)
+            else:
+                self._handle_rare(event)
+
+    def _handle_rare(self, event: Event) -> None:
+        if isinstance(event, SettingsReceived):
+            self._is_greeted = True
+        elif isinstance(event, TrailersReceived):
+            stream = self.streams.get(event.stream_id)
+            if stream is not None:
+                self._receive(stream, b"", is_end=True)
+        elif isinstance(event, PingAcknowledged) and event.opaque_data == _DRAIN_PING:
+            heard = self._notice_heard
+            if heard is not None and not heard.done():
+                heard.set_result(None)
+
+    def _open(self, event: RequestReceived) -> None:
+        limits = self.limits
+        stream_id = event.stream_id
+        head = read_request(
+            event.headers, size_bytes_max=limits.metadata_size_bytes_max, count_max=limits.metadata_count_max
+        )
+        deadline = None if head.timeout_s is None else time.monotonic() + head.timeout_s
+        call = Call(method=head.path, metadata=head.metadata, deadline=deadline, identity=self.identity, peer=self.peer)
+        stream = ServerStream(self, stream_id, call, head.encoding)
+        stream.has_ended = event.end_stream
+        methods = self.server.methods
+        stream.unary_method = methods.unary.get(head.path)
+        if stream.unary_method is None:
+            stream.stream_method = methods.stream.get(head.path)
+        if head.problem is not None or not head.is_grpc or (stream.unary_method or stream.stream_method) is None:
+            self._refuse(stream, head)
+            return
+        self.streams[stream_id] = stream
+        if head.timeout_s is not None:
+            stream.deadline_timer = self.loop.call_later(head.timeout_s, self._expire, stream)
+        if stream.stream_method is not None:
+            stream.task = self.loop.create_task(stream.converse())
+        elif event.end_stream:
+            self.fail(stream, MeshError(Code.INVALID_REQUEST, "The call holds no message."))
+
+    def _refuse(self, stream: ServerStream, head: RequestHead) -> None:
+        if not head.is_grpc:
+            text = "This port answers gRPC: POST with content-type application/grpc."
+            self.h2.send_response(stream.id, write_http_error(415, text), end_stream=True)
+            self._end_early(stream)
+            return
+        self.fail(stream, head.problem or MeshError(Code.UNSUPPORTED, f"This server has no method {head.path[:256]}."))
+
+    def _receive(self, stream: ServerStream, data: bytes, *, is_end: bool) -> None:
+        stream.has_ended = is_end
+        try:
+            if stream.stream_method is not None:
+                stream.receive(data)
+                return
+            if data:
+                self.h2.acknowledge_received_data(len(data), stream.id)
+            if is_end and stream.reader is None and stream.whole is None:
+                # The whole request in one frame, or an empty call.
+                stream.whole = whole_message(data)
+                if stream.whole is None:
+                    self._assemble(stream, data)
+            else:
+                self._assemble(stream, data)
+        except MeshError as error:
+            self.fail(stream, error)
+            return
+        if is_end and not stream.is_done:
+            self._start(stream)
+
+    def _assemble(self, stream: ServerStream, data: bytes) -> None:
+        if stream.reader is None:
+            stream.reader = MessageReader(self.limits.message_size_bytes_max, stream.encoding)
+        stream.received_bytes += len(data)
+        self.server.receiving_bytes += len(data)
+        if self.server.receiving_bytes > self.limits.receive_buffer_bytes_max:
+            raise MeshError(
+                Code.OVERLOADED, "The server is receiving too much at once; retry in a moment.", retry_after_ms=100
+            )
+        for message in stream.reader.feed(data):
+            if stream.whole is not None:
+                raise MeshError(Code.INVALID_REQUEST, "A unary call holds exactly one message; this one holds more.")
+            stream.whole = message
+        if stream.has_ended and (stream.whole is None or stream.reader.is_partial):
+            raise MeshError(Code.INVALID_REQUEST, "The call ended before its message was complete.")
+
+    def _start(self, stream: ServerStream) -> None:
+        if self._waiting or self.h2.queued_body_size() > self.limits.reply_queue_bytes_max:
+            self._waiting.append(stream)
+            return
+        message = cast("bytes", stream.whole)
+        stream.whole = None
+        stream.task = self.loop.create_task(stream.answer(message))
+
+    # Answering.
+
+    def fail(self, stream: ServerStream, error: MeshError) -> None:
+        """End a call with an error's status, early if its request is still coming in."""
+        if stream.is_done:
+            return
+        fields = write_error(
+            error, is_first=not stream.has_started_reply, size_bytes_max=self.limits.metadata_size_bytes_max
+        )
+        try:
+            if stream.has_started_reply:
+                self.h2.send_trailers(stream.id, fields)
+            else:
+                self.h2.send_response(stream.id, fields, end_stream=True)
+        except NGH2Error:
+            _log.debug("the call %d ended before its status", stream.id)
+        self._end_early(stream)
+
+    def _end_early(self, stream: ServerStream) -> None:
+        if not stream.has_ended:
+            self._half_closed.add(stream.id)
+        self.finish(stream)
+        self.flush_soon()
+
+    def finish(self, stream: ServerStream) -> None:
+        """Forget a call; nothing may be sent on it after this but what its caller sends now."""
+        stream.is_done = True
+        if stream.deadline_timer is not None:
+            stream.deadline_timer.cancel()
+            stream.deadline_timer = None
+        if stream.received_bytes:
+            self.server.receiving_bytes -= stream.received_bytes
+            stream.received_bytes = 0
+        if stream.unread_bytes:
+            self.h2.acknowledge_received_data(stream.unread_bytes, stream.id)
+            stream.unread_bytes = 0
+        if not stream.has_ended and stream.stream_method is not None:
+            self._half_closed.add(stream.id)
+        if self.streams.pop(stream.id, None) is not None and not self.streams:
+            self.server.idle.set()
+
+    def drop(self, stream: ServerStream) -> None:
+        """The peer no longer wants the answer: cancel the method."""
+        self.finish(stream)
+        self._half_closed.discard(stream.id)
+        self.server.cancel(stream)
+
+    def _expire(self, stream: ServerStream) -> None:
+        stream.deadline_timer = None
+        self.fail(stream, MeshError(Code.DEADLINE, "The deadline passed before the answer was ready."))
+        self.server.cancel(stream)
+
+    def is_congested(self, stream: ServerStream) -> bool:
+        """Whether a streaming call has queued enough for now."""
+        return self.h2.queued_body_size(stream.id) >= PULL_SIZE_BYTES
+
+    def flushed(self) -> None:
+        if self.writers:
+            for stream in list(self.writers):
+                if stream.wake_writer is not None and not stream.wake_writer.done() and not self.is_congested(stream):
+                    stream.wake_writer.set_result(None)
+        while self._waiting and self.h2.queued_body_size() <= self.limits.reply_queue_bytes_max:
+            stream = self._waiting.popleft()
+            if not stream.is_done:
+                message = cast("bytes", stream.whole)
+                stream.whole = None
+                stream.task = self.loop.create_task(stream.answer(message))
+        if self._half_closed and not self._paused:
+            answered = [stream_id for stream_id in self._half_closed if not self.h2.queued_body_size(stream_id)]
+            for stream_id in answered:
+                self._half_closed.discard(stream_id)
+                self.h2.reset_stream(stream_id, _NO_ERROR)
+            if answered:
+                self.flush_soon()
+
+    # Looking after.
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether no call is open and every answer has left this process."""
+        return not self.streams and not self.h2.queued_body_size() and not self.transport.get_write_buffer_size()
+
+    def sweep(self, now: float) -> None:
+        """Close what never greeted, stalls or idles; refuse uploads that crawl."""
+        limits = self.limits
+        if not self._is_greeted and now - self._opened_at > limits.handshake_timeout_s:
+            self.abort()
+            return
+        moved = self.sent_bytes != self._swept_sent_bytes
+        self._swept_sent_bytes = self.sent_bytes
+        if moved or not (self._paused or self.h2.queued_body_size()):
+            self._stalled_since = None
+        elif self._stalled_since is None:
+            self._stalled_since = now
+        elif now - self._stalled_since > limits.stall_timeout_s:
+            self.abort()
+            return
+        if not self.streams and now - self.last_read_at > limits.idle_timeout_s:
+            self.say_goodbye()
+            return
+        for stream in list(self.streams.values()):
+            is_uploading = stream.unary_method is not None and not stream.has_ended
+            if is_uploading and now - stream.opened_at > limits.upload_timeout_s:
+                self.fail(stream, MeshError(Code.DEADLINE, "The request took too long to arrive."))
+
+    async def notify(self, timeout_s: float) -> None:
+        """Tell the peer to open no more calls, and wait until it has heard so."""
+        if not self.is_open:
+            return
+        self._notice_heard = self.loop.create_future()
+        try:
+            self.h2.send_shutdown_notice()
+            self.h2.ping(_DRAIN_PING)
+        except NGH2Error:
+            return
+        self.flush()
+        await asyncio.wait([self._notice_heard], timeout=timeout_s)
+
+    def say_goodbye(self) -> None:
+        """Send GOAWAY: calls in flight are finished, later ones are not accepted; then the connection closes."""
+        if self.is_open:
+            try:
+                self.h2.send_goaway(_NO_ERROR)
+            except NGH2Error:
+                self.abort()
+            else:
+                self.flush()

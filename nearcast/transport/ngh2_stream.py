@@ -1,0 +1,210 @@
+"""One call on a server connection: its state, and the two ways of running its method."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import TYPE_CHECKING, cast
+
+from ngh2 import NGH2Error
+
+from nearcast.errors import Code, MeshError
+from nearcast.transport.ngh2_framing import MessageReader, frame
+from nearcast.transport.ngh2_headers import RESPONSE, write_trailers
+from nearcast.transport.seam import Call, Metadata, StreamMethod, UnaryMethod
+
+if TYPE_CHECKING:
+    from nearcast.transport.ngh2_server_connection import ServerConnection
+
+_log = logging.getLogger(__name__)
+
+
+class ServerStream:
+    """A call from its headers to its trailers.
+
+    `is_done` is set once nothing more may be sent on it: answered, refused, reset or lost.
+    """
+
+    __slots__ = (
+        "call",
+        "connection",
+        "deadline_timer",
+        "encoding",
+        "has_ended",
+        "has_started_reply",
+        "id",
+        "inbox",
+        "is_done",
+        "opened_at",
+        "reader",
+        "received_bytes",
+        "stream_method",
+        "task",
+        "unary_method",
+        "unread_bytes",
+        "wake_reader",
+        "wake_writer",
+        "whole",
+    )
+
+    def __init__(self, connection: ServerConnection, stream_id: int, call: Call, encoding: str) -> None:
+        self.connection = connection
+        self.id = stream_id
+        self.call = call
+        self.encoding = encoding
+        self.opened_at = connection.last_read_at
+        self.unary_method: UnaryMethod | None = None
+        self.stream_method: StreamMethod | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.deadline_timer: asyncio.TimerHandle | None = None
+        self.is_done = False
+        self.has_ended = False
+        self.has_started_reply = False
+        self.whole: bytes | None = None
+        self.reader: MessageReader | None = None
+        self.received_bytes = 0
+        # Streaming calls only.
+        self.inbox: deque[bytes] = deque()
+        self.unread_bytes = 0
+        self.wake_reader: asyncio.Future[None] | None = None
+        self.wake_writer: asyncio.Future[None] | None = None
+
+    # Unary.
+
+    async def answer(self, message: bytes) -> None:
+        """Run the unary method and send what it returns or raises."""
+        connection = self.connection
+        try:
+            reply = await cast("UnaryMethod", self.unary_method)(message, self.call)
+        except MeshError as error:
+            connection.fail(self, error)
+        except asyncio.CancelledError:
+            connection.fail(self, MeshError(Code.CANCELLED, "The server cancelled the call."))
+            raise
+        except Exception:  # noqa: BLE001 - a failing method must not end the connection
+            _log.exception("the method %s raised", self.call.method)
+            connection.fail(self, _internal())
+        else:
+            if self.is_done:
+                return
+            connection.finish(self)
+            h2, stream_id = connection.h2, self.id
+            try:
+                pieces = frame(reply.body)
+                h2.send_response(stream_id, RESPONSE)
+                for piece in pieces:
+                    h2.send_data(stream_id, piece)
+                h2.send_trailers(
+                    stream_id, write_trailers(reply.trailers, size_bytes_max=connection.limits.metadata_size_bytes_max)
+                )
+            except NGH2Error:
+                _log.debug("the call %d ended before its answer", stream_id)
+            except Exception:  # noqa: BLE001 - a method may return anything
+                _log.exception("the reply of %s cannot be sent", self.call.method)
+                h2.reset_stream(stream_id, 2)
+            connection.flush_soon()
+
+    # Streaming.
+
+    async def converse(self) -> None:
+        """Run the streaming method: messages in through `messages`, replies out as the peer reads them."""
+        connection = self.connection
+        trailers: Metadata = ()
+        try:
+            replies = cast("StreamMethod", self.stream_method)(self.messages(), self.call)
+            async with aclosing(cast("AsyncIterator[object]", replies)):  # type: ignore[type-var]
+                async for reply in replies:
+                    if self.is_done:
+                        return
+                    self._start_reply()
+                    for piece in frame(reply.body):
+                        connection.h2.send_data(self.id, piece)
+                    trailers = reply.trailers or trailers
+                    connection.flush_soon()
+                    await self._writable()
+        except MeshError as error:
+            connection.fail(self, error)
+        except asyncio.CancelledError:
+            connection.fail(self, MeshError(Code.CANCELLED, "The server cancelled the call."))
+            raise
+        except NGH2Error:
+            connection.finish(self)
+        except Exception:  # noqa: BLE001 - a failing method must not end the connection
+            _log.exception("the method %s raised", self.call.method)
+            connection.fail(self, _internal())
+        else:
+            self._end(trailers)
+
+    async def messages(self) -> AsyncIterator[bytes]:
+        """The peer's messages in order. Taking one opens the peer's window again."""
+        while True:
+            while self.inbox:
+                message = self.inbox.popleft()
+                self.acknowledge()
+                yield message
+            if self.has_ended:
+                return
+            self.wake_reader = self.connection.loop.create_future()
+            try:
+                await self.wake_reader
+            finally:
+                self.wake_reader = None
+
+    def receive(self, data: bytes) -> None:
+        """Take DATA of a streaming call.
+
+        Raises:
+            MeshError: for a bad or too large message.
+        """
+        if self.reader is None:
+            self.reader = MessageReader(self.connection.limits.message_size_bytes_max, self.encoding)
+        self.unread_bytes += len(data)
+        self.inbox.extend(self.reader.feed(data))
+        if self.has_ended and self.reader.is_partial:
+            raise MeshError(Code.INVALID_REQUEST, "The call ended in the middle of a message.")
+        self.acknowledge()
+        if self.wake_reader is not None and not self.wake_reader.done() and (self.inbox or self.has_ended):
+            self.wake_reader.set_result(None)
+
+    def acknowledge(self) -> None:
+        """Give back the window of what was received unless enough messages are waiting already."""
+        if self.unread_bytes and len(self.inbox) < self.connection.limits.stream_messages_max:
+            self.connection.h2.acknowledge_received_data(self.unread_bytes, self.id)
+            self.unread_bytes = 0
+            self.connection.flush_soon()
+
+    async def _writable(self) -> None:
+        while not self.is_done and self.connection.is_congested(self):
+            self.wake_writer = self.connection.loop.create_future()
+            self.connection.writers.add(self)
+            try:
+                await self.wake_writer
+            finally:
+                self.connection.writers.discard(self)
+                self.wake_writer = None
+
+    def _start_reply(self) -> None:
+        if not self.has_started_reply:
+            self.has_started_reply = True
+            self.connection.h2.send_response(self.id, RESPONSE)
+
+    def _end(self, trailers: Metadata) -> None:
+        if self.is_done:
+            return
+        connection = self.connection
+        connection.finish(self)
+        try:
+            self._start_reply()
+            connection.h2.send_trailers(
+                self.id, write_trailers(trailers, size_bytes_max=connection.limits.metadata_size_bytes_max)
+            )
+        except NGH2Error:
+            _log.debug("the call %d ended before its trailers", self.id)
+        connection.flush_soon()
+
+
+def _internal() -> MeshError:
+    return MeshError(Code.INTERNAL, "The server failed on this request; its log says why.")
