@@ -51,8 +51,8 @@ def run(quick: bool) -> list[Row]:
         sample_us(decide, 500)
         samples = sample_us(decide, rounds)
         rows += [
-            Row(f"policy decide, {targets} candidates, p50", samples[rounds // 2], "us"),
-            Row(f"policy decide, {targets} candidates, p99", samples[rounds * 99 // 100], "us"),
+            Row(f"policy.decide_{targets}_p50_us", samples[rounds // 2], "us"),
+            Row(f"policy.decide_{targets}_p99_us", samples[rounds * 99 // 100], "us"),
         ]
     policy = make_policy(8)
     facts = RequestFacts(model="digits", version="1", size_bytes=600, remaining_s=0.25)
@@ -66,7 +66,7 @@ def run(quick: bool) -> list[Row]:
 
     sample_us(whole, 500)
     samples = sample_us(whole, rounds)
-    rows.append(Row("policy decide + sent + reply, 8 candidates, p50", samples[rounds // 2], "us"))
+    rows.append(Row("policy.decide_sent_reply_8_p50_us", samples[rounds // 2], "us"))
     return rows
 
 

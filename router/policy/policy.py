@@ -236,7 +236,10 @@ class Policy:
                 return None
         limit = _INFINITY if facts.remaining_s is None else facts.remaining_s - self._reserve_s
         for version in (attempt.release, *facts.fallbacks):
-            candidates = [v for v in self._candidates(facts.model, version) if v.target.name not in tried]
+            # Who does not serve this version may serve the fallback.
+            here_too = code in _MISPLACED and version != attempt.release
+            held = self._candidates(facts.model, version)
+            candidates = held if here_too else [v for v in held if v.target.name not in tried]
             choice = self._chooser.pick(now, candidates, facts.size_bytes, limit) or self._chooser.pick_late(
                 now, candidates, facts.size_bytes, limit, panic=False
             )

@@ -32,8 +32,8 @@ class TargetState:
 
     __slots__ = (
         "breaker", "breakers", "config", "domain", "draining", "gone", "hot_above", "jitter_s", "load", "name",
-        "others", "own", "penalty_s", "pushed_back_until", "reported_at", "rtt_measured", "rtt_s", "s_per_byte", "slots", "tier",
-        "versions",
+        "others", "own", "penalty_s", "pushed_back_until", "reported_at", "rtt_measured", "rtt_s", "s_per_byte",
+        "slots", "tier", "versions",
     )  # fmt: skip
 
     def __init__(self, name: str, tier: Tier, domain: str, config: PolicyConfig) -> None:
