@@ -23,7 +23,8 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 $(BIN)/python:
-	@if [ -z "$(PYTHON)" ]; then echo "No Python 3.11 or newer found; install one or run 'make PYTHON=/path/to/python $(MAKECMDGOALS)'." >&2; exit 69; fi
+	@if ! "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+		echo "$(if $(PYTHON),$(PYTHON) is no Python 3.11 or newer,No Python 3.11 or newer found); install one, or 'make PYTHON=/path/to/python $(MAKECMDGOALS)'" >&2; exit 69; fi
 	@if ! "$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null; then \
 		echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 69; fi
 	"$(PYTHON)" -m venv $(VENV)
