@@ -1,0 +1,1 @@
+"""What may be installed: pure checks on metadata whose signatures have been verified already."""

@@ -1,0 +1,83 @@
+"""What can happen to a replica machine. `job` ties an answer to the instruction that asked for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from model_sync.replica.state import Failure, Want
+
+
+@dataclass(frozen=True, slots=True)
+class Booted:
+    """The agent started and has replayed its journal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Polled:
+    """The shell began to check the metadata."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckFailed:
+    """The metadata could not be checked."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Intended:
+    """A verified channel document says this."""
+
+    want: Want
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The step of `job` succeeded."""
+
+    job: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The host serves what the pointer says; `requests` and `errors` are the counters of the release on trial."""
+
+    job: int
+    requests: int = 0
+    errors: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The step of `job` failed."""
+
+    job: int
+    failure: Failure
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Counters of the release on trial; `heard` is false when the host did not answer."""
+
+    job: int
+    requests: int = 0
+    errors: int = 0
+    heard: bool = True
+    failed: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """Time passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReportFailed:
+    """A status report could not be delivered. No state listens to it."""
+
+    reason: str
+
+
+Event: TypeAlias = Booted | Polled | CheckFailed | Intended | Done | Loaded | Failed | Sampled | Ticked | ReportFailed
