@@ -1,0 +1,129 @@
+"""From an accepted request to its one answer: deadline, sequence, model, status."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
+
+from edge_node.mqtt import envelope
+from edge_node.mqtt.admission import STATUS_EXPIRED, Request
+from edge_node.mqtt.inbox import Reply
+from edge_node.mqtt.lanes import Lanes, Recent
+from edge_node.mqtt.message import MqttLimits
+from nearcast.clock import Clock
+from nearcast.errors import Code, MeshError
+from nearcast.handler import InferenceHandler, ModelDirectory, ModelMetadata, Parameter, RequestContext
+from nearcast.telemetry import get_logger
+
+MODELS_MAX = 1024
+"""Models whose kind of state is remembered."""
+_log = get_logger("nearcast.mqtt")
+
+
+class Executor:
+    """Runs requests on a handler, at most `in_flight_max` at a time.
+
+    Args:
+        handler: the router, or a model host.
+        directory: tells a model's tensors and its kind of state.
+        limits: bounds.
+        clock: monotonic time of the deadlines.
+    """
+
+    def __init__(
+        self, handler: InferenceHandler, directory: ModelDirectory, *, limits: MqttLimits, clock: Clock
+    ) -> None:
+        self._handler = handler
+        self._directory = directory
+        self._limits = limits
+        self._clock = clock
+        self._slots = asyncio.Semaphore(limits.in_flight_max)
+        self._lanes = Lanes()
+        self._stateless = Recent(MODELS_MAX)
+        self._sequences = Recent(limits.sequences_max)
+
+    async def answer(self, request: Request, payload: bytes) -> Reply:
+        """The answer, whatever happens. Only cancellation passes through."""
+        now = self._clock.monotonic()
+        started = False
+        try:
+            if now >= request.deadline:
+                raise TimeoutError
+            async with asyncio.timeout(request.deadline - now), self._lane(request), self._slots:
+                started = True
+                return await self._run(request, payload)
+        except TimeoutError:
+            if started:
+                return self._failure(request, MeshError(Code.DEADLINE, "The model did not answer within the deadline."))
+            return self.expired(request)
+        except MeshError as error:
+            return self._failure(request, error)
+        except Exception:  # noqa: BLE001  # one request must not end the worker
+            _log.exception("a request failed unexpectedly", model=request.model)
+            return self._failure(request, MeshError(Code.INTERNAL, "The node failed on this request; see its log."))
+
+    def expired(self, request: Request) -> Reply:
+        """The answer to a request that was never run, because nobody waits for it any more."""
+        error = MeshError(Code.DEADLINE, "The deadline passed before the model ran; send a longer deadline.")
+        return self._failure(request, error, status=STATUS_EXPIRED)
+
+    def quarantined(self, request: Request) -> Reply:
+        """The answer to a request that was being executed each time that the node crashed."""
+        error = MeshError(Code.INTERNAL, "The node crashed each time that it ran this request; it is not tried again.")
+        return self._failure(request, error)
+
+    def _failure(self, request: Request, error: MeshError, *, status: int | None = None) -> Reply:
+        notice_until = self._clock.monotonic() + self._limits.expired_notice_s
+        expires = max(request.deadline, notice_until)
+        return envelope.error_reply(request, error, status=status, expires=expires)
+
+    def _lane(self, request: Request) -> AbstractAsyncContextManager[None]:
+        """Requests for one model of one device keep their order, unless the model is known to hold no hidden state."""
+        if request.model in self._stateless:
+            return nullcontext()
+        return self._lanes.enter((request.tenant, request.device, request.model))
+
+    async def _run(self, request: Request, payload: bytes) -> Reply:
+        metadata = await self._directory.metadata(request.model, request.version)
+        sequence = self._sequence(request, metadata)
+        inference = envelope.to_inference(request, payload, metadata, sequence)
+        context = RequestContext(
+            deadline=request.deadline,
+            priority=_priority(request.user),
+            tenant=request.tenant,
+            principal=f"device:{request.tenant}/{request.device}",
+            idempotency_key=request.correlation.hex() if request.echo else "",
+            trace=request.user.get("traceparent", ""),
+        )
+        response = await self._handler.infer(inference, context)
+        return envelope.reply(request, response)
+
+    def _sequence(self, request: Request, metadata: ModelMetadata) -> dict[str, Parameter]:
+        """The sequence parameters of a request for a model with hidden state; empty for other models.
+
+        A device cannot name another's sequence: its ids lie below its own name. Its first message starts the sequence.
+        """
+        if metadata.properties.get("stateful") != "hidden":
+            self._stateless.add(request.model)
+            return {}
+        own = request.user.get("sequence-id", "")
+        base = f"{request.tenant}/{request.device}"
+        name = f"{base}/{own}" if own else base
+        key = (request.model, name)
+        start, end = _flag(request.user, "sequence-start"), _flag(request.user, "sequence-end")
+        start = start or key not in self._sequences
+        if end:
+            self._sequences.discard(key)
+        else:
+            self._sequences.add(key)
+        return {"sequence_id": name, "sequence_start": start, "sequence_end": end}
+
+
+def _flag(user: Mapping[str, str], name: str) -> bool:
+    return user.get(name, "").lower() in {"1", "true"}
+
+
+def _priority(user: Mapping[str, str]) -> int:
+    text = user.get("priority", "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 4 else 0

@@ -1,0 +1,74 @@
+"""One MQTT application message, without the client library's types, and the limits of the worker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """A PUBLISH that came in or goes out. `user` holds the last value of each user property.
+
+    `mid` is the packet identifier of an incoming message, valid only on the connection it came over.
+    """
+
+    topic: str
+    payload: bytes = b""
+    qos: int = 1
+    retain: bool = False
+    mid: int = 0
+    content_type: str = ""
+    correlation: bytes = b""
+    response_topic: str = ""
+    expiry_s: int | None = None
+    user: Mapping[str, str] = field(default_factory=dict)
+
+    def expiring(self, expiry_s: int) -> Message:
+        """The same message with a Message Expiry in seconds."""
+        return replace(self, expiry_s=expiry_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MqttLimits:
+    """Every bound of the MQTT side.
+
+    Attributes:
+        payload_bytes_max: larger requests are answered 413; the generated broker configuration allows a little more.
+        correlation_bytes_max: a device chooses it and we store it.
+        ttl_default_ms: deadline of a request that names none. ttl_max_ms: a longer one is cut to this.
+        expired_notice_s: Message Expiry of the answer 408, which nobody waits for any more.
+        pending_max, pending_bytes_max: accepted and not answered; beyond it requests are refused with 429.
+        in_flight_max: requests that are given to the models at the same time.
+        unacknowledged_max: our Receive Maximum; where a broker ignores it we stop reading.
+        publish_window: answers on their way to the broker.
+        commit_batch_max: operations in one transaction.
+        replies_age_max_s, replies_max, replies_bytes_max: how long an answer is kept for a repeated request.
+        attempts_max: a request that was being executed in this many crashes is answered 500 instead of tried again.
+        sequences_max: sequences of hidden-state models remembered, least recently used first forgotten.
+        reconnect_base_s, reconnect_max_s: full jitter over an exponential.
+    """
+
+    payload_bytes_max: int = 8 * 1024 * 1024
+    correlation_bytes_max: int = 128
+    ttl_default_ms: float = 30_000.0
+    ttl_max_ms: float = 3_600_000.0
+    expired_notice_s: int = 30
+    pending_max: int = 1024
+    pending_bytes_max: int = 64 * 1024 * 1024
+    in_flight_max: int = 64
+    unacknowledged_max: int = 256
+    publish_window: int = 256
+    commit_batch_max: int = 256
+    replies_age_max_s: float = 600.0
+    replies_max: int = 100_000
+    replies_bytes_max: int = 256 * 1024 * 1024
+    attempts_max: int = 3
+    sequences_max: int = 10_000
+    reconnect_base_s: float = 0.2
+    reconnect_max_s: float = 10.0
+    connect_timeout_s: float = 5.0
+    keepalive_s: int = 30
+    session_expiry_s: int = 86_400
+    will_delay_s: int = 10
+    retry_after_ms: int = 200

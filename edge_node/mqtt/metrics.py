@@ -1,0 +1,53 @@
+"""What the MQTT worker counts."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+
+
+class MqttMetrics:
+    """Counters of one worker, in `registry` or in one of their own."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = CollectorRegistry() if registry is None else registry
+        into = self.registry
+        self._answered = Counter("nc_mqtt_requests", "Answered requests by status.", ["status"], registry=into)
+        self._refused = Counter(
+            "nc_mqtt_refused", "Messages that were not accepted, by status.", ["status"], registry=into
+        )
+        self._replayed = Counter(
+            "nc_mqtt_duplicates", "Requests that came again with the same correlation.", registry=into
+        )
+        self._dropped = Counter("nc_mqtt_replies_dropped", "Answers given up, by reason.", ["reason"], registry=into)
+        self._pending = Gauge("nc_mqtt_pending", "Requests accepted and not yet answered.", registry=into)
+        self._connected = Gauge("nc_mqtt_connected", "1 while the broker is connected.", registry=into)
+        self._latency = Histogram(
+            "nc_mqtt_request_seconds", "Arrival to committed answer.", buckets=_SECONDS, registry=into
+        )
+
+    def answered(self, status: str, seconds: float) -> None:
+        """An accepted request has its answer."""
+        self._answered.labels(status).inc()
+        self._latency.observe(seconds)
+
+    def refused(self, status: int) -> None:
+        """A message was not accepted."""
+        self._refused.labels(str(status)).inc()
+
+    def replayed(self) -> None:
+        """A known request came again."""
+        self._replayed.inc()
+
+    def dropped(self, reason: str) -> None:
+        """An answer will not reach its device."""
+        self._dropped.labels(reason).inc()
+
+    def pending(self, count: int) -> None:
+        """Requests accepted and not yet answered."""
+        self._pending.set(count)
+
+    def connected(self, *, up: bool) -> None:
+        """The broker came or went."""
+        self._connected.set(int(up))

@@ -1,0 +1,107 @@
+"""The topic tree `nc/v1`. Fixed positions, so that a broker's access patterns can bind a device to its own part."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from nearcast.errors import Code, MeshError
+
+ID_PATTERN = r"[a-z0-9_-]{1,64}"
+VERSION_PATTERN = r"[0-9A-Za-z._-]{1,64}"
+TOPIC_LENGTH_MAX = 512
+RESERVED_DEVICES = frozenset({"node", "dlq"})
+_ID = re.compile(ID_PATTERN)
+_REQUEST = re.compile(rf"nc/v1/({ID_PATTERN})/({ID_PATTERN})/up/infer/([^/]*)")
+_MODEL = re.compile(rf"({ID_PATTERN})(?:@({VERSION_PATTERN}))?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestTopic:
+    """A request's topic. `model` is "" where the last level names none: the device is known and can be told."""
+
+    tenant: str
+    device: str
+    model: str
+    version: str = ""
+
+    @property
+    def reply(self) -> str:
+        """Where the answer goes if the request names no Response Topic; the only place for MQTT 3.1.1."""
+        return reply_topic(self.tenant, self.device, self.model or "_")
+
+
+def is_id(text: str) -> bool:
+    """Whether `text` may name a tenant, a device or a node."""
+    return _ID.fullmatch(text) is not None
+
+
+def require_id(text: str, what: str) -> str:
+    """`text`, if it may be one level of a topic.
+
+    Raises:
+        MeshError: INVALID_REQUEST naming `what`.
+    """
+    if not is_id(text):
+        raise MeshError(
+            Code.INVALID_REQUEST, f"{text!r} is no {what}: use 1 to 64 lower-case letters, digits, `_` and `-`."
+        )
+    return text
+
+
+def parse_request(topic: str) -> RequestTopic | None:
+    """Split a request's topic; None if tenant or device cannot be read from it, so that nobody can be answered."""
+    found = _REQUEST.fullmatch(topic)
+    if found is None:
+        return None
+    tenant, device, name = found.groups()
+    if device in RESERVED_DEVICES:
+        return None
+    parts = _MODEL.fullmatch(name)
+    if parts is None:
+        return RequestTopic(tenant=tenant, device=device, model="")
+    return RequestTopic(tenant=tenant, device=device, model=parts[1], version=parts[2] or "")
+
+
+def request_topic(tenant: str, device: str, model: str, version: str = "") -> str:
+    """Where a device asks `model`; `version` pins one.
+
+    Raises:
+        MeshError: INVALID_REQUEST if a part cannot be a topic level.
+    """
+    require_id(tenant, "tenant")
+    if require_id(device, "device") in RESERVED_DEVICES:
+        raise MeshError(Code.INVALID_REQUEST, f"{device!r} is reserved; choose another device name.")
+    name = f"{model}@{version}" if version else model
+    if _MODEL.fullmatch(name) is None:
+        raise MeshError(Code.INVALID_REQUEST, f"{name!r} is no model name with an optional @version.")
+    return f"nc/v1/{tenant}/{device}/up/infer/{name}"
+
+
+def request_filter(tenant: str) -> str:
+    """The subscription for all requests of a tenant."""
+    return f"nc/v1/{require_id(tenant, 'tenant')}/+/up/infer/+"
+
+
+def down_prefix(tenant: str, device: str) -> str:
+    """Everything that the mesh may say to a device lies under this prefix."""
+    return f"nc/v1/{tenant}/{device}/down/"
+
+
+def reply_topic(tenant: str, device: str, name: str) -> str:
+    """A device's reply topic, `name` being the model or a word of the client's choice."""
+    return f"{down_prefix(tenant, device)}reply/{name}"
+
+
+def is_own_reply_topic(topic: str, tenant: str, device: str) -> bool:
+    """Whether a requester may be answered on `topic`: a Response Topic is its own word and could name another's."""
+    prefix = down_prefix(tenant, device)
+    if not topic.startswith(prefix) or len(topic) > TOPIC_LENGTH_MAX:
+        return False
+    rest = topic[len(prefix) :]
+    return bool(rest) and not any(sign in rest for sign in "+#\0")
+
+
+def node_state_topic(node: str) -> str:
+    """Retained presence of a node."""
+    return f"nc/v1/local/node/{require_id(node, 'node name')}/state"
