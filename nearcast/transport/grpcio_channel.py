@@ -11,15 +11,25 @@ import grpc
 
 from nearcast.errors import Code, MeshError
 from nearcast.identity import Identity
+from nearcast.transport.call_status import call_error
 from nearcast.transport.seam import DEFAULT_LIMITS, CallError, Limits, Metadata, Reply
 from nearcast.wire import status
 
 TLS_SERVER_NAME = "localhost"
 """grpcio insists on checking a name. Every certificate of the mesh carries this one beside its identity URI."""
 _METHODS_MAX = 256
-# What grpcio says when a call never left this process.
-_NOT_SENT = ("failed to connect", "connection refused", "handshake", "no such file", "dns resolution failed")
-_TOO_LARGE = "message larger than max"
+# A call that met the server's limit of streams before the client knew the limit.
+_REFUSED = "RST_STREAM with error code 7"
+_ATTEMPTS_MAX = 3
+# What grpcio says when a call never reached a method.
+_NOT_SENT = (
+    _REFUSED.lower(),
+    "failed to connect",
+    "connection refused",
+    "handshake",
+    "no such file",
+    "dns resolution failed",
+)
 
 
 class GrpcioChannel:
@@ -61,8 +71,9 @@ class GrpcioChannel:
     ) -> Reply:
         if self._is_closed:
             raise CallError(Code.UNAVAILABLE, f"The channel to {self._address} is closed.")
-        timeout_s = self._limits.call_timeout_s_max if deadline is None else deadline - time.monotonic()
-        if timeout_s <= 0:
+        now = time.monotonic()
+        deadline = now + self._limits.call_timeout_s_max if deadline is None else deadline
+        if deadline <= now:
             raise CallError(Code.DEADLINE, "The deadline passed before the call could be sent.")
         for name, value in metadata:
             status.require_metadata_value(name, value)
@@ -71,33 +82,31 @@ class GrpcioChannel:
             if len(self._methods) >= _METHODS_MAX:
                 self._methods.clear()
             callable_ = self._methods[method] = self._channel.unary_unary(method)
-        call = callable_(b"".join(body), timeout=timeout_s, metadata=tuple(metadata))
-        try:
-            message = await call
-            return Reply((message,), _text_pairs(await call.trailing_metadata()))
-        except grpc.aio.AioRpcError as error:
-            raise self._error(error) from error
-        except grpc.aio.UsageError as error:
-            raise CallError(Code.UNAVAILABLE, f"The channel to {self._address} is closed.") from error
+        message = b"".join(body)
+        for attempt in range(_ATTEMPTS_MAX):
+            call = callable_(message, timeout=deadline - time.monotonic(), metadata=tuple(metadata))
+            try:
+                return Reply((await call,), _text_pairs(await call.trailing_metadata()))
+            except grpc.aio.AioRpcError as error:
+                if _REFUSED not in (error.details() or "") or attempt + 1 == _ATTEMPTS_MAX:
+                    raise _error(error) from error
+            except grpc.aio.UsageError as error:
+                raise CallError(Code.UNAVAILABLE, f"The channel to {self._address} is closed.") from error
+        raise AssertionError
 
     async def close(self) -> None:
         self._is_closed = True
         await self._channel.close()
 
-    def _error(self, error: grpc.aio.AioRpcError) -> CallError:
-        details = error.details() or ""
-        trailers = _text_pairs(error.trailing_metadata())
-        number = int(error.code().value[0])
-        made = status.error_from_status(number, status.encode_message(details), trailers, kind=CallError)
-        made.trailers = trailers
-        if any(name == status.CODE for name, _ in trailers):
-            return made
-        lower = details.lower()
-        if number == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0] and _TOO_LARGE in lower:
-            return CallError(Code.TOO_LARGE, f"{details}; send smaller batches.")
-        if made.code is Code.UNAVAILABLE:
-            made.sent = not any(text in lower for text in _NOT_SENT)
-        return made
+
+def _error(error: grpc.aio.AioRpcError) -> CallError:
+    details = error.details() or ""
+    trailers = _text_pairs(error.trailing_metadata())
+    made = call_error(int(error.code().value[0]), status.encode_message(details), trailers)
+    lower = details.lower()
+    if made.code is Code.UNAVAILABLE and any(text in lower for text in _NOT_SENT):
+        made.sent = False
+    return made
 
 
 def channel_credentials(identity: Identity | None, ca: Path) -> grpc.ChannelCredentials:

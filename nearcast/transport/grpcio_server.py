@@ -66,6 +66,7 @@ class GrpcioServer:
 
     async def start(self) -> None:
         limits = self._limits
+        require_free(self._address)
         server = grpc.aio.server(
             handlers=[_Handlers(self._methods)],
             options=[
@@ -79,13 +80,15 @@ class GrpcioServer:
                 ("grpc.so_reuseport", 0),
             ],
         )
-        require_free(self._address)
         try:
             if self._credentials is None:
                 port = server.add_insecure_port(self._address)
             else:
                 port = server.add_secure_port(self._address, self._credentials)
         except RuntimeError as error:
+            # A grpcio server cleans up on the loop when it is collected: nothing may keep it beyond the loop's life.
+            del server
+            error.with_traceback(None)
             raise cannot_listen(self._address, OSError(errno.EADDRINUSE, str(error))) from error
         if not self._address.startswith(UNIX_PREFIX):
             self._address = join_address(split_address(self._address)[0], port)

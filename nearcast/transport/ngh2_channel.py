@@ -60,7 +60,7 @@ class Ngh2Channel:
     ) -> Reply:
         now = time.monotonic()
         ends_at = now + self.limits.call_timeout_s_max if deadline is None else deadline
-        for _ in range(_ATTEMPTS_MAX):
+        for attempt in range(_ATTEMPTS_MAX):
             if ends_at <= time.monotonic():
                 raise CallError(Code.DEADLINE, "The deadline passed before the call could be sent.")
             connection = self._connection
@@ -71,8 +71,14 @@ class Ngh2Channel:
                 if not connection.is_usable:
                     continue
             call = self._send(connection, method, body, metadata, ends_at)
-            if call is not None:
+            if call is None:
+                continue
+            try:
                 return await connection.finish(call, ends_at)
+            except CallError:
+                # The server has not looked at it (its count of streams lags behind, or it is going away).
+                if not call.is_refused or attempt + 1 == _ATTEMPTS_MAX:
+                    raise
         raise CallError(Code.UNAVAILABLE, f"{self.address} is going away; ask another node.", retry_after_ms=100)
 
     async def close(self) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 from ngh2 import (
     DataReceived,
@@ -21,11 +22,11 @@ from ngh2 import (
 )
 
 from nearcast.errors import Code, MeshError
+from nearcast.transport.call_status import call_error
 from nearcast.transport.ngh2_connection import FRAME_SIZE_BYTES_MAX, STREAM_WINDOW_BYTES, Ngh2Connection
 from nearcast.transport.ngh2_framing import MessageReader, whole_message
 from nearcast.transport.ngh2_headers import Fields, read_trailers, response_problem
 from nearcast.transport.seam import CallError, Limits, Reply
-from nearcast.wire import status
 
 _STREAMS_BEFORE_SETTINGS = 100
 _PROBE_TIMEOUT_S = 2.0
@@ -45,12 +46,13 @@ _FROM_RESET = {
 class ClientCall:
     """One call in flight."""
 
-    __slots__ = ("future", "id", "message", "reader", "started_at")
+    __slots__ = ("future", "id", "is_refused", "message", "reader", "started_at")
 
     def __init__(self, stream_id: int, future: asyncio.Future[Reply], started_at: float) -> None:
         self.id = stream_id
         self.future = future
         self.started_at = started_at
+        self.is_refused = False
         self.message: bytes | None = None
         self.reader: MessageReader | None = None
 
@@ -172,7 +174,9 @@ class ClientConnection(Ngh2Connection):
         if self.last_read_at <= call.started_at and self._probe is None and self.is_open:
             # Nothing was heard since the call began: the peer may be gone without a word.
             read_at = self.last_read_at
-            self.h2.ping(b"nc-alive")
+            with suppress(NGH2Error):
+                self.h2.ping(b"nc-alive")
+                self.flush_soon()
             self._probe = self.loop.call_later(_PROBE_TIMEOUT_S, self._give_up, read_at)
 
     def _give_up(self, read_at: float) -> None:
@@ -182,7 +186,7 @@ class ClientConnection(Ngh2Connection):
 
     def _abandon(self, call: ClientCall) -> None:
         if self._forget(call.id) is not None and self.is_open:
-            self.h2.reset_stream(call.id, _CANCEL)
+            self.reset(call.id, _CANCEL)
             self.flush_soon()
 
     def _forget(self, stream_id: int) -> ClientCall | None:
@@ -240,7 +244,7 @@ class ClientConnection(Ngh2Connection):
     def _receive(self, event: DataReceived) -> None:
         data, stream_id = event.data, event.stream_id
         if data:
-            self.h2.acknowledge_received_data(len(data), stream_id)
+            self.acknowledge(len(data), stream_id)
         call = self.calls.get(stream_id)
         if call is None:
             return
@@ -274,15 +278,14 @@ class ClientConnection(Ngh2Connection):
         if number is None:
             call.fail(CallError(Code.INTERNAL, "The peer's answer has no gRPC status.", sent=True))
             return
-        error = status.error_from_status(number, message, trailers, kind=CallError)
-        error.trailers = tuple(trailers)
-        call.fail(error)
+        call.fail(call_error(number, message, trailers))
 
     def _closed(self, stream_id: int, error_code: int) -> None:
         call = self._forget(stream_id)
         if call is None:
             return
         if error_code == _REFUSED_STREAM:
+            call.is_refused = True
             call.fail(CallError(Code.UNAVAILABLE, f"{self._address} did not take the call.", sent=False))
             return
         code = _FROM_RESET.get(error_code, Code.INTERNAL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import cast
 
 from ngh2 import Configuration, Connection, Event, NGH2Error, Role
@@ -143,12 +144,23 @@ class Ngh2Connection(asyncio.Protocol):
                     self.transport.write(data)
                 if size_bytes < PULL_SIZE_BYTES:
                     break
+            self.flushed()
         except NGH2Error:
             self.abort()
             return
-        self.flushed()
         if not h2.want_read and not h2.want_write:
             self.close()
+
+    def acknowledge(self, size_bytes: int, stream_id: int) -> None:
+        """Give back the peer's window for received bytes."""
+        # At the end of a connection the library takes nothing back, and nothing depends on it any more.
+        with suppress(NGH2Error):
+            self.h2.acknowledge_received_data(size_bytes, stream_id)
+
+    def reset(self, stream_id: int, error_code: int) -> None:
+        """Reset a call if it still exists."""
+        with suppress(NGH2Error):
+            self.h2.reset_stream(stream_id, error_code)
 
     def close(self) -> None:
         """Close after what was written has gone out."""

@@ -128,7 +128,7 @@ class ServerConnection(Ngh2Connection):
                 if stream is not None:
                     self._receive(stream, event.data, is_end=event.end_stream)
                 elif event.data:
-                    self.h2.acknowledge_received_data(len(event.data), event.stream_id)
+                    self.acknowledge(len(event.data), event.stream_id)
             elif isinstance(event, RequestReceived):
                 self._open(event)
             elif isinstance(event, StreamReset | StreamClosed):
@@ -191,7 +191,7 @@ class ServerConnection(Ngh2Connection):
                 stream.receive(data)
                 return
             if data:
-                self.h2.acknowledge_received_data(len(data), stream.id)
+                self.acknowledge(len(data), stream.id)
             if is_end and stream.reader is None and stream.whole is None:
                 # The whole request in one frame, or an empty call.
                 stream.whole = whole_message(data)
@@ -263,7 +263,7 @@ class ServerConnection(Ngh2Connection):
             self.server.receiving_bytes -= stream.received_bytes
             stream.received_bytes = 0
         if stream.unread_bytes:
-            self.h2.acknowledge_received_data(stream.unread_bytes, stream.id)
+            self.acknowledge(stream.unread_bytes, stream.id)
             stream.unread_bytes = 0
         if not stream.has_ended and stream.stream_method is not None:
             self._half_closed.add(stream.id)
@@ -300,7 +300,7 @@ class ServerConnection(Ngh2Connection):
             answered = [stream_id for stream_id in self._half_closed if not self.h2.queued_body_size(stream_id)]
             for stream_id in answered:
                 self._half_closed.discard(stream_id)
-                self.h2.reset_stream(stream_id, _NO_ERROR)
+                self.reset(stream_id, _NO_ERROR)
             if answered:
                 self.flush_soon()
 

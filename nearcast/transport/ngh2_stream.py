@@ -104,7 +104,7 @@ class ServerStream:
                 _log.debug("the call %d ended before its answer", stream_id)
             except Exception:  # noqa: BLE001 - a method may return anything
                 _log.exception("the reply of %s cannot be sent", self.call.method)
-                h2.reset_stream(stream_id, 2)
+                connection.reset(stream_id, 2)
             connection.flush_soon()
 
     # Streaming.
@@ -172,7 +172,7 @@ class ServerStream:
     def acknowledge(self) -> None:
         """Give back the window of what was received unless enough messages are waiting already."""
         if self.unread_bytes and len(self.inbox) < self.connection.limits.stream_messages_max:
-            self.connection.h2.acknowledge_received_data(self.unread_bytes, self.id)
+            self.connection.acknowledge(self.unread_bytes, self.id)
             self.unread_bytes = 0
             self.connection.flush_soon()
 
