@@ -60,7 +60,7 @@ class Refusal:
 class _Head(msgspec.Struct):
     """What admission needs of an envelope; the rest is read when the request runs."""
 
-    id: str | int = ""
+    id: str = ""
     ttl_ms: float | None = None
     model_version: str | int = ""
 
@@ -160,9 +160,9 @@ def _admit_envelope(
     try:
         head = msgspec.json.decode(message.payload, type=_Head)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        reason = "Without a Content Type the payload must be a JSON object with id, ttl_ms and inputs."
+        reason = "Without a Content Type the payload must be a JSON object with id (text), ttl_ms and inputs."
         return _refuse(STATUS_UNSUPPORTED_TYPE, reason, Code.UNSUPPORTED, reply_topic, message, "envelope")
-    correlation = str(head.id).encode()
+    correlation = head.id.encode()
     if len(correlation) > limits.correlation_bytes_max:
         reason = f"The id may have at most {limits.correlation_bytes_max} bytes."
         return _refuse(400, reason, Code.INVALID_REQUEST, reply_topic, message, "envelope")

@@ -18,6 +18,7 @@ from edge_node.mqtt.inbox import Reply
 from edge_node.mqtt.message import Message
 from nearcast.errors import CATALOGUE, Code, MeshError
 from nearcast.handler import InferRequest, InferResponse, ModelMetadata, Parameter, Served, TensorSpec
+from nearcast.transport.json_tensors import Wanted, decode_request, encode_response
 from nearcast.wire.request import TensorRequest, WireRequest
 from nearcast.wire.tensors import datatype_of, from_raw, size_bytes, to_raw
 
@@ -229,8 +230,22 @@ def _json_names(user: Mapping[str, str]) -> dict[str, str | int]:
 
 
 def _from_json(request: Request, payload: bytes, parameters: Mapping[str, Parameter]) -> InferRequest:
-    raise NotImplementedError
+    sent, _ = decode_request(request.model, request.version, payload, len(payload))
+    if not parameters:
+        return sent
+    return TensorRequest(
+        model=sent.model,
+        version=sent.version,
+        id=sent.id,
+        inputs=sent.decode(),
+        parameters={**sent.parameters, **parameters},
+        outputs=sent.requested_outputs(),
+    )
 
 
 def _to_json(request: Request, response: InferResponse, user: Mapping[str, str]) -> bytes:
-    raise NotImplementedError
+    body, _ = encode_response(response, Wanted(by_name={}))  # nothing may follow the JSON here
+    if not request.envelope:
+        return body
+    fields: dict[str, object] = msgspec.json.decode(body)
+    return msgspec.json.encode({**fields, **_json_names(user), "id": response.id})

@@ -13,9 +13,17 @@ from edge_node.mqtt.lanes import Lanes, Recent
 from edge_node.mqtt.message import MqttLimits
 from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError
-from nearcast.handler import InferenceHandler, ModelDirectory, ModelMetadata, Parameter, RequestContext
+from nearcast.handler import (
+    InferenceHandler,
+    InferRequest,
+    InferResponse,
+    ModelDirectory,
+    ModelMetadata,
+    RequestContext,
+)
 from nearcast.telemetry import get_logger
 
+SEQUENCE_ID_LENGTH_MAX = 128
 MODELS_MAX = 1024
 """Models whose kind of state is remembered."""
 _log = get_logger("nearcast.mqtt")
@@ -86,9 +94,46 @@ class Executor:
 
     async def _run(self, request: Request, payload: bytes) -> Reply:
         metadata = await self._directory.metadata(request.model, request.version)
-        sequence = self._sequence(request, metadata)
-        inference = envelope.to_inference(request, payload, metadata, sequence)
-        context = RequestContext(
+        if metadata.properties.get("stateful") != "hidden":
+            self._stateless.add(request.model)
+            inference = envelope.to_inference(request, payload, metadata, {})
+            response = await self._handler.infer(inference, self._context(request))
+        else:
+            response = await self._run_in_sequence(request, payload, metadata)
+        return envelope.reply(request, response)
+
+    async def _run_in_sequence(self, request: Request, payload: bytes, metadata: ModelMetadata) -> InferResponse:
+        """A model with hidden state: each device is a sequence of its own, and its first message starts it.
+
+        A device cannot name another's sequence, because its ids lie below its own name.
+        """
+        own = request.user.get("sequence-id", "")
+        if len(own) > SEQUENCE_ID_LENGTH_MAX:
+            raise MeshError(Code.INVALID_REQUEST, f"sequence-id may have at most {SEQUENCE_ID_LENGTH_MAX} characters.")
+        name = f"{request.device}/{own}" if own else request.device
+        key = (request.tenant, request.model, name)
+        start = _flag(request.user, "sequence-start") or key not in self._sequences
+        end = _flag(request.user, "sequence-end")
+        context = self._context(request)
+
+        def inference(*, start: bool) -> InferRequest:
+            parameters = {"sequence_id": name, "sequence_start": start, "sequence_end": end}
+            return envelope.to_inference(request, payload, metadata, parameters)
+
+        self._sequences.discard(key)
+        try:
+            response = await self._handler.infer(inference(start=start), context)
+        except MeshError as error:
+            if start or error.code is not Code.INVALID_REQUEST:
+                raise
+            # The host may have dropped an idle sequence or replaced the version: the device need not know.
+            response = await self._handler.infer(inference(start=True), context)
+        if not end:
+            self._sequences.add(key)
+        return response
+
+    def _context(self, request: Request) -> RequestContext:
+        return RequestContext(
             deadline=request.deadline,
             priority=_priority(request.user),
             tenant=request.tenant,
@@ -96,28 +141,6 @@ class Executor:
             idempotency_key=request.correlation.hex() if request.echo else "",
             trace=request.user.get("traceparent", ""),
         )
-        response = await self._handler.infer(inference, context)
-        return envelope.reply(request, response)
-
-    def _sequence(self, request: Request, metadata: ModelMetadata) -> dict[str, Parameter]:
-        """The sequence parameters of a request for a model with hidden state; empty for other models.
-
-        A device cannot name another's sequence: its ids lie below its own name. Its first message starts the sequence.
-        """
-        if metadata.properties.get("stateful") != "hidden":
-            self._stateless.add(request.model)
-            return {}
-        own = request.user.get("sequence-id", "")
-        base = f"{request.tenant}/{request.device}"
-        name = f"{base}/{own}" if own else base
-        key = (request.model, name)
-        start, end = _flag(request.user, "sequence-start"), _flag(request.user, "sequence-end")
-        start = start or key not in self._sequences
-        if end:
-            self._sequences.discard(key)
-        else:
-            self._sequences.add(key)
-        return {"sequence_id": name, "sequence_start": start, "sequence_end": end}
 
 
 def _flag(user: Mapping[str, str], name: str) -> bool:
