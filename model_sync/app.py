@@ -19,7 +19,8 @@ from model_sync.config import SyncConfig
 from model_sync.controller import Controller
 from model_sync.durable import write_file
 from model_sync.enrolment_authority import EnrolmentAuthority
-from model_sync.keys import ENROLMENT_FILE, ONLINE_KEY, SYNC_NAME, default_home, load_key, write_identity
+from model_sync.home import default_home
+from model_sync.keys import ENROLMENT_FILE, ONLINE_KEY, SYNC_NAME, load_key, write_identity
 from model_sync.repository import Repository
 from nearcast import runtime, telemetry
 from nearcast.config import load_config

@@ -1,4 +1,4 @@
-"""Bundles: a folder with `manifest.json` and the files that it names. No archive, no code, the same bytes every time."""
+"""Bundles: a folder with `manifest.json` and the files that it names. No archive, no code, always the same bytes."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def create_bundle(spec: BundleSpec, source: Path, out: Path) -> Manifest:
         out: the new folder; missing or empty. It appears only once it is whole.
 
     Raises:
-        MeshError: CONFLICT if `out` holds something, INVALID_REQUEST if files are missing or do not fit, UNTRUSTED if the
-            model cannot be loaded as specified.
+        MeshError: CONFLICT if `out` holds something, INVALID_REQUEST if files are missing or do not fit, UNTRUSTED if
+            the model cannot be loaded as specified.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise MeshError(Code.CONFLICT, f"{out} exists already; choose a new folder.")
@@ -102,7 +102,7 @@ def create_bundle(spec: BundleSpec, source: Path, out: Path) -> Manifest:
     if len({*names, GOLDEN_FILE, MANIFEST_FILE}) != len(names) + 2:
         raise MeshError(
             Code.INVALID_REQUEST,
-            f"A file is named twice, or like {GOLDEN_FILE} or {MANIFEST_FILE}, which are made here.",
+            f"A file is named twice, or {GOLDEN_FILE} or {MANIFEST_FILE}, which are made here.",
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))

@@ -9,7 +9,6 @@ The online key signs timestamp, snapshot and rollout. It can pick among what the
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 from datetime import UTC, datetime
@@ -178,8 +177,3 @@ def _make_targets(
     role = Metadata(Targets(expires=_now() + lifetimes.targets, delegations=Delegations(keys, roles)))
     role.sign(targets)
     return role
-
-
-def default_home() -> Path:
-    """`$NEARCAST_HOME`, else `~/.nearcast`."""
-    return Path(os.environ.get("NEARCAST_HOME") or Path.home() / ".nearcast")

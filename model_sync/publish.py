@@ -1,0 +1,280 @@
+"""The operator's side of a push: gate, sign with the team's key, upload what is missing, publish, point the channel.
+
+Nothing the controller says is believed: the present roles are read through a TUF client that starts from the root made
+by `nearcast keys init` and remembers what it saw last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from tuf.api.exceptions import DownloadHTTPError, RepositoryError
+from tuf.api.metadata import Metadata, TargetFile, Targets  # type: ignore[attr-defined]
+from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig  # type: ignore[attr-defined]
+
+from model_sync.bundle import read_bundle, run_gate, verify_bundle
+from model_sync.control_client import ControlClient
+from model_sync.keys import load_key
+from model_sync.layout import METADATA_SIZE_BYTES_MAX, blob_path, make_target, models_path
+from model_sync.layout import parse_models_path as parse_path
+from model_sync.repository import Lifetimes
+from nearcast.errors import Code, MeshError
+from nearcast.store.manifest import Manifest
+
+ROLLBACKS_LISTED = 2
+"""How many earlier releases a push lists as places to return to."""
+
+
+class Meter(Protocol):
+    """Shows how far an upload is."""
+
+    def begin(self, size_bytes: int) -> None:
+        """The upload starts; this many bytes are to be sent."""
+        ...
+
+    def advance(self, size_bytes: int) -> None:
+        """So many more bytes are sent."""
+        ...
+
+
+class SilentMeter:
+    """Shows nothing."""
+
+    def begin(self, size_bytes: int) -> None:
+        """Do nothing."""
+
+    def advance(self, size_bytes: int) -> None:
+        """Do nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pushed:
+    """What a push did. `is_published` is false if the very same release was published before."""
+
+    model: str
+    release: int
+    channel: str
+    action: str
+    intent: int
+    serial: int
+    is_published: bool
+    uploaded_bytes: int
+    rollback_ok: tuple[int, ...]
+
+
+class ControlFetcher(FetcherInterface):
+    """Carries metadata for the TUF client over the operator's own connection."""
+
+    def __init__(self, client: ControlClient) -> None:
+        self._client = client
+
+    def _fetch(self, url: str) -> Iterator[bytes]:
+        status, data = self._client.get_bytes(url.removeprefix(self._client.control))
+        if status != 200:
+            raise DownloadHTTPError(f"status {status}", status)
+        return iter((data,))
+
+
+def push(
+    bundle: Path,
+    client: ControlClient,
+    operator: Path,
+    *,
+    channel: str,
+    team: str = "",
+    share: float | None = None,
+    wave: float = 1.0,
+    rollback_ok: Sequence[int] = (),
+    reason: str = "",
+    meter: Meter | None = None,
+) -> Pushed:
+    """Publish a bundle and make it the stable release or, with `share`, the candidate of a channel.
+
+    Args:
+        bundle: the bundle's folder.
+        client: an operator's connection.
+        operator: folder with root.json and the team's key.
+        channel: where to point to the release.
+        team: whose key signs; "" = the only one in `operator`.
+        share: share of the requests, in (0, 1], that a candidate answers; None = make it stable. The first release of a
+            model in a channel is made stable in any case.
+        wave: share of the nodes that install a candidate.
+        rollback_ok: releases to allow a rollback to, beside the last two.
+        reason: goes into the channel document.
+        meter: shows the upload.
+
+    Raises:
+        MeshError: UNTRUSTED if the bundle or the controller's metadata cannot be trusted, CONFLICT if the release is
+            not newer than what is published, FORBIDDEN without the team's key.
+    """
+    manifest = verify_bundle(bundle)
+    run_gate(bundle)
+    team = team or find_team(operator)
+    signer = load_key(operator / f"models-{team}.pem")
+    roles = fetch_models_roles(client, operator, manifest.name)
+    name = f"models-{team}"
+    if name not in roles:
+        raise MeshError(Code.UNTRUSTED, f"The mesh delegates nothing to the team {team!r}; known: {_teams(roles)}.")
+    path = models_path(manifest.name, manifest.release)
+    data = read_bundle(bundle)[1]
+    listed = listed_rollbacks(roles, manifest.name, manifest.release, rollback_ok)
+    target = make_target(path, data, {"rollback_ok": list(listed)})
+    is_published = not is_already_published(roles, path, target, manifest)
+    uploaded_bytes = 0
+    if is_published:
+        role = deepcopy(roles[name])
+        role.signed.targets[path] = target
+        role.signed.version += 1
+        role.signed.expires = datetime.now(UTC).replace(microsecond=0) + Lifetimes().models
+        role.sign(signer)
+        uploaded_bytes = upload_blobs(client, bundle, manifest, meter or SilentMeter())
+        metadata = role.to_dict()
+        client.call("POST", "/v1/releases", {"team": team, "metadata": metadata, "manifests": {path: data.decode()}})
+    action = "stable" if share is None or not has_stable(client, channel, manifest.name) else "candidate"
+    wish: dict[str, Any] = {"channel": channel, "model": manifest.name, "action": action, "release": manifest.release}
+    if action == "candidate":
+        wish |= {"share": share, "wave": wave}
+    answer = client.call("POST", "/v1/rollouts", {**wish, "reason": reason})
+    return Pushed(
+        model=manifest.name,
+        release=manifest.release,
+        channel=channel,
+        action=action,
+        intent=int(answer["intent"]),
+        serial=int(answer["serial"]),
+        is_published=is_published,
+        uploaded_bytes=uploaded_bytes,
+        rollback_ok=listed,
+    )
+
+
+def find_team(operator: Path) -> str:
+    """The team whose key lies in an operator's folder.
+
+    Raises:
+        MeshError: FORBIDDEN if there is none, INVALID_REQUEST if there are several.
+    """
+    teams = sorted(path.stem.removeprefix("models-") for path in operator.glob("models-*.pem"))
+    if not teams:
+        raise MeshError(Code.FORBIDDEN, f"{operator} holds no key of a team; only who holds one can push.")
+    if len(teams) > 1:
+        raise MeshError(Code.INVALID_REQUEST, f"There are keys of several teams; choose --team of {', '.join(teams)}.")
+    return teams[0]
+
+
+def fetch_models_roles(client: ControlClient, operator: Path, model: str) -> dict[str, Metadata[Targets]]:
+    """The verified models roles, by role name.
+
+    Raises:
+        MeshError: UNTRUSTED if anything is not signed as it must be, expired, or older than what was seen before.
+    """
+    cache = operator / "tuf"
+    cache.mkdir(mode=0o700, exist_ok=True)
+    config = UpdaterConfig(prefix_targets_with_hash=True, targets_max_length=METADATA_SIZE_BYTES_MAX)
+    try:
+        updater = Updater(
+            str(cache),
+            f"{client.control}/repository/metadata/",
+            fetcher=ControlFetcher(client),
+            config=config,
+            bootstrap=(operator / "root.json").read_bytes(),
+        )
+        updater.refresh()
+        # No release is numbered 0, so the search goes through every role that may speak of this model.
+        updater.get_targetinfo(models_path(model, 0))
+        targets = Metadata[Targets].from_file(str(cache / "targets.json"))
+        names = targets.signed.delegations.roles if targets.signed.delegations else None
+        return {
+            name: Metadata[Targets].from_file(str(cache / f"{name}.json"))
+            for name in names or {}
+            if name.startswith("models-")
+        }
+    except OSError as error:
+        raise MeshError(Code.UNAVAILABLE, f"{operator} cannot be used: {error}.") from error
+    except RepositoryError as error:
+        raise MeshError(
+            Code.UNTRUSTED, f"The controller's metadata is not trusted ({error}); do not push until that is understood."
+        ) from error
+
+
+def published_releases(roles: dict[str, Metadata[Targets]], model: str) -> list[int]:
+    """Releases of a model that any team has published, oldest first."""
+    found = [parse_path(path) for role in roles.values() for path in role.signed.targets]
+    return sorted(release for name, release in found if name == model)
+
+
+def listed_rollbacks(
+    roles: dict[str, Metadata[Targets]], model: str, release: int, wanted: Sequence[int]
+) -> tuple[int, ...]:
+    """Releases that a push lists as places to return to: the last two before it, and those asked for.
+
+    Raises:
+        MeshError: INVALID_REQUEST if one that is asked for is not an earlier published release.
+    """
+    earlier = [each for each in published_releases(roles, model) if each < release]
+    if unknown := sorted(set(wanted) - set(earlier)):
+        raise MeshError(Code.INVALID_REQUEST, f"Release {unknown[0]} of {model} is no earlier published release.")
+    return tuple(sorted({*earlier[-ROLLBACKS_LISTED:], *wanted}, reverse=True))
+
+
+def is_already_published(
+    roles: dict[str, Metadata[Targets]], path: str, target: TargetFile, manifest: Manifest
+) -> bool:
+    """Whether this very release is published, so that only the channel has to change.
+
+    Raises:
+        MeshError: CONFLICT if another bundle has this number, or a newer release is published.
+    """
+    for role in roles.values():
+        present = role.signed.targets.get(path)
+        if present is None:
+            continue
+        if present.hashes == target.hashes:
+            return True
+        raise MeshError(
+            Code.CONFLICT,
+            f"Release {manifest.release} of {manifest.name} was published with other content; raise its number.",
+        )
+    newest = max(published_releases(roles, manifest.name), default=0)
+    if manifest.release <= newest:
+        raise MeshError(
+            Code.CONFLICT,
+            f"Release {manifest.release} of {manifest.name} is not newer than the published {newest}; "
+            f"make it {newest + 1} or more.",
+        )
+    return False
+
+
+def upload_blobs(client: ControlClient, bundle: Path, manifest: Manifest, meter: Meter) -> int:
+    """Upload the files that the repository lacks; answers how many bytes were sent."""
+    entries = {entry.sha256: entry for entry in manifest.files}
+    missing = [
+        entry
+        for entry in entries.values()
+        if not client.has(f"/repository/{blob_path(entry.sha256)}", entry.size_bytes)
+    ]
+    size_bytes = sum(entry.size_bytes for entry in missing)
+    meter.begin(size_bytes)
+    for entry in missing:
+        client.put_file(f"/v1/blobs/{entry.sha256}", bundle / entry.path, meter.advance)
+    return size_bytes
+
+
+def has_stable(client: ControlClient, channel: str, model: str) -> bool:
+    """Whether a channel serves the model already."""
+    try:
+        document = client.call("GET", f"/v1/channels/{channel}")
+    except MeshError as error:
+        if error.code is Code.MODEL_NOT_FOUND:
+            return False
+        raise
+    return any(rollout["model"] == model for rollout in document["rollouts"])
+
+
+def _teams(roles: dict[str, Metadata[Targets]]) -> str:
+    return ", ".join(name.removeprefix("models-") for name in roles) or "none"

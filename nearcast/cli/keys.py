@@ -1,0 +1,37 @@
+"""`nearcast keys`: the signing keys of a mesh."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nearcast.cli.operator_options import home_option
+
+
+@click.group()
+def command() -> None:
+    """Make and renew the keys of a mesh."""
+
+
+@command.command()
+@home_option
+@click.option("--team", default="core", show_default=True, help="The team that may publish models.")
+def init(home: Path, team: str) -> None:
+    """Make all keys of a new mesh: HOME/operator (offline keys) and HOME/sync (what the controller needs)."""
+    from model_sync.keys import init_keys
+
+    init_keys(home, team)
+    click.echo(f"{home / 'operator'}  root, targets and models-{team} keys: keep them offline, and keep a copy")
+    click.echo(f"{home / 'sync'}  online key, certificate authorities and an empty repository")
+    click.echo(f"Next: nearcast sync --home {home / 'sync'}")
+
+
+@command.command()
+@home_option
+def renew(home: Path) -> None:
+    """Give the operator of HOME a new certificate after the old one expired; needs HOME/sync on this machine."""
+    from model_sync.keys import renew_operator
+
+    identity = renew_operator(home)
+    click.echo(f"{identity.uri} has a new certificate for 7 days; commands renew it while it holds.")

@@ -1,0 +1,99 @@
+"""`nearcast push`: sign a bundle and publish it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import click
+
+from nearcast.cli.operator_options import json_option, operator_options, print_json
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--channel", default="stable", show_default=True, help="The channel to point to the release.")
+@click.option("--share", type=click.FloatRange(0, 1, min_open=True), help="Start a trial with this share of requests.")
+@click.option(
+    "--wave", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Share of the nodes."
+)
+@click.option("--team", default="", help="Whose key signs; default: the only one there is.")
+@click.option("--rollback-ok", type=int, multiple=True, help="Allow a return to this release too; repeatable.")
+@click.option("--reason", default="", help="Goes into the channel document.")
+@operator_options
+@json_option
+def command(
+    bundle: Path,
+    channel: str,
+    share: float | None,
+    wave: float,
+    team: str,
+    rollback_ok: tuple[int, ...],
+    reason: str,
+    home: Path,
+    control: str,
+    as_json: bool,
+) -> None:
+    """Check BUNDLE, sign it with the team's key, upload it and point a channel to it.
+
+    Without --share it becomes the stable release; with it, a candidate beside the stable one.
+    """
+    from model_sync.control_client import connect
+    from model_sync.publish import push
+
+    with connect(home, control) as client, UploadBar() as bar:
+        pushed = push(
+            bundle,
+            client,
+            home / "operator",
+            channel=channel,
+            team=team,
+            share=share,
+            wave=wave,
+            rollback_ok=rollback_ok,
+            reason=reason,
+            meter=bar,
+        )
+    if as_json:
+        print_json(asdict(pushed))
+        return
+    what = f"candidate for {share:.0%} of the requests" if pushed.action == "candidate" else "stable"
+    known = "" if pushed.is_published else " (published before)"
+    click.echo(f"{pushed.model} {pushed.release} is {what} in channel {channel}{known}, intent {pushed.intent}.")
+
+
+class UploadBar:
+    """A progress bar on a terminal, nothing elsewhere."""
+
+    def __init__(self) -> None:
+        self._progress: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> UploadBar:  # noqa: PYI034 (final in practice)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def begin(self, size_bytes: int) -> None:
+        """The upload starts."""
+        if not size_bytes or not sys.stderr.isatty():
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+        columns = (TextColumn("uploading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True))
+        self._task = self._progress.add_task("upload", total=size_bytes)
+        self._progress.start()
+
+    def advance(self, size_bytes: int) -> None:
+        """So many more bytes are sent."""
+        if self._progress is not None:
+            self._progress.advance(self._task, size_bytes)

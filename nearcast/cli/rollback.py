@@ -1,0 +1,29 @@
+"""`nearcast rollback`: one call to the controller, and nothing imported that it does not need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nearcast.cli.operator_options import json_option, operator_options, print_json
+
+
+@click.command()
+@click.argument("model")
+@click.option("--to", "release", type=int, required=True, metavar="VERSION", help="The release to return to.")
+@click.option("--channel", default="stable", show_default=True)
+@click.option("--reason", default="", help="Goes into the channel document.")
+@operator_options
+@json_option
+def command(model: str, release: int, channel: str, reason: str, home: Path, control: str, as_json: bool) -> None:
+    """Make an earlier release of MODEL the stable one again and end any trial."""
+    from model_sync.control_client import connect
+
+    with connect(home, control, keep_fresh=False) as client:
+        wish = {"channel": channel, "model": model, "action": "rollback", "release": release, "reason": reason}
+        answer = client.call("POST", "/v1/rollouts", wish)
+    if as_json:
+        print_json(answer)
+    else:
+        click.echo(f"{model} returns to {release} in channel {channel}, intent {answer['intent']}.")

@@ -1,0 +1,22 @@
+"""`nearcast sync`: the controller of a mesh."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option("--home", type=click.Path(path_type=Path, file_okay=False), help="Folder sync/ of `nearcast keys init`.")
+@click.option("--config", "path", type=click.Path(path_type=Path, dir_okay=False), help="A TOML file.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting; repeatable.")
+def command(home: Path | None, path: Path | None, overrides: tuple[str, ...]) -> None:
+    """Run the controller: repository, rollouts, enrolment and node directory behind one HTTPS listener.
+
+    It prints one JSON line with its address when it is ready.
+    """
+    from model_sync.app import load_sync_config, run_sync
+
+    sys.exit(run_sync(load_sync_config(path, overrides, home=home)))
