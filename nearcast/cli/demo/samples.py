@@ -15,8 +15,11 @@ FILES: dict[str, tuple[bytes, str]] = {
     "this program": (Path(__file__).read_bytes(), "python"),
     "a bundle specification": ((MODELS / "magika" / "magika-1.toml").read_bytes(), "toml"),
     "a web page": (
-        b"<!DOCTYPE html>\n<html><head><title>nearcast</title></head>\n<body><h1>It runs</h1>\n"
-        b"<p>An answer next to the device.</p></body></html>\n",
+        b"""<!DOCTYPE html>
+<html><head><title>nearcast</title></head>
+<body><h1>It runs</h1>
+<p>An answer next to the device.</p></body></html>
+""",
         "html",
     ),
     "a table": (
@@ -30,7 +33,7 @@ FILES: dict[str, tuple[bytes, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Digits:
-    """Test images that no model was trained on: float32 [10, 64] in the order 0..9, and one on which releases disagree."""
+    """Test images that no model was trained on: float32 [10, 64], 0 to 9, and one on which releases disagree."""
 
     images: npt.NDArray[np.float32]
     disputed: npt.NDArray[np.float32]

@@ -7,8 +7,10 @@ import json
 import os
 import sys
 import time
+import urllib.request
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +19,13 @@ from nearcast.errors import Code, MeshError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from nearcast.cli.demo.traffic import Traffic
     from nearcast.cli.processes import Mesh
 
 COMMAND_TIMEOUT_S = 60.0
 POLL_S = 0.05
+HTTP_TIMEOUT_S = 2.0
+OBSERVATIONS_MAX = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,17 @@ class Check:
     detail: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """One answer as a client saw it."""
+
+    model: str
+    version: str
+    client: str
+    served_by: str
+    latency_ms: float
+
+
 @dataclass(slots=True)
 class Stage:
     """The scenes' shared state. `folder` belongs to the demo: bundles, operator's home, node data."""
@@ -40,6 +56,7 @@ class Stage:
     mesh: Mesh
     folder: Path
     checks: list[Check] = field(default_factory=list)
+    observations: list[Observation] = field(default_factory=list)
 
     def title(self, number: int, text: str) -> None:
         """Begin a scene."""
@@ -54,6 +71,43 @@ class Stage:
         self.checks.append(Check(name, ok, detail))
         mark = "[green]✓[/]" if ok else "[bold red]✗[/]"
         self.console.print(f"   {mark} {name}" + (f" [dim]{detail}[/]" if detail else ""))
+
+    def note(self, seen: Observation) -> None:
+        """Remember an answer for the table; the oldest are forgotten first."""
+        self.observations.append(seen)
+        del self.observations[:-OBSERVATIONS_MAX]
+
+    def observe(self, traffic: Traffic) -> None:
+        """Remember the answers of a whole traffic."""
+        for sample in traffic.samples:
+            if sample.answer is not None:
+                answer = sample.answer
+                self.note(
+                    Observation(
+                        model=answer.model,
+                        version=answer.version,
+                        client=sample.client,
+                        served_by=answer.served_by,
+                        latency_ms=sample.latency_ms,
+                    )
+                )
+
+    def edge_addresses(self) -> list[str]:
+        """Where the edge nodes answer gRPC."""
+        return [places["grpc"] for name, places in self.mesh.addresses.items() if name.startswith("edge")]
+
+    async def is_ready(self, name: str, model: str) -> bool:
+        """Whether a process says that it answers for a model itself."""
+        url = f"http://{self.mesh.addresses[name]['http']}/v2/models/{model}/ready"
+
+        def ask() -> bool:
+            try:
+                with urllib.request.urlopen(url, timeout=HTTP_TIMEOUT_S) as response:
+                    return bool(response.status == HTTPStatus.OK)
+            except OSError:
+                return False
+
+        return await asyncio.to_thread(ask)
 
     async def command(self, *arguments: str, quiet: bool = False) -> tuple[int, str, str]:
         """Run `nearcast ARGUMENTS` as the operator would; returns exit code, output and errors."""

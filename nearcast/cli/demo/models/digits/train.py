@@ -26,7 +26,7 @@ PIXEL_MAX = 16.0
 
 def build_graph(model: MLPClassifier) -> onnx.ModelProto:
     """The network as ONNX: `image` FP32 [N, 64] with pixels 0..16 -> `probabilities` FP32 [N, 10]."""
-    scale = numpy_helper.from_array(np.float32(1 / PIXEL_MAX), "scale")
+    scale = numpy_helper.from_array(np.array(1 / PIXEL_MAX, np.float32), "scale")
     nodes, weights, last = [helper.make_node("Mul", ["image", "scale"], ["x0"])], [scale], "x0"
     layers = len(model.coefs_)
     for i, (weight, bias) in enumerate(zip(model.coefs_, model.intercepts_, strict=True)):

@@ -46,7 +46,7 @@ def main() -> None:
     clips = {name: extract_features(speak(voice, text)) for name, (voice, text) in CLIPS.items()}
     for name, clip in clips.items():
         print(f"{name}: {len(clip)} steps of 30 ms")
-    np.savez_compressed(HERE / "clips.npz", **clips)
+    np.savez_compressed(HERE / "clips.npz", **clips)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,128 @@
+"""Scene 3: real requests from stock clients and ours, over every transport, with answers that a person can check."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import urllib.request
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from nearcast.cli.demo import file_types, wake_word
+from nearcast.cli.demo.device import Device
+from nearcast.cli.demo.samples import FILES, draw, load_clips, load_digits
+from nearcast.cli.demo.stage import Stage
+from nearcast.cli.demo.traffic import Answer
+from nearcast.client import AsyncClient
+
+HTTP_TIMEOUT_S = 5.0
+SHOWN_DIGIT = 7
+
+
+class DigitsThroughRouter:
+    """One image, asked again and again with tritonclient through the stand-alone router."""
+
+    def __init__(self, stage: Stage, image: npt.NDArray[np.float32], *, deadline_s: float = 1.0) -> None:
+        self._address = stage.mesh.addresses["router-1"]["grpc"]
+        self._image = image
+        self._deadline_s = deadline_s
+        self._client: Any = None
+
+    async def __aenter__(self) -> Self:
+        import tritonclient.grpc.aio as triton
+
+        self._client = triton.InferenceServerClient(self._address)
+        self._input = triton.InferInput("image", list(self._image.shape), "FP32")
+        self._input.set_data_from_numpy(self._image)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.close()
+
+    async def __call__(self) -> Answer:
+        result = await self._client.infer("digits", [self._input], client_timeout=self._deadline_s)
+        scores = result.as_numpy("probabilities")
+        version = result.get_response().model_version
+        return Answer(model="digits", version=version, served_by="(by router)", says=str(int(scores.argmax())))
+
+
+async def play(stage: Stage) -> None:
+    """The router with a stock client, both nodes with ours, plain HTTP, MQTT."""
+    stage.title(3, "Real requests: tritonclient, our client, plain HTTP, MQTT")
+    await asyncio.to_thread(ask_with_tritonclient, stage)
+    await ask_with_client(stage)
+    await asyncio.to_thread(ask_with_http, stage)
+    await ask_with_mqtt(stage)
+
+
+def ask_with_tritonclient(stage: Stage) -> None:
+    """Digits through the stand-alone router with NVIDIA's client."""
+    import tritonclient.grpc as triton
+
+    digits = load_digits()
+    with triton.InferenceServerClient(stage.mesh.addresses["router-1"]["grpc"]) as client:
+        batch = triton.InferInput("image", [10, 64], "FP32")
+        batch.set_data_from_numpy(digits.images)
+        scores = client.infer("digits", [batch], client_timeout=5.0).as_numpy("probabilities")
+    answers = scores.argmax(axis=1).tolist()
+    for line in draw(digits.images[SHOWN_DIGIT]):
+        stage.say(f"[green]{line}[/]")
+    stage.check(
+        "tritonclient over gRPC through the router reads ten digits", ok=answers == list(range(10)), detail=str(answers)
+    )
+
+
+async def ask_with_client(stage: Stage) -> None:
+    """File types with our client, which knows both edge nodes."""
+    labels = file_types.Labels(file_types.model_folder())
+    async with AsyncClient(stage.edge_addresses()) as client:
+        for name, (content, truth) in FILES.items():
+            answer = await client.infer("magika", {"bytes": file_types.extract_features(content)}, deadline_ms=2000)
+            label, score = labels.name(answer.outputs["target_label"][0])
+            stage.check(
+                f"our client asks what {name} is: {label}",
+                ok=label == truth,
+                detail=f"{score:.0%} sure, {answer.latency_ms:.1f} ms, {answer.served_by}",
+            )
+
+
+def ask_with_http(stage: Stage) -> None:
+    """A digit as plain JSON, as curl would send it."""
+    image = load_digits().images[3]
+    body = {"inputs": [{"name": "image", "datatype": "FP32", "shape": [1, 64], "data": image.tolist()}]}
+    request = urllib.request.Request(
+        f"http://{stage.mesh.addresses['edge-1']['http']}/v2/models/digits/infer",
+        json.dumps(body).encode(),
+        {"content-type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_S) as response:
+        answer = json.load(response)
+        served_by = response.headers["nc-served-by"]
+    digit = int(np.argmax(answer["outputs"][0]["data"]))
+    stage.check("plain HTTP with JSON reads a 3", ok=digit == 3, detail=f"says {digit}, {served_by}")
+
+
+async def ask_with_mqtt(stage: Stage) -> None:
+    """Two devices speak at the same time; the model keeps a state for each of them."""
+    clips = load_clips()
+    address = stage.mesh.addresses["edge-1"]["mqtt"]
+    async with Device(address, "kitchen") as kitchen, Device(address, "garage") as garage:
+        heard: dict[str, list[int]] = {"kitchen": [], "garage": []}
+        for one, other in zip(clips["okay_nabu"], clips["hey_jarvis"], strict=False):
+            for device, step in ((kitchen, one), (garage, other)):
+                outputs = await device.infer("wake_word", {"input_audio": step})
+                heard[device.name].append(int(outputs["dense_1"].item()))
+        digit = await kitchen.infer("digits", {"image": load_digits().images[5][None, :]})
+    kitchen_peak, garage_peak = (wake_word.peak_probability(heard[name]) for name in ("kitchen", "garage"))
+    stage.check(
+        "MQTT: the kitchen's microphone hears 'okay nabu', the garage's, interleaved with it, does not",
+        ok=wake_word.is_detected(heard["kitchen"]) and not wake_word.is_detected(heard["garage"]),
+        detail=f"{kitchen_peak:.0%} and {garage_peak:.0%}",
+    )
+    says = int(digit["probabilities"].argmax())
+    stage.check("MQTT: request and reply read a 5", ok=says == 5, detail=f"says {says}")

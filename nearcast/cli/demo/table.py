@@ -1,0 +1,109 @@
+"""Scene 7: who answered what, how fast; then addresses to try by hand until Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from nearcast.cli.demo.samples import load_digits
+from nearcast.cli.demo.stage import Observation, Stage
+from nearcast.client import AsyncClient
+from nearcast.errors import MeshError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from nearcast.runtime import Shutdown
+
+REFRESH_S = 0.5
+GENTLE_REQUESTS = 20
+
+
+def make_table(observations: list[Observation]) -> Table:
+    """One row per (model, version, client's way in, node that answered)."""
+    from rich.table import Table
+
+    groups: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
+    for seen in observations:
+        groups[seen.model, seen.version, seen.client, seen.served_by].append(seen.latency_ms)
+    table = Table(title="requests seen by the demo's clients")
+    for column in ("model", "version", "client", "served by"):
+        table.add_column(column)
+    for column in ("requests", "p50 ms", "p99 ms"):
+        table.add_column(column, justify="right")
+    for key, latencies in sorted(groups.items()):
+        ordered = sorted(latencies)
+        p50, p99 = (ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.5, 0.99))
+        table.add_row(*key, str(len(ordered)), f"{p50:.2f}", f"{p99:.2f}")
+    return table
+
+
+async def ask_gently(stage: Stage, client: AsyncClient) -> None:
+    """One request to each model kind that needs no state; failures are shown as rows of their own."""
+    for model in ("digits", "digits_large"):
+        try:
+            answer = await client.infer(model, {"image": load_digits().images}, deadline_ms=1000)
+        except MeshError as error:
+            stage.note(
+                Observation(
+                    model=model, version=str(error.code), client="nearcast.client", served_by="-", latency_ms=0.0
+                )
+            )
+            continue
+        stage.note(
+            Observation(
+                model=model,
+                version=answer.version,
+                client="nearcast.client",
+                served_by=answer.served_by,
+                latency_ms=answer.latency_ms,
+            )
+        )
+
+
+async def show_once(stage: Stage) -> None:
+    """The table as it stands."""
+    stage.title(7, "Who answered")
+    async with AsyncClient(stage.edge_addresses()) as client:
+        for _ in range(GENTLE_REQUESTS):
+            await ask_gently(stage, client)
+    stage.console.print(make_table(stage.observations))
+
+
+async def stay(stage: Stage, shutdown: Shutdown) -> None:
+    """Keep the table live and the addresses in sight until Ctrl-C."""
+    from rich.live import Live
+
+    show_addresses(stage)
+    async with AsyncClient(stage.edge_addresses()) as client:
+        with Live(make_table(stage.observations), console=stage.console, refresh_per_second=2) as live:
+            while not shutdown.requested:
+                await ask_gently(stage, client)
+                live.update(make_table(stage.observations))
+                try:
+                    async with asyncio.timeout(REFRESH_S):
+                        await shutdown.wait()
+                except TimeoutError:
+                    continue
+    stage.console.print("draining…")
+
+
+def show_addresses(stage: Stage) -> None:
+    """What to type in another terminal."""
+    edge, router = stage.mesh.addresses["edge-1"], stage.mesh.addresses["router-1"]
+    host, port = edge["mqtt"].rsplit(":", 1)
+    zeros = f"[{','.join(['0'] * 64)}]"
+    body = f'{{"inputs":[{{"name":"image","datatype":"FP32","shape":[1,64],"data":{zeros}}}]}}'
+    reply = "nc/v1/local/me/down/reply/digits"
+    python = f"Client(['{router['grpc']}']).infer('digits', {{'image': numpy.zeros((1, 64), 'f')}})"
+    commands = {
+        "HTTP": f"curl -s http://{edge['http']}/v2/models/digits/infer -d '{body}'",
+        "MQTT": f"mosquitto_rr -V 5 -h {host} -p {port} -t nc/v1/local/me/up/infer/digits -e {reply} "
+        f"-D publish content-type application/json -m '{body}'",
+        "Python": f'python -c "import numpy; from nearcast.client import Client; print({python})"',
+        "nodes": f"NEARCAST_HOME={stage.mesh.operator_home} nearcast nodes list",
+    }
+    stage.console.print("\n[bold]Try it by hand[/]; Ctrl-C ends and drains")
+    for name, line in commands.items():
+        stage.console.print(f"[cyan]{name}[/]", line, soft_wrap=True)
