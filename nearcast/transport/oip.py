@@ -85,7 +85,7 @@ async def _answer(service: InferenceService, body: bytes, call: Call, *, trusted
         trusted=trusted,
         clock=service.clock,
     )
-    return await service.infer(request, context)
+    return await service.infer(request, context, kept=call.deadline)
 
 
 async def _stream(

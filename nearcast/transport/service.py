@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
@@ -79,8 +80,15 @@ class InferenceService:
         )
         return (*always, "model_repository(index)") if self._report is not None else always
 
-    async def infer(self, request: InferRequest, context: RequestContext) -> InferResponse:
+    async def infer(
+        self, request: InferRequest, context: RequestContext, *, kept: float | None = None
+    ) -> InferResponse:
         """Answer one request, count it, and repeat its id.
+
+        Args:
+            request: what to answer.
+            context: its surroundings; the deadline is kept here.
+            kept: the deadline that the transport keeps by itself, which then needs no second timer.
 
         Raises:
             MeshError: whatever the handler raises; INVALID_REQUEST if the request names no model.
@@ -90,7 +98,10 @@ class InferenceService:
         began = self.clock.monotonic()
         context.require_time(began)
         try:
-            response = await self._handler.infer(request, context)
+            if context.deadline is None or context.deadline == kept:
+                response = await self._handler.infer(request, context)
+            else:
+                response = await self._within(request, context, context.deadline - began)
         except MeshError:
             version = context.version or request.version
             self._statistics.fail(request.model, version, self.clock.monotonic() - began)
@@ -100,6 +111,18 @@ class InferenceService:
         if response.id != request.id and isinstance(response, TensorResponse):
             return response.with_id(request.id)
         return response
+
+    async def _within(self, request: InferRequest, context: RequestContext, seconds: float) -> InferResponse:
+        timer = asyncio.timeout(seconds)
+        try:
+            async with timer:
+                return await self._handler.infer(request, context)
+        except TimeoutError as error:
+            if not timer.expired():
+                raise
+            raise MeshError(
+                Code.DEADLINE, "The deadline passed before the answer was ready; send a longer deadline.", sent=True
+            ) from error
 
     async def is_model_ready(self, model: str, version: str) -> bool:
         """Whether a model answers now; False if there is none of that name or version."""

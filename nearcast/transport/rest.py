@@ -1,0 +1,353 @@
+"""The Open Inference Protocol over HTTP/1.1 and JSON, with the binary tensor data extension, on aiohttp."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import ssl
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from nearcast.clock import SYSTEM_CLOCK, Clock
+from nearcast.errors import CATALOGUE, Code, MeshError
+from nearcast.handler import InferenceHandler, ModelDirectory, TensorSpec
+from nearcast.identity import peer_uri
+from nearcast.runtime import format_address, listen_error, parse_address, require_tls
+from nearcast.telemetry import get_logger
+from nearcast.transport.context import read_context
+from nearcast.transport.json_tensors import decode_raw_request, decode_request, encode_response
+from nearcast.transport.oip import triton_type
+from nearcast.transport.seam import DEFAULT_LIMITS, Limits
+from nearcast.transport.service import InferenceService, Report
+from nearcast.transport.statistics import Statistics, VersionStatistics
+from nearcast.wire import status
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+    _Route = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+DEADLINE_MS = "nc-deadline-ms"
+JSON_SIZE = "Inference-Header-Content-Length"
+_UNIX = "unix:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestLimits:
+    """Bounds that HTTP needs beside `Limits`; `Limits.concurrent_streams_max` bounds the requests in flight."""
+
+    body_timeout_s: float = 30.0
+    retry_after_ms: int = 100
+    deadline_ms_max: float = 24 * 3600 * 1000.0
+
+
+REST_LIMITS = RestLimits()
+
+
+class RestServer:
+    """A listener for clients. Nothing that they say about the mesh (`nc-hop`, `nc-version`, `nc-tenant`) counts."""
+
+    def __init__(
+        self,
+        handler: InferenceHandler,
+        directory: ModelDirectory,
+        *,
+        address: str,
+        server_name: str,
+        limits: Limits = DEFAULT_LIMITS,
+        tls: ssl.SSLContext | None = None,
+        statistics: Statistics | None = None,
+        report: Report | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self.address = address
+        self._limits = limits
+        self._tls = tls
+        self._clock = clock
+        self._service = InferenceService(
+            handler, directory, server_name=server_name, statistics=statistics, report=report, clock=clock
+        )
+        self._in_flight = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._runner: web.AppRunner | None = None
+
+    async def start(self) -> None:
+        """Bind and listen; `address` then holds the real port.
+
+        Raises:
+            MeshError: UNAVAILABLE if the address is in use; INVALID_REQUEST if it is reachable without TLS.
+        """
+        from aiohttp import web
+
+        require_tls(self.address, self._tls is not None)
+        app = web.Application(client_max_size=self._limits.message_size_bytes_max, middlewares=[_answer_errors])
+        self._add_routes(app)
+        # A client that hangs up cancels its request: nobody waits for the answer any more.
+        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+        await runner.setup()
+        host, port = parse_address(self.address)
+        site: web.BaseSite
+        if host.startswith(_UNIX):
+            site = web.UnixSite(runner, host.removeprefix(_UNIX), ssl_context=self._tls)
+        else:
+            site = web.TCPSite(runner, host, port, ssl_context=self._tls)
+        try:
+            await site.start()
+        except OSError as error:
+            await runner.cleanup()
+            raise listen_error(error, self.address) from error
+        if not host.startswith(_UNIX):
+            self.address = format_address(*runner.addresses[0][:2])
+        self._runner = runner
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new connections, finish requests in flight for up to `timeout_s`, close."""
+        runner, self._runner = self._runner, None
+        if runner is None:
+            return
+        self._draining = True
+        for site in list(runner.sites):
+            await site.stop()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        await runner.cleanup()
+
+    def _add_routes(self, app: web.Application) -> None:
+        get: dict[str, _Route] = {
+            "/v2": self._server,
+            "/v2/health/live": self._live,
+            "/v2/health/ready": self._ready,
+            "/v2/models/stats": self._statistics,
+        }
+        for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+            get |= {
+                model: self._metadata,
+                model + "/ready": self._model_ready,
+                model + "/config": self._config,
+                model + "/stats": self._statistics,
+            }
+            app.router.add_post(model + "/infer", self._infer)
+        app.router.add_post("/v2/repository/index", self._index)
+        for path, route in get.items():
+            app.router.add_get(path, route)
+
+    async def _infer(self, request: web.Request) -> web.StreamResponse:
+        if self._draining:
+            raise MeshError(Code.UNAVAILABLE, "This node is shutting down; ask another.")
+        if self._in_flight >= self._limits.concurrent_streams_max:
+            raise MeshError(
+                Code.OVERLOADED,
+                "Too many requests are in flight on this listener; try again later.",
+                retry_after_ms=REST_LIMITS.retry_after_ms,
+            )
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            return await self._run(request)
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+
+    async def _run(self, request: web.Request) -> web.StreamResponse:
+        from aiohttp import web
+
+        deadline = self._deadline(request.headers.get(DEADLINE_MS, ""))
+        body = await _read_body(request, self._limits.message_size_bytes_max)
+        model, version = _names(request)
+        json_size = _json_size(request, len(body))
+        if json_size == 0:
+            infer, wanted = decode_raw_request(await self._service.metadata(model, version), version, body)
+        else:
+            infer, wanted = decode_request(model, version, body, json_size)
+        context = read_context(
+            request.headers,
+            infer.parameters,
+            deadline=deadline,
+            identity=_identity(request),
+            trusted=False,
+            clock=self._clock,
+        )
+        response = await self._service.infer(infer, context)
+        head, pieces = encode_response(response, wanted)
+        headers = dict(status.served_to_trailers(response.served))
+        if not pieces:
+            return web.Response(body=head, headers=headers, content_type="application/json")
+        headers[JSON_SIZE] = str(len(head))
+        return web.Response(body=b"".join((head, *pieces)), headers=headers, content_type="application/octet-stream")
+
+    def _deadline(self, text: str) -> float | None:
+        if not text:
+            return None
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0 < value <= REST_LIMITS.deadline_ms_max:
+            raise MeshError(Code.INVALID_REQUEST, f"The header {DEADLINE_MS} must be a number of milliseconds above 0.")
+        return self._clock.monotonic() + value / 1e3
+
+    async def _server(self, _: web.Request) -> web.StreamResponse:
+        service = self._service
+        return _json({"name": service.server_name, "version": service.server_version, "extensions": service.extensions})
+
+    async def _live(self, _: web.Request) -> web.StreamResponse:
+        return _json({"live": True})
+
+    async def _ready(self, _: web.Request) -> web.StreamResponse:
+        ready = await self._service.directory.is_ready()
+        return _json({"ready": ready}, status_code=200 if ready else 503)
+
+    async def _model_ready(self, request: web.Request) -> web.StreamResponse:
+        model, version = _names(request)
+        ready = await self._service.directory.is_ready(model, version)
+        return _json({"name": model, "ready": ready}, status_code=200 if ready else 503)
+
+    async def _metadata(self, request: web.Request) -> web.StreamResponse:
+        metadata = await self._service.metadata(*_names(request))
+        return _json(
+            {
+                "name": metadata.name,
+                "versions": metadata.versions,
+                "platform": metadata.platform,
+                "inputs": [_tensor(spec) for spec in metadata.inputs],
+                "outputs": [_tensor(spec) for spec in metadata.outputs],
+                "properties": dict(metadata.properties),
+            }
+        )
+
+    async def _config(self, request: web.Request) -> web.StreamResponse:
+        metadata = await self._service.metadata(*_names(request))
+
+        def tensors(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
+            return [{"name": s.name, "data_type": triton_type(s.datatype), "dims": s.shape} for s in specs]
+
+        return _json(
+            {
+                "name": metadata.name,
+                "platform": metadata.platform,
+                "max_batch_size": 0,
+                "input": tensors(metadata.inputs),
+                "output": tensors(metadata.outputs),
+            }
+        )
+
+    async def _statistics(self, request: web.Request) -> web.StreamResponse:
+        entries = await self._service.statistics(*_names(request))
+        return _json({"model_stats": [_counts(entry) for entry in entries]})
+
+    async def _index(self, request: web.Request) -> web.StreamResponse:
+        body = await _read_body(request, self._limits.message_size_bytes_max)
+        try:
+            asked = msgspec.json.decode(body or b"{}", type=dict[str, Any])
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise MeshError(Code.INVALID_REQUEST, "The body must be a JSON object.") from error
+        return _json(self._service.index(ready_only=asked.get("ready") is True))
+
+
+async def _answer_errors(request: web.Request, handler: _Route) -> web.StreamResponse:
+    from aiohttp import web
+
+    try:
+        return await handler(request)
+    except MeshError as error:
+        return _error(error)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        text = f"{request.method} {request.path[:200]}: {error.reason}."
+        response = _json({"error": text}, status_code=error.status)
+        if "Allow" in error.headers:
+            response.headers["Allow"] = error.headers["Allow"]
+        return response
+    except Exception:  # noqa: BLE001 - one request may fail, never the process
+        get_logger(__name__).exception("rest_request_failed", path=request.path[:200])
+        return _error(MeshError(Code.INTERNAL, "The server failed to answer this request; its log says why."))
+
+
+_answer_errors.__middleware_version__ = 1  # type: ignore[attr-defined]  # what @web.middleware sets, without importing aiohttp here
+
+
+async def _read_body(request: web.Request, size_bytes_max: int) -> bytes:
+    from aiohttp import web
+
+    too_large = MeshError(
+        Code.TOO_LARGE, f"The body is larger than {size_bytes_max} bytes; send fewer or smaller tensors."
+    )
+    if (request.content_length or 0) > size_bytes_max:
+        raise too_large
+    try:
+        async with asyncio.timeout(REST_LIMITS.body_timeout_s):
+            return await request.read()
+    except web.HTTPRequestEntityTooLarge as error:
+        raise too_large from error
+    except TimeoutError as error:
+        raise MeshError(
+            Code.INVALID_REQUEST, f"The body did not arrive within {REST_LIMITS.body_timeout_s} s."
+        ) from error
+    except web.RequestPayloadError as error:
+        raise MeshError(Code.INVALID_REQUEST, "The body does not fit its Content-Encoding or length.") from error
+
+
+def _json_size(request: web.Request, size_bytes: int) -> int:
+    text = request.headers.get(JSON_SIZE)
+    if text is None:
+        return size_bytes
+    if not (text.isascii() and text.isdigit() and len(text) < 16):
+        raise MeshError(Code.INVALID_REQUEST, f"The header {JSON_SIZE} must be a number of bytes.")
+    return int(text)
+
+
+def _names(request: web.Request) -> tuple[str, str]:
+    return request.match_info.get("model", ""), request.match_info.get("version", "")
+
+
+def _identity(request: web.Request) -> str:
+    tls = None if request.transport is None else request.transport.get_extra_info("ssl_object")
+    return "" if tls is None or not tls.getpeercert() else peer_uri(tls)
+
+
+def _json(value: Any, *, status_code: int = 200) -> web.Response:
+    from aiohttp import web
+
+    return web.Response(body=msgspec.json.encode(value), status=status_code, content_type="application/json")
+
+
+def _error(error: MeshError) -> web.Response:
+    response = _json({"error": error.message}, status_code=CATALOGUE[error.code].http)
+    response.headers[status.CODE] = str(error.code)
+    if error.retry_after_ms is not None:
+        response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_ms / 1000)))
+        response.headers[status.RETRY_AFTER_MS] = str(max(0, error.retry_after_ms))
+    return response
+
+
+def _tensor(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": spec.datatype, "shape": spec.shape}
+
+
+def _counts(entry: VersionStatistics) -> dict[str, Any]:
+    def duration(count: int, ns: int) -> dict[str, int]:
+        return {"count": count, "ns": ns}
+
+    return {
+        "name": entry.model,
+        "version": entry.version,
+        "last_inference": entry.last_inference_ms,
+        "inference_count": entry.success_count,
+        "execution_count": entry.success_count,
+        "inference_stats": {
+            "success": duration(entry.success_count, entry.success_ns),
+            "fail": duration(entry.fail_count, entry.fail_ns),
+            "queue": duration(entry.success_count, entry.queue_ns),
+            "compute_infer": duration(entry.success_count, entry.compute_ns),
+        },
+        "batch_stats": [],
+    }
