@@ -1,0 +1,65 @@
+"""`python -m model_sync.agent --config FILE [--set section.key=value]...`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from model_sync.agent_config import AgentConfig
+from nearcast.config import load_config
+from nearcast.errors import MeshError
+from nearcast.runtime import Shutdown, announce, run
+from nearcast.runtime.exit import ExitCode, exit_code
+from nearcast.telemetry import TelemetryConfig, start
+
+NICENESS = 10
+"""Serving goes first."""
+PARENT_POLL_S = 1.0
+
+
+async def serve(config: AgentConfig, shutdown: Shutdown) -> int:
+    """Run the agent until the process is to end."""
+    from model_sync.agent.app import Agent
+
+    agent = Agent(config)
+    watch = asyncio.create_task(_end_with_parent(shutdown, os.getppid()))
+    try:
+        await agent.start()
+        announce("agent", node=config.node, status=str(agent.status_path))
+        await shutdown.wait()
+    finally:
+        watch.cancel()
+        await agent.close()
+    return ExitCode.OK
+
+
+async def _end_with_parent(shutdown: Shutdown, parent: int) -> None:
+    """The node that started this agent is gone: its successor brings its own."""
+    while os.getppid() == parent:  # noqa: ASYNC110 (nothing tells a process that its parent has gone)
+        await asyncio.sleep(PARENT_POLL_S)
+    shutdown.request()
+
+
+def main() -> int:
+    """Parse the command line and run; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m model_sync.agent", description="Keep a node's models in sync.")
+    parser.add_argument("--config", type=Path, default=None, help="TOML file of an AgentConfig")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
+    arguments = parser.parse_args()
+    try:
+        config = load_config(AgentConfig, path=arguments.config, overrides=arguments.set).value
+    except MeshError as error:
+        print(error.message, file=sys.stderr)
+        return exit_code(error)
+    start("agent", TelemetryConfig(level=config.log_level))
+    with suppress(OSError):
+        os.nice(NICENESS)
+    return run(lambda shutdown: serve(config, shutdown))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Blocking downloads from one origin over one kept connection, bounded in time from the first byte to the last.
+
+Used in worker threads. Nothing here is trusted: who asks checks every byte against signed digests.
+"""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from urllib.parse import urlsplit
+
+from nearcast.errors import Code, MeshError
+from nearcast.identity import require_role, tls_error
+
+READ_SIZE_BYTES = 64 * 1024
+USER_AGENT = "nearcast-agent"
+
+
+class StatusError(MeshError):
+    """An answer other than success; `status` is the HTTP status."""
+
+    def __init__(self, url: str, status: int) -> None:
+        super().__init__(Code.UNAVAILABLE, f"{url} answered with HTTP status {status}.")
+        self.status = status
+
+
+class HttpSource:
+    """One origin such as `https://sync:9443/repository`. One request at a time; `abort` may come from any thread.
+
+    Args:
+        url: scheme, host and a path that all requests begin with.
+        tls: makes the context of a new connection; used for https alone.
+        connect_timeout_s: for the connection and its handshake.
+    """
+
+    def __init__(self, url: str, *, tls: Callable[[], ssl.SSLContext] | None, connect_timeout_s: float) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise MeshError(Code.INVALID_REQUEST, f"{url!r} is no http or https address of a repository.")
+        if parts.scheme == "https" and tls is None:
+            raise MeshError(Code.UNAUTHENTICATED, f"{url} needs the mesh CA: set `identity` to the node's folder.")
+        self.url = url.rstrip("/")
+        self._secure = parts.scheme == "https"
+        self._host, self._port = parts.hostname, parts.port or (443 if self._secure else 80)
+        self._prefix = parts.path.rstrip("/")
+        self._tls = tls
+        self._connect_timeout_s = connect_timeout_s
+        self._connection: http.client.HTTPConnection | None = None
+        self._socket: socket.socket | None = None
+        self._aborted = threading.Event()
+
+    def get(self, path: str, *, start: int = 0, timeout_s: float) -> tuple[int, Iterator[bytes]]:
+        """Ask for `path` from byte `start` on.
+
+        Returns the offset of the first byte that comes (0 if the server ignores ranges) and the pieces. The timeout
+        holds for the headers and then anew for every piece; who needs a bound on the whole counts pieces and time.
+
+        Raises:
+            MeshError: UNAVAILABLE if the origin cannot be reached or is too slow, UNAUTHENTICATED if it is not of this
+                mesh, `StatusError` for any answer but success.
+        """
+        self._aborted.clear()
+        headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
+        if start:
+            headers["Range"] = f"bytes={start}-"
+        response = self._request(f"{self._prefix}/{path.lstrip('/')}", headers, timeout_s)
+        if response.status not in (200, 206):
+            self._finish(response)
+            raise StatusError(f"{self.url}/{path.lstrip('/')}", response.status)
+        begin = start if response.status == 206 else 0
+        if response.status == 206 and not response.getheader("Content-Range", "").startswith(f"bytes {start}-"):
+            self.close()
+            raise MeshError(Code.UNAVAILABLE, f"{self.url} answered with another range than the one asked for.")
+        return begin, self._pieces(response, timeout_s)
+
+    def read(self, path: str, *, size_bytes_max: int, timeout_s: float) -> bytes:
+        """The whole of `path`, at most `size_bytes_max` bytes, within `timeout_s` for all of it.
+
+        Raises:
+            MeshError: as `get`; UNAVAILABLE too if the answer is longer or takes longer.
+        """
+        deadline = time.monotonic() + timeout_s
+        _, pieces = self.get(path, timeout_s=timeout_s)
+        data = bytearray()
+        for piece in pieces:
+            data += piece
+            if len(data) > size_bytes_max:
+                self.close()
+                raise MeshError(Code.UNAVAILABLE, f"{self.url}/{path} is longer than {size_bytes_max} bytes.")
+            if time.monotonic() > deadline:
+                self.close()
+                raise MeshError(Code.UNAVAILABLE, f"{self.url}/{path} took longer than {timeout_s:g} s.")
+        return bytes(data)
+
+    def abort(self) -> None:
+        """Break the request that runs, from another thread. The next one connects anew."""
+        self._aborted.set()
+        sock = self._socket
+        if sock is not None:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Drop the connection."""
+        connection, self._connection, self._socket = self._connection, None, None
+        if connection is not None:
+            connection.close()
+
+    def _request(self, target: str, headers: dict[str, str], timeout_s: float) -> http.client.HTTPResponse:
+        kept = self._connection is not None
+        try:
+            return self._send(target, headers, timeout_s)
+        except (OSError, http.client.HTTPException) as error:
+            self.close()
+            # A kept connection may have been closed by the server meanwhile: that says nothing about the server.
+            stale = isinstance(error, (http.client.RemoteDisconnected, ConnectionError, http.client.CannotSendRequest))
+            if kept and stale and not self._aborted.is_set():
+                with self._explained():
+                    return self._send(target, headers, timeout_s)
+            raise self._explain(error) from error
+
+    def _send(self, target: str, headers: dict[str, str], timeout_s: float) -> http.client.HTTPResponse:
+        connection = self._connection or self._connect()
+        assert self._socket is not None
+        self._socket.settimeout(timeout_s)
+        connection.request("GET", target, headers=headers)
+        return connection.getresponse()
+
+    def _connect(self) -> http.client.HTTPConnection:
+        timeout = self._connect_timeout_s
+        if self._secure:
+            assert self._tls is not None
+            secure = http.client.HTTPSConnection(self._host, self._port, timeout=timeout, context=self._tls())
+            secure.connect()
+            if isinstance(secure.sock, ssl.SSLSocket):
+                require_role(secure.sock.getpeercert(), ("sync",))
+            self._connection = secure
+        else:
+            self._connection = http.client.HTTPConnection(self._host, self._port, timeout=timeout)
+            self._connection.connect()
+        self._socket = self._connection.sock
+        return self._connection
+
+    def _pieces(self, response: http.client.HTTPResponse, timeout_s: float) -> Iterator[bytes]:
+        complete = False
+        try:
+            with self._explained():
+                while True:
+                    if self._socket is not None:
+                        self._socket.settimeout(timeout_s)
+                    piece = response.read1(READ_SIZE_BYTES)
+                    if not piece:
+                        break
+                    yield piece
+                if response.length:
+                    raise http.client.IncompleteRead(b"", response.length)
+                complete = True
+        finally:
+            if complete and not response.will_close:
+                response.close()
+            else:
+                self.close()
+
+    def _finish(self, response: http.client.HTTPResponse) -> None:
+        """Keep the connection after a refusal if its body is short, as a 404 of every check is."""
+        if response.length is not None and response.length <= READ_SIZE_BYTES and not response.will_close:
+            with suppress(OSError, http.client.HTTPException):
+                response.read()
+                return
+        self.close()
+
+    def _explained(self) -> _Explained:
+        return _Explained(self)
+
+    def _explain(self, error: Exception) -> MeshError:
+        if self._aborted.is_set():
+            return MeshError(Code.CANCELLED, "The download was stopped.")
+        if isinstance(error, MeshError):
+            return error
+        if isinstance(error, TimeoutError):
+            return MeshError(Code.UNAVAILABLE, f"{self.url} is too slow: nothing came within the timeout.")
+        if isinstance(error, http.client.HTTPException):
+            return MeshError(Code.UNAVAILABLE, f"{self.url} broke the connection in the middle of an answer.")
+        return tls_error(error, self.url)
+
+
+class _Explained:
+    """Turns what sockets raise into one sentence, and drops the connection that raised it."""
+
+    def __init__(self, source: HttpSource) -> None:
+        self._source = source
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (OSError, http.client.HTTPException, ValueError)):
+            self._source.close()
+            raise self._source._explain(error) from error  # noqa: SLF001 (one idea in two classes)
