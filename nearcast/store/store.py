@@ -33,7 +33,7 @@ _RELEASE_MAX = 2**53
 
 
 class Store:
-    """Versions and pointers below one folder. Holds no state but the path: any number of them may look at one folder."""
+    """Versions and pointers below one folder. It holds no state but the path; any number may look at one folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

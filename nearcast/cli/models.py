@@ -1,0 +1,100 @@
+"""`nearcast models`: what lies in a store, and what a running node has in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.group("models")
+def command() -> None:
+    """List the models of a store or of a running node."""
+
+
+@command.command("list")
+@click.option("--store", type=click.Path(path_type=Path, file_okay=False, exists=True), help="A node's store folder.")
+@click.option(
+    "--socket", "socket_path", type=click.Path(path_type=Path), help="A running node's control socket (host.sock)."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def list_models(store: Path | None, socket_path: Path | None, as_json: bool) -> None:
+    """List models and their versions, from the disk (--store) or from a running node (--socket)."""
+    if (store is None) == (socket_path is None):
+        raise click.UsageError("Give either --store FOLDER or --socket PATH.")
+    rows = _from_store(store) if store is not None else _from_socket(Path(str(socket_path)))
+    if as_json:
+        click.echo(json.dumps({"models": rows}, indent=1))
+    else:
+        _print_table(rows, running=store is None)
+
+
+def _from_store(root: Path) -> list[dict[str, Any]]:
+    from nearcast.errors import MeshError
+    from nearcast.store import Pointer, Store
+
+    store = Store(root)
+    rows: list[dict[str, Any]] = []
+    for model in store.models():
+        problem = ""
+        try:
+            pointer = store.pointer(model) or Pointer()
+        except MeshError as error:
+            pointer, problem = Pointer(), error.message
+        versions = [_version(store, model, release, pointer) for release in store.releases(model)]
+        rows.append({"model": model, "problem": problem, "share": pointer.share, "versions": versions})
+    return rows
+
+
+def _version(store: Any, model: str, release: int, pointer: Any) -> dict[str, Any]:
+    from nearcast.errors import MeshError
+
+    roles = [role for role in ("stable", "candidate", "last_good") if getattr(pointer, role) == release]
+    row: dict[str, Any] = {"release": release, "roles": roles}
+    try:
+        manifest = store.manifest(model, release)
+    except MeshError as error:
+        return row | {"error": error.message}
+    size_bytes = sum(entry.size_bytes for entry in manifest.files)
+    return row | {"semver": manifest.semver, "engine": manifest.engine, "size_bytes": size_bytes}
+
+
+def _from_socket(path: Path) -> list[dict[str, Any]]:
+    from nearcast.serving.control import ControlRequest, ask
+
+    models: list[dict[str, Any]] = ask(path, ControlRequest(op="models"))["models"]
+    return models
+
+
+def _print_table(rows: list[dict[str, Any]], *, running: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = ["model", "release", "semver"]
+    columns += ["state", "requests", "errors", "p50 µs", "p99 µs"] if running else ["serves as", "engine", "size"]
+    table = Table(*columns)
+    for row in rows:
+        for version in row["versions"]:
+            head = [row["model"], str(version["release"]), version.get("semver", "")]
+            table.add_row(*head, *(_running_cells(version) if running else _stored_cells(version)))
+    console = Console()
+    if not rows:
+        console.print("There are no models here.")
+        return
+    console.print(table)
+    for row in rows:
+        problems = [row.get("problem", ""), *(version.get("error", "") for version in row["versions"])]
+        for problem in filter(None, problems):
+            console.print(f"{row['model']}: {problem}", markup=False)
+
+
+def _running_cells(version: dict[str, Any]) -> list[str]:
+    counts = [str(version["requests"]), str(version["errors"])]
+    return [version["state"], *counts, f"{version['p50_us']:.0f}", f"{version['p99_us']:.0f}"]
+
+
+def _stored_cells(version: dict[str, Any]) -> list[str]:
+    roles = ", ".join(role.replace("_", " ") for role in version["roles"])
+    return [roles, version.get("engine", ""), f"{version.get('size_bytes', 0) / 1024:.0f} KiB"]

@@ -1,0 +1,247 @@
+"""The model host: every version that this node has in memory, behind one `InferenceHandler`.
+
+It reads the store and never writes it. `refresh` makes it follow the pointers: new versions are loaded and warmed
+beside the serving ones, the switch is one assignment, and what was replaced is unloaded once nobody uses it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry
+
+from nearcast.clock import SYSTEM_CLOCK, Clock
+from nearcast.errors import Code, MeshError
+from nearcast.handler import InferRequest, InferResponse, ModelMetadata, RequestContext, Served, TensorSpec
+from nearcast.load import NodeReport, Tier, VersionReport
+from nearcast.serving.engines import PLATFORMS, Timed
+from nearcast.serving.limits import HostLimits
+from nearcast.serving.metrics import HostCollector
+from nearcast.serving.residency import Residency, unknown_model
+from nearcast.serving.slots import Slot, VersionStatus
+from nearcast.store import Store
+from nearcast.store.manifest import Tensor
+from nearcast.wire.response import TensorResponse
+
+
+class ModelHost:
+    """All models of one node. An `InferenceHandler` and a `ModelDirectory`; lives on one event loop.
+
+    Args:
+        store: where the agent puts versions and pointers.
+        node: this node's name, for answers and reports.
+        tier: how near this node is to those who ask it.
+        limits: every bound.
+        registry: where the metrics appear; None = nowhere.
+        role: what reports say; by default `cloud` on the cloud tier and `edge` elsewhere.
+        clock: its monotonic time must be the loop's.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        node: str,
+        tier: Tier = "local",
+        limits: HostLimits | None = None,
+        registry: CollectorRegistry | None = None,
+        role: str = "",
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self._node = node
+        self._tier = tier
+        self._role = role or ("cloud" if tier == "cloud" else "edge")
+        self._limits = limits or HostLimits()
+        self._registry = registry
+        self._now = clock.monotonic
+        self._residency = Residency(store, limits=self._limits, clock=clock)
+        self._slots: Mapping[str, Slot] = self._residency.slots
+        self._in_flight = 0
+        self._started = False
+        self._closed = False
+        self._collector = HostCollector(self._residency.statistics, self._residency.in_flight)
+        if registry is not None:
+            registry.register(self._collector)
+
+    async def start(self) -> None:
+        """Load every model of the store. A model that cannot be loaded is reported, not raised."""
+        await self.refresh(None)
+        self._started = True
+
+    async def refresh(self, model: str | None = None) -> None:
+        """Follow the pointers again: of one model, or of all.
+
+        The flip to versions that are hot already (a rollback, a promotion) is done before this waits for anything.
+        Returns when what the pointer names is hot or has failed; see `status` for which.
+
+        Raises:
+            MeshError: for one model only: INTERNAL if its pointer is torn (it keeps serving what it had),
+                MODEL_NOT_FOUND if the store does not know it.
+        """
+        if self._closed:
+            raise MeshError(Code.UNAVAILABLE, "This node is shutting down.")
+        if model is None:
+            await self._residency.follow_all()
+        else:
+            await self._residency.follow(model)
+
+    async def infer(self, request: InferRequest, context: RequestContext) -> InferResponse:
+        arrived = self._now()
+        slot = self._slots.get(request.model)
+        if slot is None:
+            raise self._unknown(request.model)
+        version = slot.choose(request, context)
+        in_flight = self._in_flight
+        self._in_flight = in_flight + 1
+        version.in_flight += 1
+        statistics = version.statistics
+        try:
+            if context.deadline is not None:
+                context.require_time(arrived)
+            inputs = request.decode()
+            version.signature.require(inputs)
+            names = request.requested_outputs()
+            if names:
+                version.signature.require_outputs(names)
+            timed: Timed
+            if version.stateful:
+                timed = await version.sequences.run(request, context, inputs)
+            elif version.runs_inline(inputs):
+                started = self._now()
+                timed = (version.engine.run(inputs), started, self._now())
+            else:
+                timed = await version.submit(inputs, context.deadline)
+        except MeshError as error:
+            statistics.fail(error.code)
+            raise
+        except asyncio.CancelledError:
+            statistics.fail(Code.CANCELLED)
+            raise
+        finally:
+            self._in_flight -= 1
+            version.in_flight -= 1
+            version.left()
+        outputs, started, ended = timed
+        queue_us = int((started - arrived) * 1e6)
+        compute_us = int((ended - started) * 1e6)
+        statistics.answer(queue_us, compute_us)
+        if names:
+            outputs = {name: outputs[name] for name in names}
+        return TensorResponse(
+            model=request.model,
+            version=version.wire_version,
+            outputs=outputs,
+            id=request.id,
+            served=Served(
+                node=self._node,
+                tier=self._tier,
+                version=version.wire_version,
+                queue_us=queue_us,
+                compute_us=compute_us,
+                in_flight=in_flight,
+            ),
+        )
+
+    async def stream(
+        self, requests: AsyncIterator[InferRequest], context: RequestContext
+    ) -> AsyncIterator[InferResponse]:
+        async for request in requests:
+            yield await self.infer(request, context)
+
+    async def metadata(self, model: str, version: str) -> ModelMetadata:
+        slot = self._require_slot(model)
+        manifest = slot.require(version).manifest
+        properties = {
+            "semver": manifest.semver,
+            "stateful": manifest.stateful,
+            "variant": manifest.variant,
+            "quality": f"{manifest.quality:g}",
+        }
+        return ModelMetadata(
+            name=model,
+            versions=tuple(str(release) for release in sorted(slot.hot)),
+            platform=PLATFORMS[manifest.engine],
+            inputs=tuple(map(_spec, manifest.inputs)),
+            outputs=tuple(map(_spec, manifest.outputs)),
+            properties=dict(manifest.properties) | properties,
+        )
+
+    async def is_ready(self, model: str = "", version: str = "") -> bool:
+        if not model:
+            return self._started and not self._closed
+        slot = self._require_slot(model)
+        found = slot.by_name.get(version) if version else slot.stable
+        return found is not None and not self._closed
+
+    def models(self) -> tuple[str, ...]:
+        """Names of the models that this host knows, sorted."""
+        return tuple(sorted(self._slots))
+
+    def status(self, model: str) -> tuple[VersionStatus, ...]:
+        """Every version of a model that is in use or in memory.
+
+        Raises:
+            MeshError: MODEL_NOT_FOUND, naming the models that exist.
+        """
+        return self._require_slot(model).status(self._residency.statistics)
+
+    def stats(self, model: str) -> Mapping[int, VersionStatus]:
+        """The same as `status`, by release."""
+        return {each.release: each for each in self.status(model)}
+
+    def report(self) -> NodeReport:
+        """What routers want to know about this node now. Cheap enough for several times a second."""
+        now = self._now()
+        versions = [each for slot in self._slots.values() for each in self._report_slot(slot, now)]
+        return NodeReport(
+            node=self._node,
+            role=self._role,
+            slots=self._limits.slots,
+            in_flight=self._in_flight,
+            draining=self._closed,
+            versions=tuple(versions),
+        )
+
+    async def close(self) -> None:
+        """Refuse new work, finish what is in flight within `drain_timeout_s`, unload everything."""
+        if self._closed:
+            return
+        self._closed = True
+        await self._residency.close()
+        if self._registry is not None:
+            self._registry.unregister(self._collector)
+
+    def _report_slot(self, slot: Slot, now: float) -> Iterator[VersionReport]:
+        for version in slot.hot.values():
+            version.sequences.sweep(now)
+            p50_us, p95_us = version.service_us(now)
+            yield VersionReport(
+                model=slot.name,
+                version=version.wire_version,
+                in_flight=version.in_flight,
+                queue_us=version.queue_us(),
+                service_p50_us=p50_us,
+                service_p95_us=p95_us,
+                stateful=version.manifest.stateful,
+                quality=version.manifest.quality,
+            )
+        for release, since in slot.loading.items():
+            eta_ms = max(0.0, self._residency.load_s - (now - since)) * 1000
+            yield VersionReport(model=slot.name, version=str(release), residency="loading", eta_ms=eta_ms)
+        for release in slot.wanted():
+            if release not in slot.hot and release not in slot.loading and release not in slot.failed:
+                yield VersionReport(model=slot.name, version=str(release), residency="cold")
+
+    def _require_slot(self, model: str) -> Slot:
+        slot = self._slots.get(model)
+        if slot is None:
+            raise self._unknown(model)
+        return slot
+
+    def _unknown(self, model: str) -> MeshError:
+        return unknown_model(model, self._slots)
+
+
+def _spec(tensor: Tensor) -> TensorSpec:
+    return TensorSpec(tensor.name, tensor.datatype, tensor.shape)

@@ -1,0 +1,48 @@
+"""Many requests as one: tensors joined along their batch axes, and the answers taken apart again, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nearcast.errors import Code, MeshError
+from nearcast.handler import Tensors
+
+
+def join(parts: Sequence[Tensors], axes: Mapping[str, int]) -> dict[str, npt.NDArray[Any]]:
+    """One set of inputs from several of equal names, types and shapes but for the batch axis.
+
+    Args:
+        parts: the inputs of each request.
+        axes: batch axis per tensor name.
+    """
+    if len(parts) == 1:
+        return dict(parts[0])
+    return {name: np.concatenate([part[name] for part in parts], axis=axis) for name, axis in axes.items()}
+
+
+def split(outputs: Tensors, rows: Sequence[int], axes: Mapping[str, int]) -> list[dict[str, npt.NDArray[Any]]]:
+    """What each request gets: `rows[i]` rows of every output, in the order of the requests, contiguous in memory.
+
+    Raises:
+        MeshError: INTERNAL if an output has not one row for each row that went in.
+    """
+    total = sum(rows)
+    parts: list[dict[str, npt.NDArray[Any]]] = [{} for _ in rows]
+    for name, tensor in outputs.items():
+        axis = axes[name]
+        if tensor.ndim <= axis or tensor.shape[axis] != total:
+            raise MeshError(
+                Code.INTERNAL,
+                f"Output {name} has shape {list(tensor.shape)} for {total} rows along axis {axis}; "
+                "the manifest declares a batch axis that the model does not keep.",
+            )
+        start = 0
+        before = (slice(None),) * axis
+        for part, count in zip(parts, rows, strict=True):
+            part[name] = np.ascontiguousarray(tensor[(*before, slice(start, start + count))])
+            start += count
+    return parts

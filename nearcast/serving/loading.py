@@ -1,0 +1,101 @@
+"""From a folder to a hot version: load, run real data until the times are known. Everything here blocks."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from nearcast.errors import Code, MeshError
+from nearcast.handler import Tensors
+from nearcast.serving.engines import LoadedModel, Runner, load_engine
+from nearcast.serving.golden import read_tensors, zeros
+from nearcast.store import Manifest, Store
+
+_LOG = logging.getLogger(__name__)
+WARM_UP_RUNS_MAX = 200
+WARM_UP_RUNS_MIN = 3
+WARM_UP_TIME_S = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmUp:
+    """What warming taught: batch-1 model times, the elements of the inputs they hold for, and a new sequence's time.
+
+    Without data that the model accepts, `runs` is 0 and the times are unknown.
+    """
+
+    runs: int = 0
+    p50_us: float = 0.0
+    p99_us: float = 0.0
+    elements: int = 1
+    sequence_us: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A version in memory that has run."""
+
+    manifest: Manifest
+    engine: LoadedModel
+    warm_up: WarmUp
+    load_s: float
+
+
+def load_version(store: Store, model: str, release: int, threads: int) -> Loaded:
+    """Load and warm one version.
+
+    Raises:
+        MeshError: if the version is not in the store, cannot be loaded, or fails on its own golden vectors.
+    """
+    started = time.perf_counter()
+    manifest = store.manifest(model, release)
+    folder = store.folder(model, release)
+    engine = load_engine(manifest, folder, threads=threads)
+    try:
+        vectors = [read_tensors(folder, vector.inputs) for vector in manifest.golden]
+        warm_up = warm(engine, manifest, vectors)
+    except BaseException as error:
+        engine.close()
+        if isinstance(error, OSError):
+            raise MeshError(Code.UNTRUSTED, f"The golden vectors of {model} release {release} are missing.") from error
+        raise
+    return Loaded(manifest=manifest, engine=engine, warm_up=warm_up, load_s=time.perf_counter() - started)
+
+
+def warm(engine: LoadedModel, manifest: Manifest, vectors: list[dict[str, Any]]) -> WarmUp:
+    """Run the vectors, or zeros, until times are stable: at most `WARM_UP_TIME_S`, the first run not counted.
+
+    Raises:
+        MeshError: if the model fails on a golden vector. Zeros may be outside of what it takes, so they may fail.
+    """
+    inputs: list[Tensors] = [*vectors] or [zeros(manifest)]
+    started = time.perf_counter()
+    runner: Runner = engine.new_sequence() if manifest.stateful == "hidden" else engine
+    sequence_us = (time.perf_counter() - started) * 1e6
+    try:
+        runner.run(inputs[0])
+    except MeshError:
+        if vectors:
+            raise
+        _LOG.warning("%s release %d could not be warmed with zeros", manifest.name, manifest.release)
+        return WarmUp(sequence_us=sequence_us)
+    times: list[float] = []
+    until = time.perf_counter() + WARM_UP_TIME_S
+    for tensors in itertools.cycle(inputs):
+        before = time.perf_counter()
+        runner.run(tensors)
+        after = time.perf_counter()
+        times.append((after - before) * 1e6)
+        if len(times) >= WARM_UP_RUNS_MAX or (after > until and len(times) >= WARM_UP_RUNS_MIN):
+            break
+    times.sort()
+    return WarmUp(
+        runs=len(times),
+        p50_us=times[len(times) // 2],
+        p99_us=times[int(0.98 * (len(times) - 1))],
+        elements=max(1, min(sum(array.size for array in each.values()) for each in inputs)),
+        sequence_us=sequence_us,
+    )

@@ -1,0 +1,130 @@
+"""Checking requests against what a version declares, once per request and in a few microseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+
+from nearcast.errors import Code, MeshError
+from nearcast.handler import Tensors
+from nearcast.store.manifest import Manifest, Tensor
+from nearcast.wire.tensors import datatype_of, dtype_of
+
+
+class Signature:
+    """The declared tensors of a version, prepared for the hot path.
+
+    Attributes:
+        batchable: every tensor has a free batch axis and the model keeps no hidden state.
+        input_axes: batch axis per input; empty unless `batchable`.
+        output_axes: batch axis per output; empty unless `batchable`.
+        fixed: no input has a free axis, so every request costs the same.
+    """
+
+    __slots__ = (
+        "_inputs", "_keyed", "_names", "_title", "batchable", "fixed", "input_axes", "output_axes", "output_names",
+    )  # fmt: skip
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._title = f"{manifest.name} release {manifest.release}"
+        self._inputs: list[tuple[str, np.dtype[Any], tuple[int, ...], Tensor]] = [
+            (tensor.name, dtype_of(tensor.datatype), tensor.shape, tensor) for tensor in manifest.inputs
+        ]
+        self._names = frozenset(tensor.name for tensor in manifest.inputs)
+        self.output_names = frozenset(tensor.name for tensor in manifest.outputs)
+        tensors = (*manifest.inputs, *manifest.outputs)
+        self.batchable = manifest.stateful != "hidden" and bool(manifest.inputs) and all(map(_has_batch_axis, tensors))
+        self.input_axes = {t.name: t.batch_axis or 0 for t in manifest.inputs} if self.batchable else {}
+        self.output_axes = {t.name: t.batch_axis or 0 for t in manifest.outputs} if self.batchable else {}
+        self.fixed = all(axis >= 0 for tensor in manifest.inputs for axis in tensor.shape)
+        self._keyed = any(
+            axis == -1 and index != tensor.batch_axis
+            for tensor in manifest.inputs
+            for index, axis in enumerate(tensor.shape)
+        )
+
+    def require(self, inputs: Tensors) -> None:
+        """Refuse inputs that are not the declared ones.
+
+        Raises:
+            MeshError: INVALID_REQUEST naming the tensor, what is expected and what came.
+        """
+        for name, dtype, shape, tensor in self._inputs:
+            array = inputs.get(name)
+            if array is None:
+                raise self._missing(tensor, inputs)
+            if array.dtype != dtype:
+                raise MeshError(
+                    Code.INVALID_REQUEST,
+                    f"Input {name} of {self._title} must be {tensor.datatype}, got {datatype_of(array.dtype)}.",
+                )
+            if array.shape != shape and not _matches(array.shape, shape):
+                raise MeshError(
+                    Code.INVALID_REQUEST,
+                    f"Input {name} of {self._title} must have shape {list(shape)}, got {list(array.shape)}.",
+                )
+        if len(inputs) != len(self._inputs):
+            unknown = sorted(set(inputs) - self._names)
+            raise MeshError(
+                Code.INVALID_REQUEST,
+                f"Model {self._title} has no input {unknown[0][:128]}; it takes {', '.join(sorted(self._names))}.",
+            )
+
+    def require_outputs(self, names: Sequence[str]) -> None:
+        """Refuse a request for outputs that do not exist.
+
+        Raises:
+            MeshError: INVALID_REQUEST naming the output.
+        """
+        for name in names:
+            if name not in self.output_names:
+                raise MeshError(
+                    Code.INVALID_REQUEST,
+                    f"Model {self._title} has no output {name[:128]}; it gives {', '.join(sorted(self.output_names))}.",
+                )
+
+    def rows(self, inputs: Tensors) -> int:
+        """Rows along the batch axes; 1 where the model cannot be batched.
+
+        Raises:
+            MeshError: INVALID_REQUEST if the inputs disagree.
+        """
+        first, rows = "", -1
+        for name, axis in self.input_axes.items():
+            got = inputs[name].shape[axis]
+            if rows == -1:
+                first, rows = name, got
+            elif got != rows:
+                raise MeshError(
+                    Code.INVALID_REQUEST,
+                    f"Input {name} has {got} rows along axis {axis}, but input {first} has {rows}.",
+                )
+        return 1 if rows == -1 else rows
+
+    def key(self, inputs: Tensors) -> Hashable:
+        """What must be equal for two requests to be joined: the free axes other than the batch axis."""
+        if not self._keyed:
+            return ()
+        return tuple(
+            shape[:axis] + shape[axis + 1 :]
+            for name, axis in self.input_axes.items()
+            for shape in (inputs[name].shape,)
+        )
+
+    def _missing(self, tensor: Tensor, inputs: Tensors) -> MeshError:
+        got = ", ".join(sorted(inputs))[:200] or "none"
+        return MeshError(
+            Code.INVALID_REQUEST,
+            f"Input {tensor.name} ({tensor.datatype} {list(tensor.shape)}) of {self._title} is missing; got {got}.",
+        )
+
+
+def _matches(got: tuple[int, ...], declared: tuple[int, ...]) -> bool:
+    return len(got) == len(declared) and all(d in (-1, g) for g, d in zip(got, declared, strict=True))
+
+
+def _has_batch_axis(tensor: Tensor) -> bool:
+    axis = tensor.batch_axis
+    return axis is not None and 0 <= axis < len(tensor.shape) and tensor.shape[axis] == -1

@@ -1,0 +1,121 @@
+"""What a version did: counts, sums and log-bucketed durations, a few list operations per request.
+
+The histogram follows HdrHistogram's layout: eight linear sub-buckets per power of two, so a quantile is off by at most
+1/16 of its value. No locks: everything happens on the loop's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nearcast.errors import Code
+
+_SUB_BITS = 3
+_SUB = 1 << _SUB_BITS
+_BUCKETS = 256
+"""Enough for 2^33 µs, more than two hours."""
+
+
+def bucket_of(duration_us: int) -> int:
+    """Index of the bucket that a duration falls into."""
+    if duration_us < _SUB:
+        return max(0, duration_us)
+    shift = duration_us.bit_length() - _SUB_BITS - 1
+    index = (shift << _SUB_BITS) + (duration_us >> shift)
+    return index if index < _BUCKETS else _BUCKETS - 1
+
+
+def bucket_start_us(index: int) -> int:
+    """Smallest duration of a bucket."""
+    if index < 2 * _SUB:
+        return index
+    shift = (index >> _SUB_BITS) - 1
+    return (_SUB + (index & (_SUB - 1))) << shift
+
+
+_STARTS = tuple(bucket_start_us(index) for index in range(_BUCKETS + 1))
+
+
+def quantile_us(counts: Sequence[int], q: float) -> float:
+    """The `q` quantile in microseconds, interpolated inside its bucket; 0 without samples."""
+    total = sum(counts)
+    if not total:
+        return 0.0
+    rank = q * total
+    seen = 0
+    for index, count in enumerate(counts):
+        if count and seen + count >= rank:
+            start, end = _STARTS[index], _STARTS[index + 1]
+            return start + (end - start) * max(0.0, rank - seen) / count
+        seen += count
+    return float(_STARTS[len(counts)])
+
+
+class Statistics:
+    """One version since it was first loaded. `compute` is model time, `total` from arrival to answer, both in µs."""
+
+    __slots__ = (
+        "_snapshot",
+        "batches",
+        "codes",
+        "compute",
+        "compute_us",
+        "queue_us",
+        "requests",
+        "rows",
+        "total",
+        "total_us",
+    )
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.rows = 0
+        self.codes: dict[Code, int] = {}
+        self.batches: dict[str, int] = {}
+        self.queue_us = 0
+        self.compute_us = 0
+        self.total_us = 0
+        self.compute = [0] * _BUCKETS
+        self.total = [0] * _BUCKETS
+        self._snapshot: tuple[float, list[int], list[int]] = (0.0, [0] * _BUCKETS, [0] * _BUCKETS)
+
+    def answer(self, queue_us: int, compute_us: int) -> None:
+        """A request was answered."""
+        self.requests += 1
+        self.queue_us += queue_us
+        self.compute_us += compute_us
+        total_us = queue_us + compute_us
+        self.total_us += total_us
+        self.compute[bucket_of(compute_us)] += 1
+        self.total[bucket_of(total_us)] += 1
+
+    def fail(self, code: Code) -> None:
+        """A request ended with an error."""
+        self.requests += 1
+        self.codes[code] = self.codes.get(code, 0) + 1
+
+    def release(self, reason: str, rows: int) -> None:
+        """A batch went to the engine."""
+        self.batches[reason] = self.batches.get(reason, 0) + 1
+        self.rows += rows
+
+    @property
+    def errors(self) -> int:
+        """Requests that the model itself failed. What clients, deadlines or overload cause is in `codes` only."""
+        return self.codes.get(Code.INTERNAL, 0)
+
+    @property
+    def answered(self) -> int:
+        """Requests that got an answer."""
+        return self.requests - sum(self.codes.values())
+
+    def recent_us(
+        self, now: float, q: Sequence[float], *, window_s: float = 10.0, samples_min: int = 20
+    ) -> list[float]:
+        """Quantiles of the compute time over the last window or two; empty until `samples_min` requests were seen."""
+        taken, previous, older = self._snapshot
+        if now - taken >= window_s and sum(self.compute) - sum(previous) >= samples_min:
+            self._snapshot = (now, list(self.compute), previous)
+            older = previous
+        recent = [new - old for new, old in zip(self.compute, older, strict=True)]
+        return [quantile_us(recent, each) for each in q] if sum(recent) >= samples_min else []
