@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
-import subprocess
-import sys
 import tempfile
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
@@ -28,9 +25,10 @@ from nearcast.store.manifest import (
     decode_manifest,
 )
 
+if TYPE_CHECKING:
+    from nearcast.serving.gate import GateResult
+
 MANIFEST_FILE = "manifest.json"
-GATE_TIMEOUT_S = 180.0
-"""How long a bundle may take to load and answer its golden vectors on the publisher's machine."""
 SUFFIXES = {"onnxruntime": (".onnx", ".ort"), "litert": (".tflite",)}
 """Formats that hold no code, by engine."""
 
@@ -204,34 +202,15 @@ def verify_bundle(folder: Path) -> Manifest:
     return manifest
 
 
-def run_gate(folder: Path) -> dict[str, object]:
+def pass_gate(folder: Path) -> GateResult:
     """Load a verified bundle in a child process and run its golden vectors; answers what the child measured.
 
     Raises:
         MeshError: UNTRUSTED if the model does not load, crashes, is too slow or answers otherwise than it must.
     """
-    try:
-        child = subprocess.run(
-            [sys.executable, "-m", "nearcast.serving.gate", str(folder)],
-            capture_output=True,
-            timeout=GATE_TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise MeshError(Code.UNTRUSTED, f"The model did not pass its gate within {GATE_TIMEOUT_S:.0f} s.") from error
-    said = _last_json(child.stdout)
-    if child.returncode != 0:
-        reason = said.get("error") or child.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        raise MeshError(Code.UNTRUSTED, f"The model does not pass its gate: {reason or f'exit {child.returncode}'}")
-    return said
+    from nearcast.serving.gate import run_gate
 
-
-def _last_json(output: bytes) -> dict[str, object]:
-    for line in reversed(output.decode(errors="replace").splitlines() or [""]):
-        try:
-            said = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(said, dict):
-            return said
-    return {}
+    result = run_gate(folder)
+    if not result.ok:
+        raise MeshError(Code.UNTRUSTED, f"The model does not pass its gate: {result.error}")
+    return result

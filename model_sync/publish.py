@@ -17,7 +17,7 @@ from tuf.api.exceptions import DownloadHTTPError, RepositoryError
 from tuf.api.metadata import Metadata, TargetFile, Targets  # type: ignore[attr-defined]
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig  # type: ignore[attr-defined]
 
-from model_sync.bundle import read_bundle, run_gate, verify_bundle
+from model_sync.bundle import pass_gate, read_bundle, verify_bundle
 from model_sync.control_client import ControlClient
 from model_sync.keys import load_key
 from model_sync.layout import METADATA_SIZE_BYTES_MAX, blob_path, make_target, models_path
@@ -113,7 +113,7 @@ def push(
             not newer than what is published, FORBIDDEN without the team's key.
     """
     manifest = verify_bundle(bundle)
-    run_gate(bundle)
+    pass_gate(bundle)
     team = team or find_team(operator)
     signer = load_key(operator / f"models-{team}.pem")
     roles = fetch_models_roles(client, operator, manifest.name)
