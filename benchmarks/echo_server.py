@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import grpc
 import grpc.aio
 import uvloop
-from nearcast.transport.grpc import make_server
 
+from nearcast.transport.grpc import make_server
 from nearcast.transport.seam import Call, Methods, Reply
 
 PATH = "/benchmark.Echo/Echo"

@@ -19,7 +19,8 @@ import click
 def command(*, once: bool, data_dir: Path | None) -> None:
     """Run the whole mesh on this machine, with real models and real traffic.
 
-    A broker, the sync process, a cloud core, two edge nodes and a router; no root, loopback only. Without --once it stays up, prints addresses to try by hand, and ends with Ctrl-C.
+    A broker, the sync process, a cloud core, two edge nodes and a router: no root, loopback only. Without --once it
+    stays up, prints addresses to try by hand, and ends with Ctrl-C.
     """
     from nearcast.cli.demo.show import run
 
