@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import ssl
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import msgspec
@@ -42,8 +42,12 @@ class Telemetry:
             self.registry.register(collector)
         self._runner: web.AppRunner | None = None
 
-    async def serve_metrics(self, address: str, *, tls: ssl.SSLContext | None = None) -> str:
+    async def serve_metrics(
+        self, address: str, *, tls: ssl.SSLContext | None = None, routes: Iterable[web.RouteDef] = ()
+    ) -> str:
         """Serve `GET /metrics` and return the address, with the port that the system chose.
+
+        `routes` are what a part answers beside it, such as `nearcast route explain`.
 
         Raises:
             MeshError: if the address is taken, or reachable from other machines without certificates.
@@ -54,6 +58,7 @@ class Telemetry:
         host, port = parse_address(address)
         app = web.Application()
         app.router.add_get("/metrics", self._answer())
+        app.add_routes(routes)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         try:

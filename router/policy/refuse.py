@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 from nearcast.errors import Code
 from router.policy.choose import wait_s
@@ -16,7 +16,7 @@ _RETRY_UNAVAILABLE_MS = 250
 _RETRY_MAX_MS = 30_000
 
 
-def unknown_model(model: str, models: Mapping[str, ModelIndex]) -> Reject:
+def unknown_model(model: str, models: Collection[str]) -> Reject:
     """No target holds the model."""
     if models:
         names = sorted(models)

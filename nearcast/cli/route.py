@@ -1,0 +1,101 @@
+"""`nearcast route explain`: where a request would go now, and why."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+import click
+
+from nearcast.errors import Code, MeshError
+
+TIMEOUT_S = 5.0
+ANSWER_SIZE_BYTES_MAX = 1024 * 1024
+
+
+@click.group(name="route")
+def command() -> None:
+    """Explain routing decisions."""
+
+
+@command.command()
+@click.argument("model")
+@click.option(
+    "--address",
+    default="http://127.0.0.1:8002",
+    show_default=True,
+    help="Metrics listener of a router or an edge node.",
+)
+@click.option("--version", "release", default="", help="The release that the request names.")
+@click.option("--size", default=0, metavar="BYTES", help="Size of the request.")
+@click.option("--deadline-ms", type=float, help="Time that the request has.")
+@click.option("--principal", default="", help="Whose request it is; decides about a candidate.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def explain(
+    model: str, address: str, release: str, size: int, deadline_ms: float | None, principal: str, as_json: bool
+) -> None:
+    """Ask a router where a request for MODEL would go now. Nothing is sent to the model."""
+    query: dict[str, str] = {"model": model, "version": release, "size": str(size), "principal": principal}
+    if deadline_ms is not None:
+        query["deadline_ms"] = str(deadline_ms)
+    answer = _ask(address, {name: value for name, value in query.items() if value})
+    if as_json:
+        click.echo(json.dumps(answer, indent=1))
+    else:
+        _print(answer)
+
+
+def _ask(address: str, query: dict[str, str]) -> dict[str, Any]:
+    base = address if "://" in address else f"http://{address}"
+    if not base.startswith(("http://", "https://")):
+        raise MeshError(Code.INVALID_REQUEST, f"{address!r} is no address; it looks like http://127.0.0.1:8002.")
+    try:
+        with urlopen(f"{base.rstrip('/')}/v2/nearcast/route?{urlencode(query)}", timeout=TIMEOUT_S) as reply:  # noqa: S310 - the scheme is checked above
+            data = reply.read(ANSWER_SIZE_BYTES_MAX)
+    except HTTPError as error:
+        raise _said(error) from error
+    except (URLError, OSError) as error:
+        raise MeshError(
+            Code.UNAVAILABLE, f"Nobody answers at {address}; give --address of a router's metrics listener."
+        ) from error
+    answer: dict[str, Any] = json.loads(data)
+    return answer
+
+
+def _said(error: HTTPError) -> MeshError:
+    try:
+        answer = json.loads(error.read(ANSWER_SIZE_BYTES_MAX))
+        return MeshError(Code(answer["code"]), str(answer["error"]))
+    except (ValueError, KeyError, TypeError):
+        return MeshError(Code.INVALID_REQUEST, f"The listener does not explain routes (status {error.code}).")
+
+
+def _print(answer: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if answer["decision"] == "send":
+        hedge = answer["hedge_after_ms"]
+        after = "no hedge" if hedge is None else f"hedge after {hedge:.1f} ms"
+        console.print(
+            f"{answer['model']} → [bold]{answer['target']}[/bold] as release {answer['answers_as'] or '(its own choice)'}"
+            f" ({answer['reason']}; {after})"
+        )
+    else:
+        console.print(f"{answer['model']} → refused: [bold]{answer['code']}[/bold] {answer['message']}")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("target")
+    table.add_column("tier")
+    table.add_column("release", justify="right")
+    for name in ("rtt", "transfer", "wait", "service", "t50", "t95", "cost"):
+        table.add_column(f"{name} ms", justify="right")
+    table.add_column("load", justify="right")
+    table.add_column("verdict")
+    for row in answer["candidates"]:
+        times = (f"{row[name + '_ms']:.2f}" for name in ("rtt", "transfer", "wait", "service", "t50", "t95", "cost"))
+        table.add_row(row["target"], row["tier"], row["version"], *times, f"{row['load']:.1f}", row["verdict"])
+    console.print(table)

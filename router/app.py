@@ -1,0 +1,192 @@
+"""The stand-alone router of a point of presence: listeners in front, targets behind, pointers from its agent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import ssl
+import sys
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from nearcast import telemetry
+from nearcast.errors import Code, MeshError
+from nearcast.identity import Identity, load_identity, server_tls
+from nearcast.runtime import Shutdown, announce, require_tls
+from nearcast.store import Store
+from nearcast.transport.grpc import make_server
+from nearcast.transport.mesh import join_methods, mesh_methods
+from nearcast.transport.oip import oip_methods
+from nearcast.transport.rest import RestServer
+from nearcast.transport.seam import Methods, Server
+from nearcast.transport.statistics import Statistics
+from router.child import Child
+from router.config import RouterConfig
+from router.control import ControlLink, find_control
+from router.directory import Announcer, DirectoryReader
+from router.explain import explain_route
+from router.policy import Policy
+from router.router import Router
+from router.splits import StoreSplits
+from router.targets import ChannelFactory, NodeView, TargetSet
+
+DRAIN_S = 5.0
+AGENT_NICE = 10
+
+
+class RouterApp:
+    """Everything that one router process runs. `start`, then `drain`."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        self._config = config
+        self._data = Path(config.data_dir)
+        folder = Path(config.identity) if config.identity else self._data / "identity"
+        self._identity_folder = folder
+        self.identity: Identity | None = load_identity(folder) if config.identity or folder.is_dir() else None
+        self.name = self.identity.name if self.identity is not None else config.name
+        self.addresses: dict[str, str] = {}
+        self._telemetry = telemetry.start(self.name, config.telemetry)
+        self._store = Store(self._data / "models")
+        seed = config.seed if config.seed >= 0 else secrets.randbits(63)
+        self.router = Router(
+            Policy(config.policy, seed),
+            splits=StoreSplits(self._store),
+            node=self.name,
+            registry=self._telemetry.registry,
+            limits=config.limits,
+        )
+        self.targets = TargetSet(self.router, ChannelFactory(config.transport, self.identity), config=config.probe)
+        self._listeners: list[Server | RestServer] = []
+        self._closers = AsyncExitStack()
+
+    async def start(self) -> None:
+        """Find the targets, then listen.
+
+        Raises:
+            MeshError: an address in use, or reachable from other machines without certificates.
+        """
+        self._data.mkdir(parents=True, exist_ok=True)
+        await self.router.start()
+        self._closers.push_async_callback(self.router.close)
+        self._closers.push_async_callback(self.targets.close)
+        link = self._make_link()
+        await self._follow_nodes(link)
+        await self._listen()
+        if link is not None:
+            announcer = Announcer(link, addresses=self.addresses, interval_s=self._config.probe.announce_ms / 1e3)
+            await announcer.start()
+            self._closers.push_async_callback(announcer.close)
+        self._start_agent()
+
+    async def drain(self) -> None:
+        """Refuse new requests, finish those in flight, close everything. Bounded by the drain times."""
+        self.router.mark_draining()
+        await self._closers.aclose()
+
+    def _make_link(self) -> ControlLink | None:
+        url = find_control(self._identity_folder, self._config.control)
+        if not url:
+            return None
+        if self.identity is None:
+            raise MeshError(
+                Code.UNAUTHENTICATED, "The control API needs an identity; run `nearcast nodes invite` and join."
+            )
+        link = ControlLink(url, self.identity)
+        self._closers.push_async_callback(link.close)
+        return link
+
+    async def _follow_nodes(self, link: ControlLink | None) -> None:
+        fixed = [
+            NodeView(name=target.name, role=target.role, address=target.address, domain=target.domain)
+            for target in self._config.targets
+        ]
+        self.targets.update(fixed)
+        if link is None:
+            return
+        reader = DirectoryReader(link, self.targets, interval_s=self._config.probe.directory_ms / 1e3, fixed=fixed)
+        await reader.start()
+        self._closers.push_async_callback(reader.close)
+
+    async def _close_listeners(self) -> None:
+        await asyncio.gather(*(server.drain(DRAIN_S) for server in self._listeners))
+
+    async def _listen(self) -> None:
+        self._closers.push_async_callback(self._close_listeners)
+        listen, router = self._config.listen, self.router
+        shown = self.identity if self._config.tls else None
+        counts = Statistics()
+        methods = oip_methods(
+            router, router, server_name="nearcast", trusted=False, statistics=counts, report=router.catalogue
+        )
+        if listen.grpc:
+            await self._serve("grpc", listen.grpc, methods, shown, require_client=False)
+        if listen.http:
+            tls = None if shown is None else server_tls(shown, require_client=False, alpn=("http/1.1",))
+            await self._serve_rest(listen.http, tls, counts)
+        if listen.mesh and self.identity is not None:
+            # Holds no models: what is forwarded here is sent elsewhere, but a router can be asked how it is.
+            mesh = join_methods(
+                oip_methods(router, router, server_name="nearcast", trusted=True, statistics=counts),
+                mesh_methods(router.report_self),
+            )
+            await self._serve("mesh", listen.mesh, mesh, self.identity, require_client=True)
+        if listen.metrics:
+            self.addresses["metrics"] = await self._telemetry.serve_metrics(
+                listen.metrics, routes=(explain_route(router),)
+            )
+            self._closers.push_async_callback(self._telemetry.close)
+
+    async def _serve(
+        self, name: str, address: str, methods: Methods, identity: Identity | None, *, require_client: bool
+    ) -> None:
+        require_tls(address, identity is not None)
+        server = make_server(
+            self._config.transport, methods, address=address, identity=identity, require_client=require_client
+        )
+        await server.start()
+        self.addresses[name] = server.address
+        self._listeners.append(server)
+
+    async def _serve_rest(self, address: str, tls: ssl.SSLContext | None, counts: Statistics) -> None:
+        server = RestServer(
+            self.router, self.router, address=address, server_name="nearcast", tls=tls, statistics=counts,
+            report=self.router.catalogue,
+        )  # fmt: skip
+        await server.start()
+        self.addresses["http"] = server.address
+        self._listeners.append(server)
+
+    def _start_agent(self) -> None:
+        control = find_control(self._identity_folder, self._config.control)
+        if not (self._config.agent.enabled and self.identity is not None and control):
+            return
+        path = self._data / "agent.toml"
+        settings = {
+            "node": self.name,
+            "role": "router",
+            "mode": "follow",
+            "control": control,
+            "identity": str(self._identity_folder.resolve()),
+            "store": str(self._store.root.resolve()),
+            "channel": self._config.agent.channel,
+            "poll_s": self._config.agent.poll_s,
+        }
+        # JSON's strings and numbers are TOML's too.
+        path.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()))
+        command = [sys.executable, "-m", "model_sync.agent", "--config", str(path)]
+        agent = Child("agent", command, log=self._data / "logs" / "agent.log", nice=AGENT_NICE)
+        agent.start()
+        self._closers.push_async_callback(agent.stop)
+
+
+async def serve(config: RouterConfig, shutdown: Shutdown) -> int:
+    """Run a router until the shutdown is requested."""
+    app = RouterApp(config)
+    try:
+        await app.start()
+        announce(app.name, **app.addresses)
+        await shutdown.wait()
+    finally:
+        await asyncio.shield(app.drain())
+    return 0

@@ -1,0 +1,95 @@
+"""What a stand-alone router is told."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from nearcast.telemetry import TelemetryConfig
+from router.policy import PolicyConfig
+from router.router import RouterLimits
+
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+
+
+class TargetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One node that is known without a directory. `address` is its mesh listener, `host:port`."""
+
+    name: Name
+    address: str
+    role: Literal["edge", "cloud"] = "edge"
+    domain: str = ""
+
+
+class ProbeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How targets are watched.
+
+    Attributes:
+        directory_ms: mean time between looks at the node directory.
+        announce_ms: time between words about ourselves to the directory.
+        report_ms: mean time between probes of one target.
+        timeout_ms: a probe that takes longer counts as unanswered.
+        failures_max: unanswered probes in a row after which the connection is given up and made anew.
+        drain_ms: how long a connection to a target that left may finish what is in flight.
+    """
+
+    directory_ms: Positive = 1000.0
+    announce_ms: Positive = 5000.0
+    report_ms: Positive = 350.0
+    timeout_ms: Positive = 1000.0
+    failures_max: Annotated[int, msgspec.Meta(ge=1)] = 3
+    drain_ms: Positive = 5000.0
+
+
+class ListenConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Addresses; port 0 = the system chooses; "" = do not listen. `mesh` needs an identity."""
+
+    grpc: str = "127.0.0.1:8001"
+    http: str = "127.0.0.1:8000"
+    metrics: str = "127.0.0.1:8002"
+    mesh: str = "127.0.0.1:0"
+
+
+class AgentSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The follow-mode agent beside the router: it writes pointer files only.
+
+    Attributes:
+        enabled: start one, if there is an identity and a control address.
+        channel: which channel to follow.
+        poll_s: mean seconds between its checks.
+    """
+
+    enabled: bool = True
+    channel: str = "stable"
+    poll_s: Positive = 30.0
+
+
+class RouterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One stand-alone router.
+
+    Attributes:
+        name: this router's name; an identity's name outranks it.
+        data_dir: where the store of pointers, the identity and the agent's files lie.
+        identity: folder of the identity; "" = `<data_dir>/identity` if that exists.
+        control: URL of the control API; "" = what the identity's folder names.
+        transport: of all gRPC listeners and channels.
+        tls: serve the client listeners with the identity's certificate (needed beyond loopback).
+        seed: of the policy; -1 = drawn at start.
+    """
+
+    name: Name = "router"
+    data_dir: str = "router-data"
+    identity: str = ""
+    control: str = ""
+    transport: Literal["ngh2", "grpcio"] = "ngh2"
+    tls: bool = False
+    seed: Annotated[int, msgspec.Meta(ge=-1)] = -1
+    listen: ListenConfig = ListenConfig()
+    targets: tuple[TargetConfig, ...] = ()
+    probe: ProbeConfig = ProbeConfig()
+    policy: PolicyConfig = PolicyConfig()
+    agent: AgentSection = AgentSection()
+    limits: RouterLimits = RouterLimits()
+    telemetry: TelemetryConfig = TelemetryConfig()

@@ -1,0 +1,146 @@
+"""Who is there: the node directory of the control API, read and written. Without it the last view holds."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from nearcast.errors import MeshError
+from nearcast.telemetry import get_logger
+from router.control import Control, pause
+from router.targets import NodeView, TargetSet
+
+_log = get_logger(__name__)
+_JITTER = 0.25
+_SEEN_S_MAX = 60.0
+_PATIENCE_MAX = 10.0
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    """One row of `GET /v1/nodes`; fields that we do not read may be there."""
+
+    name: str
+    role: str
+    addresses: dict[str, str] = {}
+    seen_s_ago: float = 0.0
+
+
+class DirectoryReader:
+    """Makes a `TargetSet` follow the directory. Nodes of the configuration stay whatever it says."""
+
+    def __init__(
+        self, control: Control, targets: TargetSet, *, interval_s: float, fixed: Sequence[NodeView] = ()
+    ) -> None:
+        self._control = control
+        self._targets = targets
+        self._interval_s = interval_s
+        self._fixed = {view.name: view for view in fixed}
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._away = 0
+
+    async def start(self) -> None:
+        """Look once, then go on in the background. An absent control plane is no error."""
+        await self._look()
+        self._task = asyncio.get_running_loop().create_task(self._follow())
+
+    def wake(self) -> None:
+        """Look again now."""
+        self._wake.set()
+
+    async def close(self) -> None:
+        """Stop looking."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    async def _follow(self) -> None:
+        while True:
+            patience = min(_PATIENCE_MAX, 1.0 + self._away)
+            await pause(self._interval_s * random.uniform(1 - _JITTER, 1 + _JITTER) * patience, self._wake)
+            await self._look()
+
+    async def _look(self) -> None:
+        try:
+            answer = await self._control.call("GET", "/v1/nodes")
+            entries = msgspec.convert(answer.get("nodes", []), list[_Entry])
+        except (MeshError, msgspec.ValidationError) as error:
+            self._away += 1
+            if self._away == 1:
+                _log.warning("directory_away", error=str(error), targets=len(self._targets.views))
+            return
+        if self._away:
+            _log.info("directory_back")
+        self._away = 0
+        views = {
+            entry.name: NodeView(name=entry.name, role=entry.role, address=entry.addresses.get("mesh", ""))
+            for entry in entries
+            if entry.seen_s_ago <= _SEEN_S_MAX
+        }
+        self._targets.update({**views, **self._fixed}.values())
+
+
+class Announcer:
+    """Says to the directory where this node listens and what it holds, again and again.
+
+    Args:
+        control: the link to the control API.
+        addresses: listeners by name: grpc, http, mesh, metrics, mqtt.
+        models: what this node holds, as JSON; read at each word.
+        interval_s: pause between two words.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        *,
+        addresses: Mapping[str, str],
+        models: Callable[[], Mapping[str, Any]] = dict,
+        interval_s: float = 5.0,
+    ) -> None:
+        self._control = control
+        self._addresses = {name: address for name, address in addresses.items() if address}
+        self._models = models
+        self._interval_s = interval_s
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._away = 0
+
+    async def start(self) -> None:
+        """Speak once, then go on in the background. An absent control plane is no error."""
+        await self._speak()
+        self._task = asyncio.get_running_loop().create_task(self._go_on())
+
+    def wake(self) -> None:
+        """Speak again now: something has changed."""
+        self._wake.set()
+
+    async def close(self) -> None:
+        """Fall silent; the directory forgets us by itself."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    async def _go_on(self) -> None:
+        while True:
+            await pause(min(self._interval_s, 0.5 * self._away) if self._away else self._interval_s, self._wake)
+            await self._speak()
+
+    async def _speak(self) -> None:
+        body = {"addresses": self._addresses, "models": dict(self._models())}
+        try:
+            await self._control.call("POST", "/v1/nodes/self", body)
+        except MeshError as error:
+            self._away += 1
+            if self._away == 1:
+                _log.warning("announcement_failed", error=error.message)
+            return
+        if self._away:
+            _log.info("announcement_heard")
+        self._away = 0

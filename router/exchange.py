@@ -1,0 +1,183 @@
+"""One request on its way: the send, its hedge, its retries, and the accounting of each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from nearcast.errors import Code, MeshError
+from nearcast.handler import InferResponse
+from nearcast.telemetry import get_logger
+from router.policy import Attempt, Outcome, Policy, RequestFacts, Send
+from router.policy.events import ABANDONED
+from router.statistics import RouterStatistics
+
+_log = get_logger(__name__)
+
+
+class Exchange:
+    """Carries out one decision. The first valid answer wins, the loser is cancelled.
+
+    The first send runs in the caller's task: only a hedge, one request in twenty at most, costs a task of its own.
+
+    Args:
+        policy: told of every event, asked for hedges and retries.
+        now: the monotonic clock.
+        call: sends the request to a target; cancelling it resets the call.
+        facts: of the request, as decided upon.
+        deadline: monotonic instant; None = none.
+        statistics: counts what happens.
+    """
+
+    __slots__ = (
+        "_call", "_cancelling", "_deadline", "_facts", "_hedge", "_last", "_now", "_parent", "_policy", "_racing",
+        "_statistics", "_tried", "_winner",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        policy: Policy,
+        now: Callable[[], float],
+        call: Callable[[Send], Awaitable[InferResponse]],
+        facts: RequestFacts,
+        deadline: float | None,
+        statistics: RouterStatistics,
+    ) -> None:
+        self._policy = policy
+        self._now = now
+        self._call = call
+        self._facts = facts
+        self._deadline = deadline
+        self._statistics = statistics
+        self._tried: list[str] = []
+        self._last: tuple[Attempt, Outcome] | None = None
+        self._racing = False
+        self._hedge: asyncio.Task[None] | None = None
+        self._winner: InferResponse | None = None
+        self._parent: asyncio.Task[object] | None = None
+        self._cancelling = 0
+
+    async def run(self, send: Send) -> InferResponse:
+        """Answer the request.
+
+        Raises:
+            MeshError: of the last send, once no other is possible.
+        """
+        kind = "first"
+        while True:
+            try:
+                return await self._send(send, kind)
+            except MeshError:
+                again = self._again()
+                if again is None:
+                    raise
+                self._statistics.retries += 1
+                send, kind = again, "retry"
+
+    async def _send(self, send: Send, kind: str) -> InferResponse:
+        attempt = self._policy.on_sent(self._now(), self._facts, send, kind)
+        self._tried.append(send.target)
+        self._last = None
+        timer: asyncio.TimerHandle | None = None
+        if send.hedge_after_s is not None:
+            self._parent = asyncio.current_task()
+            self._cancelling = self._parent.cancelling() if self._parent is not None else 0
+            self._racing = True
+            timer = asyncio.get_running_loop().call_later(send.hedge_after_s, self._fire, attempt)
+        try:
+            response = await self._call(send)
+        except asyncio.CancelledError:
+            self._close(attempt, ABANDONED)
+            if (winner := self._claim_victory()) is None:
+                raise
+            return winner
+        except MeshError as error:
+            self._close(attempt, Outcome(error.code, error.sent, error.retry_after_ms))
+            if (winner := await self._wait_for_hedge()) is None:
+                raise
+            return winner
+        except Exception as error:
+            self._close(attempt, Outcome(Code.INTERNAL))
+            raise MeshError(Code.INTERNAL, "The target failed in an unexpected way; try again.", sent=True) from error
+        else:
+            self._close(attempt, Outcome(served=response.served))
+            return response
+        finally:
+            self._racing = False
+            if timer is not None:
+                timer.cancel()
+            if self._hedge is not None:
+                self._hedge.cancel()
+                self._hedge = None
+
+    def _close(self, attempt: Attempt, outcome: Outcome) -> None:
+        self._policy.on_reply(self._now(), attempt, outcome)
+        self._statistics.count(attempt.target, outcome.code)
+        if outcome.code is not None:
+            self._last = (attempt, outcome)
+
+    def _again(self) -> Send | None:
+        if self._last is None:
+            return None
+        attempt, outcome = self._last
+        return self._policy.retry(self._now(), self._remaining(), attempt, outcome, self._tried)
+
+    def _remaining(self) -> RequestFacts:
+        if self._deadline is None:
+            return self._facts
+        return msgspec.structs.replace(self._facts, remaining_s=max(0.0, self._deadline - self._now()))
+
+    # The hedge -------------------------------------------------------------------------------------------------------
+
+    def _fire(self, attempt: Attempt) -> None:
+        """The hedge delay is over."""
+        if not self._racing:
+            return
+        copy = self._policy.hedge(self._now(), self._remaining(), attempt, self._tried)
+        if copy is not None:
+            self._hedge = asyncio.get_running_loop().create_task(self._run_hedge(copy))
+
+    async def _run_hedge(self, copy: Send) -> None:
+        try:
+            # Here and not where the task is made: a task that is cancelled before its first step never gets here.
+            attempt = self._policy.on_sent(self._now(), self._facts, copy, "hedge")
+        except KeyError:
+            return
+        self._statistics.hedges += 1
+        self._tried.append(copy.target)
+        try:
+            response = await self._call(copy)
+        except asyncio.CancelledError:
+            self._policy.on_reply(self._now(), attempt, ABANDONED)
+            raise
+        except MeshError as error:
+            # The first send is still on its way, or has failed and says why itself.
+            self._policy.on_reply(self._now(), attempt, Outcome(error.code, error.sent, error.retry_after_ms))
+            self._statistics.count(copy.target, error.code)
+            return
+        except Exception:  # noqa: BLE001 - nobody awaits this task; what broke is logged and counted
+            self._policy.on_reply(self._now(), attempt, Outcome(Code.INTERNAL))
+            self._statistics.count(copy.target, Code.INTERNAL)
+            _log.exception("hedge_failed", target=copy.target)
+            return
+        self._policy.on_reply(self._now(), attempt, Outcome(served=response.served))
+        self._statistics.count(copy.target, None)
+        self._statistics.hedges_won += 1
+        self._winner = response
+        if self._racing and self._parent is not None:
+            self._parent.cancel()
+
+    def _claim_victory(self) -> InferResponse | None:
+        """After a cancellation: the hedge's answer, if it was the hedge that cancelled us and nobody else did too."""
+        if self._winner is None or self._parent is None:
+            return None
+        return self._winner if self._parent.uncancel() <= self._cancelling else None
+
+    async def _wait_for_hedge(self) -> InferResponse | None:
+        """After a failure: what the hedge that is on its way brings."""
+        self._racing = False
+        if self._hedge is not None:
+            await asyncio.wait({self._hedge})
+        return self._winner

@@ -1,0 +1,357 @@
+"""The router: an `InferenceHandler` in front of the local model host and of other nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Protocol
+
+import msgspec
+from prometheus_client import CollectorRegistry
+
+from nearcast.clock import SYSTEM_CLOCK, Clock
+from nearcast.errors import Code, MeshError
+from nearcast.handler import InferenceHandler, InferRequest, InferResponse, ModelMetadata, RequestContext
+from nearcast.load import NodeReport, Tier, VersionReport
+from router.exchange import Exchange
+from router.policy import Decision, Outcome, Policy, Reject, RequestFacts, Send, assign, sticky_key
+from router.policy.events import ABANDONED
+from router.policy.refuse import unknown_model
+from router.splits import NoSplits, SplitSource
+from router.statistics import RouterCollector, RouterStatistics
+
+_METADATA_TIMEOUT_S = 2.0
+
+
+class Node(InferenceHandler, Protocol):
+    """A target that can also be asked about its models: the local host, or `RemoteNode`."""
+
+    async def metadata(self, model: str, version: str) -> ModelMetadata:
+        """Tensors and versions of a model."""
+        ...
+
+
+class LocalHost(Node, Protocol):
+    """What the router needs of the model host in its own process."""
+
+    async def is_ready(self, model: str = "", version: str = "") -> bool:
+        """Whether the model ("" = the host) answers requests now."""
+        ...
+
+    def report(self) -> NodeReport:
+        """What the host says about itself now."""
+        ...
+
+
+class RouterLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Bounds of the router itself.
+
+    Attributes:
+        report_ms: how often the local host's report is read.
+    """
+
+    report_ms: float = 250.0
+
+
+class Router:
+    """Decides once per request, by `router.policy`, and carries the decision out.
+
+    Args:
+        policy: decides; one per router, driven only from this event loop.
+        local: the model host of this process; None in a stand-alone router.
+        splits: which versions answer by default.
+        node: this node's name; also the name of the local target.
+        clock: its monotonic time must be the loop's.
+        registry: where the metrics appear; None = nowhere.
+        forward: whether targets are mesh listeners that take our word for the version. The SDK talks to client
+            listeners: there the request's own version counts, and a sequence is taken to keep state.
+        limits: bounds.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        local: LocalHost | None = None,
+        splits: SplitSource | None = None,
+        node: str = "local",
+        clock: Clock = SYSTEM_CLOCK,
+        registry: CollectorRegistry | None = None,
+        forward: bool = True,
+        limits: RouterLimits | None = None,
+    ) -> None:
+        self.policy = policy
+        self.node = node
+        self.splits: SplitSource = splits or NoSplits()
+        self.statistics = RouterStatistics()
+        self._local = local
+        self._now = clock.monotonic
+        self._forward = forward
+        self._report_s = (limits or RouterLimits()).report_ms / 1e3
+        self._nodes: dict[str, Node] = {}
+        self._nonces = itertools.count(1)
+        self._watch: asyncio.Task[None] | None = None
+        self._draining = False
+        self._collector = RouterCollector(self.statistics, policy)
+        self._registry = registry
+        if registry is not None:
+            registry.register(self._collector)
+        if local is not None:
+            self._nodes[node] = local
+            policy.add_target(self._now(), node, "local")
+
+    async def start(self) -> None:
+        """Read the local host's report, and keep reading it."""
+        if self._local is not None and self._watch is None:
+            self.observe_local()
+            self._watch = asyncio.get_running_loop().create_task(self._watch_local())
+
+    async def close(self) -> None:
+        """Stop reading reports. Requests in flight go on; targets belong to whoever attached them."""
+        self._draining = True
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+            self._watch = None
+        if self._registry is not None:
+            self._registry.unregister(self._collector)
+            self._registry = None
+
+    def mark_draining(self) -> None:
+        """Say `not ready` from now on; requests are still answered."""
+        self._draining = True
+
+    # Targets ---------------------------------------------------------------------------------------------------------
+
+    def attach(self, name: str, node: Node, tier: Tier, domain: str = "") -> bool:
+        """Offer requests to a node from now on. False = the policy knows too many targets."""
+        if name == self.node and self._local is not None:
+            return False
+        if not self.policy.add_target(self._now(), name, tier, domain):
+            return False
+        self._nodes[name] = node
+        return True
+
+    def detach(self, name: str) -> None:
+        """Send nothing more to a node; what is on its way goes on."""
+        if self._nodes.get(name) is not self._local:
+            self._nodes.pop(name, None)
+            self.policy.remove_target(self._now(), name)
+
+    def observe_local(self, model: str | None = None) -> None:
+        """Look at the local host and its pointers now: after a refresh, so that nobody waits for the next look."""
+        self.splits.refresh(model)
+        if self._local is not None:
+            self.policy.on_report(self._now(), self.node, self._local.report())
+
+    # Requests --------------------------------------------------------------------------------------------------------
+
+    async def infer(self, request: InferRequest, context: RequestContext) -> InferResponse:
+        """Answer one request: here, elsewhere, or not at all and at once.
+
+        Raises:
+            MeshError: the refusal, or the error of the last target.
+        """
+        if context.forwarded:
+            return await self._infer_forwarded(request, context)
+        now = self._now()
+        facts = self._facts(now, request, context)
+        decision = self.policy.decide(now, facts)
+        if isinstance(decision, Reject):
+            self.statistics.refuse(decision.code)
+            raise MeshError(decision.code, decision.message, retry_after_ms=decision.retry_after_ms)
+        if decision.missed:
+            self.statistics.missed += 1
+
+        exchange = Exchange(
+            self.policy,
+            self._now,
+            lambda send: self._call(send, request, context),
+            facts,
+            context.deadline,
+            self.statistics,
+        )
+        return await exchange.run(decision)
+
+    async def stream(
+        self, requests: AsyncIterator[InferRequest], context: RequestContext
+    ) -> AsyncIterator[InferResponse]:
+        """Answer a stream of requests, in order; each is decided for itself, a sequence stays together."""
+        async for request in requests:
+            yield await self.infer(request, context)
+
+    def explain(
+        self,
+        model: str,
+        *,
+        version: str = "",
+        size_bytes: int = 0,
+        deadline_s: float | None = None,
+        principal: str = "",
+    ) -> tuple[RequestFacts, Decision]:
+        """What would be decided for such a request now, with the terms of every candidate. Sends nothing."""
+        now = self._now()
+        wanted, fallbacks = self._versions(model, version, "", principal, "", "local")
+        facts = RequestFacts(
+            model=model,
+            version=wanted,
+            pinned=bool(version),
+            fallbacks=fallbacks,
+            size_bytes=size_bytes,
+            remaining_s=deadline_s,
+        )
+        return facts, self.policy.decide(now, facts, explain=True)
+
+    # The directory of models -----------------------------------------------------------------------------------------
+
+    async def metadata(self, model: str, version: str) -> ModelMetadata:
+        """Tensors and versions of a model, asked of a node that holds it.
+
+        Raises:
+            MeshError: MODEL_NOT_FOUND, naming the models that exist; VERSION_MISMATCH.
+        """
+        known = self.policy.models
+        if model not in known:
+            raise self._unknown(model)
+        wanted = self.splits.alias(model, version) or version if version not in known[model] else version
+        wanted = wanted or self.splits.split(model).stable
+        names = self.policy.holders(model, wanted) or self.policy.holders(model)
+        nodes = [self._nodes[name] for name in sorted(names, key=lambda n: n != self.node) if name in self._nodes]
+        error = MeshError(Code.UNAVAILABLE, f"No node that holds {model!r} can be asked now; try again.")
+        for node in nodes:
+            try:
+                async with asyncio.timeout(_METADATA_TIMEOUT_S):
+                    found = await node.metadata(model, wanted)
+            except MeshError as failure:
+                error = failure
+            except TimeoutError:
+                continue
+            else:
+                return replace(found, versions=tuple(sorted(known[model], key=lambda v: (len(v), v))))
+        raise error
+
+    async def is_ready(self, model: str = "", version: str = "") -> bool:
+        """Whether some target answers for the model ("" = for anything).
+
+        Raises:
+            MeshError: MODEL_NOT_FOUND for an unknown model.
+        """
+        if not model:
+            local_ready = self._local is not None and await self._local.is_ready()
+            return not self._draining and (local_ready or any(map(self.policy.holders, self.policy.models)))
+        if model not in self.policy.models:
+            raise self._unknown(model)
+        return bool(self.policy.holders(model, version))
+
+    def catalogue(self) -> NodeReport:
+        """Every version that any target holds, as one report: what RepositoryIndex lists. Never for other routers."""
+        versions = tuple(
+            VersionReport(
+                model=model, version=version, residency="hot" if self.policy.holders(model, version) else "loading"
+            )
+            for model, held in sorted(self.policy.models.items())
+            for version in held
+        )
+        return NodeReport(node=self.node, role="router", versions=versions)
+
+    def report_self(self) -> NodeReport:
+        """What this node says about itself to other routers: the local host's report, or that it holds nothing."""
+        if self._local is not None:
+            return self._local.report()
+        return NodeReport(node=self.node, role="router", draining=self._draining)
+
+    # Inside ----------------------------------------------------------------------------------------------------------
+
+    def _facts(self, now: float, request: InferRequest, context: RequestContext) -> RequestFacts:
+        parameters = request.parameters
+        sequence = request.sequence_id if parameters else ""
+        version, fallbacks = self._versions(
+            request.model, request.version, sequence, context.principal, request.id, context.tenant
+        )
+        return RequestFacts(
+            model=request.model,
+            version=version,
+            pinned=bool(request.version),
+            fallbacks=fallbacks,
+            size_bytes=request.size_bytes,
+            remaining_s=None if context.deadline is None else max(0.0, context.deadline - now),
+            stateful=bool(sequence) and not self._forward,
+            priority=context.priority,
+            sequence=sequence,
+            tenant=context.tenant,
+        )
+
+    def _versions(
+        self, model: str, version: str, sequence: str, principal: str, request_id: str, tenant: str
+    ) -> tuple[str, tuple[str, ...]]:
+        """The version that should answer, and those that may instead. Assign first, then eligibility."""
+        if not self._forward:
+            return "", ()
+        if version:
+            known = self.policy.models.get(model, ()) if not version.isdecimal() else (version,)
+            return (version if version in known else self.splits.alias(model, version) or version), ()
+        split = self.splits.split(model)
+        if split.candidate and split.share > 0.0:
+            key = sticky_key(
+                sequence=sequence,
+                principal=principal,
+                request_id=request_id,
+                nonce=f"{self.node}.{next(self._nonces)}" if not (sequence or principal or request_id) else "",
+            )
+            if assign(split.salt, tenant, key, split.share):
+                return split.candidate, tuple(v for v in (split.stable, split.last_good) if v)
+        if split.last_good and split.last_good != split.stable:
+            return split.stable, (split.last_good,)
+        return split.stable, ()
+
+    async def _call(self, send: Send, request: InferRequest, context: RequestContext) -> InferResponse:
+        node = self._nodes.get(send.target)
+        if node is None:
+            raise MeshError(Code.UNAVAILABLE, "The target has just left the mesh; try again.", sent=False)
+        if self._forward:
+            context = RequestContext(
+                deadline=context.deadline,
+                priority=context.priority,
+                tenant=context.tenant,
+                principal=context.principal,
+                idempotency_key=context.idempotency_key,
+                trace=context.trace,
+                forwarded=node is not self._local,
+                version=send.version,
+            )
+        return await node.infer(request, context)
+
+    async def _infer_forwarded(self, request: InferRequest, context: RequestContext) -> InferResponse:
+        """Another router has decided: serve here or say `elsewhere`. Counted, so that our view of the host is exact."""
+        if self._local is None:
+            raise MeshError(Code.MODEL_NOT_FOUND, "This node holds no models; choose another one.")
+        facts = RequestFacts(model=request.model, version=context.version, size_bytes=request.size_bytes)
+        attempt = self.policy.on_sent(self._now(), facts, Send(self.node, context.version), "forwarded")
+        self.statistics.forwarded += 1
+        outcome = ABANDONED
+        try:
+            response = await self._local.infer(request, context)
+            outcome = Outcome(served=response.served)
+        except MeshError as error:
+            outcome = Outcome(error.code, error.sent, error.retry_after_ms)
+            raise
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            outcome = Outcome(Code.INTERNAL)
+            raise
+        finally:
+            self.policy.on_reply(self._now(), attempt, outcome)
+        return response
+
+    async def _watch_local(self) -> None:
+        assert self._local is not None
+        while True:
+            await asyncio.sleep(self._report_s)
+            self.policy.on_report(self._now(), self.node, self._local.report())
+
+    def _unknown(self, model: str) -> MeshError:
+        reject = unknown_model(model, self.policy.models)
+        return MeshError(reject.code, reject.message)

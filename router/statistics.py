@@ -1,0 +1,89 @@
+"""What a router counts, as plain numbers; Prometheus reads them when it scrapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from nearcast.errors import Code
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
+
+    from router.policy import Policy
+
+_KEYS_MAX = 4096
+
+
+class RouterStatistics:
+    """Counters of one router."""
+
+    def __init__(self) -> None:
+        self.sends: dict[tuple[str, Code | None], int] = {}
+        self.refused: dict[Code, int] = {}
+        self.hedges = 0
+        self.hedges_won = 0
+        self.retries = 0
+        self.missed = 0
+        self.forwarded = 0
+
+    def count(self, target: str, code: Code | None) -> None:
+        """One attempt ended; `code` None = answered."""
+        key = (target, code)
+        count = self.sends.get(key)
+        if count is None:
+            if len(self.sends) >= _KEYS_MAX:
+                return
+            count = 0
+        self.sends[key] = count + 1
+
+    def refuse(self, code: Code) -> None:
+        """One request was refused without being sent."""
+        self.refused[code] = self.refused.get(code, 0) + 1
+
+
+class RouterCollector(Collector):
+    """Turns the counters and the policy's view into metrics."""
+
+    def __init__(self, statistics: RouterStatistics, policy: Policy) -> None:
+        self._statistics = statistics
+        self._policy = policy
+
+    def collect(self) -> Iterable[Metric]:
+        counts = self._statistics
+        sends = CounterMetricFamily(
+            "nearcast_router_sends", "Attempts by target and outcome", labels=["target", "code"]
+        )
+        for (target, code), count in list(counts.sends.items()):
+            sends.add_metric([target, "OK" if code is None else code.value], count)
+        refused = CounterMetricFamily("nearcast_router_refused", "Requests refused at once", labels=["code"])
+        for code, count in list(counts.refused.items()):
+            refused.add_metric([code.value], count)
+        yield sends
+        yield refused
+        for name, help_text, value in (
+            ("nearcast_router_hedges", "Second copies sent", counts.hedges),
+            ("nearcast_router_hedges_won", "Second copies that answered first", counts.hedges_won),
+            ("nearcast_router_retries", "Requests sent once more after a failure", counts.retries),
+            ("nearcast_router_missed_assignments", "Requests of the candidate that stable answered", counts.missed),
+            ("nearcast_router_forwarded", "Requests of other routers, served locally", counts.forwarded),
+        ):
+            yield CounterMetricFamily(name, help_text, value=value)
+        yield from self._collect_targets()
+
+    def _collect_targets(self) -> Iterable[Metric]:
+        labels = ["target", "tier"]
+        load = GaugeMetricFamily("nearcast_router_target_load", "Requests believed to be on a target", labels=labels)
+        own = GaugeMetricFamily("nearcast_router_target_in_flight", "Open attempts on a target", labels=labels)
+        rtt = GaugeMetricFamily("nearcast_router_target_rtt_seconds", "Smoothed round trip", labels=labels)
+        closed = GaugeMetricFamily("nearcast_router_target_usable", "1 = its connection is believed in", labels=labels)
+        for target in self._policy.targets:
+            names = [target.name, target.tier]
+            load.add_metric(names, target.load)
+            own.add_metric(names, target.own)
+            rtt.add_metric(names, target.rtt_s)
+            closed.add_metric(names, float(target.breaker.state == "closed" and not target.gone))
+        yield from (load, own, rtt, closed)
