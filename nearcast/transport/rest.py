@@ -310,8 +310,7 @@ def _names(request: web.Request) -> tuple[str, str]:
 
 
 def _identity(request: web.Request) -> str:
-    tls = None if request.transport is None else request.transport.get_extra_info("ssl_object")
-    return "" if tls is None or not tls.getpeercert() else peer_uri(tls)
+    return "" if request.transport is None else peer_uri(request.transport.get_extra_info("ssl_object"))
 
 
 def _json(value: Any, *, status_code: int = 200) -> web.Response:

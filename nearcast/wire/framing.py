@@ -29,6 +29,10 @@ class WireLimits:
 LIMITS = WireLimits()
 
 
+_NUMBERS = bytes(tag >> 3 if tag & 7 == 2 and tag < 0x40 else 0 for tag in range(256))
+"""Field number by first byte, for the length-delimited fields 1 to 7; 0 = look closer."""
+
+
 @dataclass(slots=True)
 class Scan:
     """Top-level fields of a `ModelInferRequest` or `ModelInferResponse`; fields 1 to 5 mean the same in both."""
@@ -50,52 +54,41 @@ def scan(body: bytes) -> Scan:
     Raises:
         MeshError: INVALID_REQUEST if the bytes are truncated, malformed or hold more than `fields_max` fields.
     """
-    found = Scan("", "", "", [], [], [], [])
+    fields: tuple[list[Span], ...] = ([], [], [], [], [], [], [], [])
     position = 0
     end = len(body)
     left = LIMITS.fields_max
     try:
-        while position < end:
+        while position < end and left:
             left -= 1
-            if left < 0:
-                _fail(f"holds more than {LIMITS.fields_max} fields")
-            tag = body[position]
-            position += 1
-            if tag & 0x87 != 2 or tag < 8:
-                position = _skip_other(body, position - 1)
+            number = _NUMBERS[body[position]]
+            if not number:
+                position = _skip_other(body, position)
                 continue
-            size = body[position]
-            position += 1
+            size = body[position + 1]
+            position += 2
             if size >= 0x80:
                 size, position = varint(body, position - 1)
             stop = position + size
-            if stop > end:
-                _fail("is truncated")
-            _keep(found, tag, body, position, stop)
+            fields[number].append((position, stop))
             position = stop
+        model, version, id_ = _last_text(body, fields[1]), _last_text(body, fields[2]), _last_text(body, fields[3])
     except IndexError:
         _fail("is truncated")
     except UnicodeDecodeError:
         _fail("holds a string that is not UTF-8")
-    return found
+    if position < end:
+        _fail(f"holds more than {LIMITS.fields_max} fields")
+    if position > end:
+        _fail("is truncated")
+    return Scan(model, version, id_, fields[4], fields[5], fields[6], fields[7])
 
 
-def _keep(found: Scan, tag: int, body: bytes, start: int, stop: int) -> None:
-    match tag:
-        case 0x2A:
-            found.tensors.append((start, stop))
-        case 0x0A:
-            found.model = body[start:stop].decode()
-        case 0x3A:
-            found.seventh.append((start, stop))
-        case 0x32:
-            found.sixth.append((start, stop))
-        case 0x1A:
-            found.id = body[start:stop].decode()
-        case 0x12:
-            found.version = body[start:stop].decode()
-        case 0x22:
-            found.parameters.append((start, stop))
+def _last_text(body: bytes, spans: list[Span]) -> str:
+    text = ""
+    for start, stop in spans:
+        text = body[start:stop].decode()
+    return text
 
 
 def varint(body: bytes, position: int) -> tuple[int, int]:
@@ -171,8 +164,6 @@ def _skip_other(body: bytes, position: int) -> int:
             position += 4
         case _:
             _fail(f"holds a field of wire type {wire_type}, which this protocol does not use")
-    if position > len(body):
-        _fail("is truncated")
     return position
 
 

@@ -4,12 +4,14 @@ import asyncio
 import gzip
 import io
 import json
+from pathlib import Path
 
 import aiohttp
 import numpy as np
 import pytest
 
 from nearcast.errors import Code, MeshError
+from nearcast.identity import CertificateAuthority, Identity, client_tls, load_identity, make_csr, server_tls
 from nearcast.transport.rest import RestServer
 from nearcast.transport.seam import Limits
 from tests.integration.add_model import AddModel
@@ -333,6 +335,33 @@ async def test_addresses(model):
     assert caught.value.code is Code.UNAVAILABLE
     assert first.address in caught.value.message
     await first.drain(1.0)
+
+
+async def test_certificate_of_the_client_is_its_principal(model, tmp_path):
+    authority = CertificateAuthority.create(tmp_path / "ca")
+    edge, operator = (certify(authority, tmp_path / role, role) for role in ("edge", "operator"))
+    tls = server_tls(edge, require_client=False, alpn=["http/1.1"])
+    server = RestServer(model, model, address="127.0.0.1:0", tls=tls, server_name="x")
+    await server.start()
+    try:
+        for identity, principal in ((operator, operator.uri), (None, "")):
+            context = client_tls(identity, ca=edge.ca, alpn=["http/1.1"])
+            connector = aiohttp.TCPConnector(ssl=context)
+            async with aiohttp.ClientSession(f"https://{server.address}", connector=connector) as client:
+                await post(client, "/v2/models/add/infer", json=add_json())
+            assert model.contexts[-1].principal == principal
+    finally:
+        await server.drain(1.0)
+
+
+def certify(authority: CertificateAuthority, folder: Path, role: str) -> Identity:
+    folder.mkdir()
+    key, csr = make_csr(f"{role}-1", role)
+    (folder / "node.key").touch(mode=0o600)
+    (folder / "node.key").write_bytes(key)
+    (folder / "node.pem").write_bytes(authority.issue(csr, name=f"{role}-1", role=role))
+    (folder / "ca.pem").write_bytes(authority.certificate_pem)
+    return load_identity(folder)
 
 
 def triton_calls(address):

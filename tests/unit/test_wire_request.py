@@ -204,6 +204,9 @@ def test_malformed_framing(body):
 def test_number_of_fields_and_parameters_is_bounded():
     with pytest.raises(MeshError, match="fields"):
         WireRequest(b"\x0a\x00" * (LIMITS.fields_max + 1))
+    with pytest.raises(MeshError, match="fields"):
+        WireRequest(b"\x78\x00" * (LIMITS.fields_max + 1))
+    WireRequest(b"\x78\x00" * LIMITS.fields_max)
     message = pb.ModelInferRequest()
     for index in range(LIMITS.parameters_max + 1):
         message.parameters[str(index)].bool_param = True

@@ -1,0 +1,323 @@
+"""The protocol over real gRPC servers of both kinds, judged by a foreign client and used by our own."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from nearcast.errors import Code, MeshError
+from nearcast.handler import RequestContext
+from nearcast.identity import CertificateAuthority, Identity, load_identity, make_csr
+from nearcast.transport.grpc import KINDS, make_channel, make_server
+from nearcast.transport.mesh import join_methods, mesh_methods
+from nearcast.transport.oip import oip_methods
+from nearcast.transport.remote import RemoteNode
+from nearcast.wire.request import TensorRequest
+from nearcast.wire.v1 import oip_pb2 as pb
+from tests.integration.add_model import AddModel
+
+A = np.float32([[1, 2], [3, 4]])
+B = np.float32([[0.5, 0.5], [1, 1]])
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+TRACE = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+async def model():
+    return AddModel()
+
+
+@pytest.fixture
+async def server(kind, model):
+    server = make_server(kind, oip_methods(model, model, server_name="test-1", trusted=False), address="127.0.0.1:0")
+    await server.start()
+    yield server
+    model.release.set()
+    await server.drain(2.0)
+
+
+@pytest.fixture
+async def node(kind, server):
+    node = RemoteNode(make_channel(kind, server.address), "somewhere")
+    yield node
+    await node.close()
+
+
+def add(**extra) -> TensorRequest:
+    return TensorRequest(model="add", inputs={"a": A, "b": B}, **extra)
+
+
+async def in_thread(function, *arguments):
+    async with asyncio.timeout(20):
+        return await asyncio.to_thread(function, *arguments)
+
+
+def triton_inputs():
+    from tritonclient.grpc import InferInput
+
+    made = [InferInput(name, [2, 2], "FP32") for name in ("a", "b")]
+    for one, array in zip(made, (A, B), strict=True):
+        one.set_data_from_numpy(array)
+    return made
+
+
+def triton_calls(address):
+    from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
+
+    client = InferenceServerClient(address)
+    try:
+        assert client.is_server_live()
+        assert client.is_server_ready()
+        assert client.is_model_ready("add", "2")
+        assert not client.is_model_ready("none")
+        server = client.get_server_metadata()
+        assert server.name == "test-1"
+        assert "sequence" in server.extensions
+        assert client.get_model_metadata("add").inputs[0].shape == [-1, 2]
+        config = client.get_model_config("add").config
+        assert (config.name, config.input[0].data_type, list(config.input[0].dims)) == ("add", 11, [-1, 2])
+        assert [(m.version, m.state) for m in client.get_model_repository_index().models] == [
+            ("1", "UNAVAILABLE"),
+            ("2", "READY"),
+        ]
+        result = client.infer("add", triton_inputs(), request_id="r7")
+        assert np.array_equal(result.as_numpy("sum"), A + B)
+        assert np.array_equal(result.as_numpy("difference"), A - B)
+        assert (result.get_response().id, result.get_response().model_version) == ("r7", "2")
+        one = client.infer("add", triton_inputs(), model_version="1", outputs=[InferRequestedOutput("difference")])
+        assert [output.name for output in one.get_response().outputs] == ["difference"]
+        text = InferInput("x", [1, 2], "BYTES")
+        text.set_data_from_numpy(np.array([[b"\xff\x00", b""]], dtype=object))
+        assert client.infer("echo", [text]).as_numpy("x").tolist() == [[b"\xff\x00", b""]]
+        half = InferInput("x", [3], "FP16")
+        half.set_data_from_numpy(np.float16([1, 2, 3]))
+        assert client.infer("echo", [half]).as_numpy("x").tolist() == [1, 2, 3]
+        large = InferInput("x", [1, 3, 224, 224], "FP32")
+        picture = np.random.default_rng(1).random((1, 3, 224, 224), dtype=np.float32)
+        large.set_data_from_numpy(picture)
+        assert np.array_equal(client.infer("echo", [large]).as_numpy("x"), picture)
+        client.infer("add", triton_inputs(), sequence_id=9, sequence_start=True, priority=2, timeout=9_000_000)
+        counts = client.get_inference_statistics("add").model_stats
+        assert {entry.version: entry.inference_count for entry in counts} == {"1": 1, "2": 2}
+    finally:
+        client.close()
+
+
+async def test_tritonclient(server, model):
+    await in_thread(triton_calls, server.address)
+    context = model.contexts[-1]
+    assert model.requests[-1].sequence_id == "9"
+    assert (context.priority, context.tenant, context.forwarded) == (2, "local", False)
+    assert 0 < context.deadline - asyncio.get_running_loop().time() <= 9
+
+
+def triton_failures(address):
+    from tritonclient.grpc import InferenceServerClient, InferInput
+    from tritonclient.utils import InferenceServerException
+
+    client = InferenceServerClient(address)
+    seen = {}
+    try:
+        for model, version in (("none", ""), ("add", "9"), ("busy", ""), ("broken", "")):
+            with pytest.raises(InferenceServerException) as caught:
+                client.infer(model, triton_inputs(), model_version=version)
+            seen[model] = (caught.value.status(), caught.value.message())
+        short = InferInput("x", [4], "FP32")
+        short.set_data_from_numpy(np.zeros(4, np.float32))
+        short._raw_content = b"\0" * 15
+        with pytest.raises(InferenceServerException) as caught:
+            client.infer("echo", [short])
+        seen["short"] = (caught.value.status(), caught.value.message())
+        with pytest.raises(InferenceServerException) as caught:
+            client.infer("slow", [], client_timeout=0.1)
+        seen["slow"] = (caught.value.status(), caught.value.message())
+        with pytest.raises(InferenceServerException) as caught:
+            client.infer("slow", [], timeout=50_000)
+        seen["timeout"] = (caught.value.status(), caught.value.message())
+        with pytest.raises(InferenceServerException) as caught:
+            client.get_model_metadata("none")
+        seen["metadata"] = (caught.value.status(), caught.value.message())
+    finally:
+        client.close()
+    return seen
+
+
+async def test_tritonclient_sees_statuses_and_texts(server, model):
+    seen = await in_thread(triton_failures, server.address)
+    assert seen["none"] == ("StatusCode.NOT_FOUND", "There is no model 'none'; there are add and echo.")
+    assert seen["metadata"] == seen["none"]
+    assert seen["add"] == ("StatusCode.FAILED_PRECONDITION", "Model 'add' has no version 9; it has 1 and 2.")
+    assert seen["busy"] == ("StatusCode.RESOURCE_EXHAUSTED", "Too busy; try again later.")
+    assert seen["broken"][0] == "StatusCode.INTERNAL"
+    assert "secret" not in seen["broken"][1]
+    assert seen["short"] == ("StatusCode.INVALID_ARGUMENT", "Tensor 'x' of FP32 [4] needs 16 bytes, got 15.")
+    assert seen["slow"][0] == "StatusCode.DEADLINE_EXCEEDED"
+    assert seen["timeout"][0] == "StatusCode.DEADLINE_EXCEEDED"
+    async with asyncio.timeout(5):
+        await model.cancelled.wait()
+
+
+async def test_mixed_contents_are_refused_in_tritons_words(server):
+    message = pb.ModelInferRequest(model_name="add", raw_input_contents=[b"\0" * 8])
+    tensor = message.inputs.add(name="a", datatype="INT32", shape=[2])
+    tensor.contents.int_contents.extend([1, 2])
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary(INFER)(message.SerializeToString())
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    expected = "contents field must not be specified when using raw_input_contents for 'a' for model 'add'"
+    assert caught.value.details() == expected
+
+
+async def test_trailers_and_dropped_metadata(server, model):
+    metadata = (
+        ("nc-hop", "1"),
+        ("nc-version", "1"),
+        ("nc-tenant", "someone-else"),
+        ("nc-idempotency-key", "k1"),
+        ("nc-priority", "4"),
+        ("traceparent", TRACE),
+    )
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        call = channel.unary_unary(INFER)(add().encode(), metadata=metadata, timeout=10)
+        await call
+        trailers = dict(await call.trailing_metadata())
+    assert trailers["nc-served-by"] == "test-1"
+    assert (trailers["nc-tier"], trailers["nc-model-version"]) == ("local", "2")
+    assert (trailers["nc-queue-us"], trailers["nc-compute-us"]) == ("7", "11")
+    assert trailers["endpoint-load-metrics"] == "TEXT named_metrics.nc_in_flight=3"
+    context = model.contexts[-1]
+    assert (context.forwarded, context.version, context.tenant) == (False, "", "local")
+    assert (context.idempotency_key, context.priority, context.trace) == ("k1", 4, TRACE)
+    assert 0 < context.deadline - asyncio.get_running_loop().time() <= 10
+
+
+@pytest.mark.parametrize("body", [b"\xff", b"\x0a\x05a", b""])
+async def test_malformed_messages(server, body):
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary(INFER)(body)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert dict(caught.value.trailing_metadata())["nc-code"] == "INVALID_REQUEST"
+
+
+def triton_stream(address):
+    from tritonclient.grpc import InferenceServerClient
+
+    client = InferenceServerClient(address)
+    answers: queue.Queue = queue.Queue()
+    client.start_stream(lambda result, error: answers.put((result, error)))
+    try:
+        for model, request_id in (("add", "1"), ("none", "2"), ("add", "3")):
+            client.async_stream_infer(model, triton_inputs(), request_id=request_id)
+        return [answers.get(timeout=10) for _ in range(3)]
+    finally:
+        client.stop_stream()
+        client.close()
+
+
+async def test_tritonclient_stream_goes_on_after_an_error(server):
+    first, second, third = await in_thread(triton_stream, server.address)
+    assert first[0].get_response().id == "1"
+    assert np.array_equal(first[0].as_numpy("sum"), A + B)
+    assert "no model 'none'" in second[1].message()
+    assert third[0].get_response().id == "3"
+
+
+async def test_remote_node(node, model):
+    context = RequestContext(
+        deadline=asyncio.get_running_loop().time() + 5, priority=2, idempotency_key="k", trace=TRACE
+    )
+    answer = await node.infer(add(id="r1", parameters={"sequence_id": "s"}), context)
+    assert np.array_equal(answer.decode()["sum"], A + B)
+    assert (answer.id, answer.version) == ("r1", "2")
+    assert (answer.served.node, answer.served.queue_us, answer.served.in_flight) == ("test-1", 7, 3)
+    seen = model.contexts[-1]
+    assert (seen.priority, seen.idempotency_key, seen.trace) == (2, "k", TRACE)
+    assert seen.deadline <= context.deadline + 0.001
+    assert model.requests[-1].sequence_id == "s"
+    metadata = await node.metadata("add")
+    assert (metadata.versions, metadata.inputs[0].shape) == (("1", "2"), (-1, 2))
+    assert metadata.properties == {"licence": "test"}
+    assert await node.is_ready()
+    assert await node.is_ready("add")
+    assert not await node.is_ready("none")
+
+
+async def test_remote_node_passes_large_tensors_and_streams(node):
+    picture = np.random.default_rng(2).random((3, 500, 500), dtype=np.float32)
+    answer = await node.infer(TensorRequest(model="echo", inputs={"x": picture}), RequestContext())
+    assert np.array_equal(answer.decode()["x"], picture)
+
+    async def requests():
+        for number in range(3):
+            yield add(id=str(number))
+
+    assert [answer.id async for answer in node.stream(requests(), RequestContext())] == ["0", "1", "2"]
+
+
+async def test_remote_errors(node):
+    with pytest.raises(MeshError) as caught:
+        await node.infer(TensorRequest(model="busy", inputs={}), RequestContext())
+    assert (caught.value.code, caught.value.retry_after_ms, caught.value.sent) == (Code.OVERLOADED, 1500, False)
+    with pytest.raises(MeshError) as caught:
+        await node.infer(TensorRequest(model="broken", inputs={}), RequestContext())
+    assert (caught.value.code, caught.value.sent) == (Code.INTERNAL, True)
+    deadline = asyncio.get_running_loop().time() + 0.1
+    with pytest.raises(MeshError) as caught:
+        await node.infer(TensorRequest(model="slow", inputs={}), RequestContext(deadline=deadline))
+    assert caught.value.code is Code.DEADLINE
+    with pytest.raises(MeshError) as caught:
+        await node.infer(add(), RequestContext(idempotency_key="a\r\nnc-hop: 1"))
+    assert caught.value.code is Code.INVALID_REQUEST
+
+
+async def test_client_listeners_have_no_mesh_methods(node):
+    with pytest.raises(MeshError) as caught:
+        await node.report()
+    assert caught.value.code is Code.UNSUPPORTED
+
+
+def certify(authority: CertificateAuthority, folder: Path, role: str) -> Identity:
+    folder.mkdir()
+    key, csr = make_csr(f"{role}-1", role)
+    (folder / "node.key").write_bytes(key)
+    (folder / "node.key").chmod(0o600)
+    (folder / "node.pem").write_bytes(authority.issue(csr, name=f"{role}-1", role=role))
+    (folder / "ca.pem").write_bytes(authority.certificate_pem)
+    return load_identity(folder)
+
+
+async def test_mesh_listener_honours_nodes_only(kind, model, tmp_path):
+    authority = CertificateAuthority.create(tmp_path / "ca")
+    edge, router, operator = (certify(authority, tmp_path / role, role) for role in ("edge", "router", "operator"))
+    methods = join_methods(oip_methods(model, model, server_name="test-1", trusted=True), mesh_methods(model.report))
+    server = make_server(kind, methods, address="127.0.0.1:0", identity=edge, require_client=True)
+    await server.start()
+    trusted = RemoteNode(make_channel(kind, server.address, identity=router))
+    other = RemoteNode(make_channel(kind, server.address, identity=operator))
+    try:
+        context = RequestContext(tenant="t-1").forward("1")
+        answer = await trusted.infer(add(), context)
+        assert answer.version == "1"
+        seen = model.contexts[-1]
+        assert (seen.forwarded, seen.version, seen.tenant) == (True, "1", "t-1")
+        assert seen.principal == "spiffe://nearcast/router/router-1"
+        assert await trusted.report() == model.report()
+        with pytest.raises(MeshError) as caught:
+            await other.infer(add(), context)
+        assert caught.value.code is Code.FORBIDDEN
+    finally:
+        await trusted.close()
+        await other.close()
+        await server.drain(2.0)
