@@ -1,0 +1,1 @@
+"""The cloud core: large models and room for what the edge cannot take."""

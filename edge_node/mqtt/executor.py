@@ -19,6 +19,7 @@ from nearcast.handler import (
     InferResponse,
     ModelDirectory,
     ModelMetadata,
+    Parameter,
     RequestContext,
 )
 from nearcast.telemetry import get_logger
@@ -117,7 +118,7 @@ class Executor:
         context = self._context(request)
 
         def inference(*, start: bool) -> InferRequest:
-            parameters = {"sequence_id": name, "sequence_start": start, "sequence_end": end}
+            parameters: dict[str, Parameter] = {"sequence_id": name, "sequence_start": start, "sequence_end": end}
             return envelope.to_inference(request, payload, metadata, parameters)
 
         self._sequences.discard(key)

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from paho.mqtt import client as paho
@@ -92,7 +93,7 @@ class Device:
         self.client.on_socket_open = lambda _c, _u, s: s.setsockopt(6, 1, 1)
         self.client.reconnect_delay_set(1, 1)
 
-    def __enter__(self) -> Device:
+    def __enter__(self) -> Self:
         if self._session_expiry_s:
             properties = Properties(PacketTypes.CONNECT)
             properties.SessionExpiryInterval = self._session_expiry_s
