@@ -13,7 +13,7 @@ from ngh2 import NGH2Error
 from nearcast.errors import Code, MeshError
 from nearcast.identity import tls_error
 from nearcast.transport.ngh2_client import ClientCall, ClientConnection
-from nearcast.transport.ngh2_connection import require_alpn, split_address
+from nearcast.transport.ngh2_connection import require_alpn, split_address, wait_gone
 from nearcast.transport.ngh2_framing import frame
 from nearcast.transport.ngh2_headers import Fields, request_prefix, write_request
 from nearcast.transport.seam import DEFAULT_LIMITS, UNIX_PREFIX, CallError, Limits, Metadata, Reply
@@ -23,6 +23,7 @@ VerifyPeer: TypeAlias = Callable[[Mapping[str, Any]], object]
 
 _ATTEMPTS_MAX = 3
 _METHODS_MAX = 256
+_CLOSE_TIMEOUT_S = 0.5
 
 
 class Ngh2Channel:
@@ -85,12 +86,14 @@ class Ngh2Channel:
         self._is_closed = True
         if self._connecting is not None:
             self._connecting.cancel()
-        for connection in [*self._retired, *([self._connection] if self._connection is not None else [])]:
+        connections = list(self._retired)
+        if self._connection is not None:
+            connections.append(self._connection)
+        for connection in connections:
             connection.shut()
         self._connection = None
         self._retired.clear()
-        # One turn of the loop lets the transports close their sockets.
-        await asyncio.sleep(0)
+        await wait_gone(connections, _CLOSE_TIMEOUT_S)
 
     def _send(
         self, connection: ClientConnection, method: str, body: Sequence[bytes], metadata: Metadata, ends_at: float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import cast
 
@@ -30,6 +30,7 @@ class Ngh2Connection(asyncio.Protocol):
         "_closing",
         "_flush_pending",
         "_paused",
+        "gone",
         "h2",
         "identity",
         "last_read_at",
@@ -56,6 +57,7 @@ class Ngh2Connection(asyncio.Protocol):
         self.peer = ""
         self.sent_bytes = 0
         self.last_read_at = loop.time()
+        self.gone: asyncio.Future[None] = loop.create_future()
         self._paused = False
         self._flush_pending = False
         self._closing = False
@@ -119,6 +121,8 @@ class Ngh2Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closing = True
+        if not self.gone.done():
+            self.gone.set_result(None)
         self.lost(exc)
 
     # Sending.
@@ -177,6 +181,16 @@ class Ngh2Connection(asyncio.Protocol):
     def is_open(self) -> bool:
         """Whether anything can still be sent."""
         return not self._closing
+
+
+async def wait_gone(connections: Collection[Ngh2Connection], timeout_s: float) -> None:
+    """Wait until closing connections have sent their last bytes; drop those that take too long."""
+    waiters = [connection.gone for connection in connections if connection.transport is not None]
+    if waiters:
+        await asyncio.wait(waiters, timeout=timeout_s)
+    for connection in connections:
+        if connection.transport is not None and not connection.gone.done():
+            connection.abort()
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -25,7 +25,16 @@ _CONTENT_TYPE = re.compile(rb"application/grpc(?:\+[a-z0-9.-]+)?(?: *;.*)?")
 _NAME = re.compile(r"[0-9a-z_.-]+")
 # They belong to HTTP/2 and gRPC; methods see them, if at all, as fields of `Call`.
 _PROTOCOL_NAMES = frozenset(
-    {b":scheme", b":authority", b"te", b"content-type", b"accept-encoding", b"grpc-accept-encoding", b"user-agent"}
+    {
+        b":scheme",
+        b":authority",
+        b"te",
+        b"content-type",
+        b"content-length",
+        b"accept-encoding",
+        b"grpc-accept-encoding",
+        b"user-agent",
+    }
 )
 # HTTP statuses of proxies in between, by the gRPC project's table "HTTP to gRPC status code mapping".
 _FROM_HTTP = {

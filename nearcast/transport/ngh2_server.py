@@ -8,13 +8,14 @@ from typing import cast
 
 from nearcast.errors import Code, MeshError
 from nearcast.transport.listener import Listener
-from nearcast.transport.ngh2_connection import require_alpn
+from nearcast.transport.ngh2_connection import require_alpn, wait_gone
 from nearcast.transport.ngh2_server_connection import ServerConnection, ServerState
 from nearcast.transport.seam import DEFAULT_LIMITS, Limits, Methods
 
 _SWEEP_INTERVAL_S = 1.0
 _NOTICE_S_MAX = 0.3
 _CANCEL_GRACE_S = 1.0
+_CLOSE_TIMEOUT_S = 0.5
 
 
 class Ngh2Server:
@@ -85,6 +86,7 @@ class Ngh2Server:
                 self._state.cancel(stream)
             connection.flush()
             connection.close()
+        await wait_gone(list(self._state.connections), _CLOSE_TIMEOUT_S)
         tasks = list(self._state.cancelled)
         if tasks:
             await asyncio.wait(tasks, timeout=_CANCEL_GRACE_S)

@@ -36,6 +36,7 @@ class Service:
         self.cancelled = asyncio.Event()
         self.release = asyncio.Event()
         self.calls: list[Call] = []
+        self.waiting = 0
 
     async def echo(self, message: bytes, call: Call) -> Reply:
         self.calls.append(call)
@@ -58,6 +59,7 @@ class Service:
         return Reply((b"",))
 
     async def wait(self, message: bytes, call: Call) -> Reply:
+        self.waiting += 1
         self.started.set()
         await self.release.wait()
         return Reply((message,))
@@ -265,8 +267,9 @@ async def test_drain_finishes_what_is_in_flight(
     server: Server, channel: Channel, channel_kind: Kind, service: Service
 ) -> None:
     tasks = [asyncio.ensure_future(channel.unary("/t.T/wait", (str(i).encode(),))) for i in range(100)]
-    await asyncio.wait_for(service.started.wait(), 5)
-    await asyncio.sleep(0.05)
+    async with asyncio.timeout(5):
+        while service.waiting < 100:
+            await asyncio.sleep(0.01)
     drain = asyncio.ensure_future(server.drain(5))
     await asyncio.sleep(0.1)
     assert not drain.done()
