@@ -8,8 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import grpc
-
+from benchmarks.foreign import call
 from benchmarks.processes import serve
 from benchmarks.rows import Row
 from benchmarks.serving import PATH
@@ -31,8 +30,7 @@ def run(*, quick: bool) -> list[Row]:
             began = time.perf_counter()
             with serve("benchmarks.serving_server", str(store.root), "serve", cpu=None) as ready:
                 starts.append((time.perf_counter() - began) * 1e3)
-                with grpc.insecure_channel(ready["address"]) as channel:
-                    channel.unary_unary(PATH)(message, timeout=10)
+                call(ready["address"], PATH, message)
                 answers.append((time.perf_counter() - began) * 1e3)
         cold = [asyncio.run(measure_model(store)) for _ in range(rounds)]
     return [

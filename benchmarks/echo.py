@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import statistics
 
-import grpc
-
 from benchmarks.echo_server import PATH
+from benchmarks.foreign import call
 from benchmarks.processes import has_h2load, load_h2, serve
 from benchmarks.rows import Row
 
@@ -46,6 +45,5 @@ def run(*, quick: bool) -> list[Row]:
 
 def check(address: str) -> None:
     """A peer with wrong output is not a row."""
-    with grpc.insecure_channel(address) as channel:
-        if channel.unary_unary(PATH)(MESSAGE, timeout=10) != MESSAGE:
-            raise RuntimeError(f"{address} does not echo")
+    if call(address, PATH, MESSAGE) != MESSAGE:
+        raise RuntimeError(f"{address} does not echo")

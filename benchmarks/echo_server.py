@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -24,9 +25,9 @@ async def echo(message: bytes, call: Call) -> Reply:
 async def start_peer() -> str:
     """A grpc.aio server with nothing of ours in it."""
 
-    class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
-        def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
-            async def answer(message: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    class Handlers(grpc.GenericRpcHandler):
+        def service(self, details: grpc.HandlerCallDetails) -> Any:
+            async def answer(message: bytes, context: Any) -> bytes:
                 return message
 
             return grpc.unary_unary_rpc_method_handler(answer)
@@ -44,7 +45,7 @@ async def main(arguments: Sequence[str]) -> None:
     if kind == "peer":
         address = await start_peer()
     else:
-        server = make_server(kind, Methods(unary={PATH: echo}), address="127.0.0.1:0")
+        server = make_server("ngh2" if kind == "ngh2" else "grpcio", Methods(unary={PATH: echo}), address="127.0.0.1:0")
         await server.start()
         address = server.address
     print(json.dumps({"address": address}), flush=True)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,7 @@ class Load:
 
     requests_per_s: float
     mean_us: float
+    p50_us: float
     failed: int
 
 
@@ -72,7 +74,7 @@ def load_h2(
     Raises:
         RuntimeError: if h2load fails or an answer has another HTTP status than 200.
     """
-    with tempfile.NamedTemporaryFile() as body:
+    with tempfile.NamedTemporaryFile() as body, tempfile.NamedTemporaryFile("r") as log:
         body.write(b"\0" + len(message).to_bytes(4, "big") + message)
         body.flush()
         command = [
@@ -86,12 +88,14 @@ def load_h2(
             "-t1",
             "-d",
             body.name,
+            f"--log-file={log.name}",
         ]
         for name, value in {"content-type": "application/grpc", "te": "trailers", **(headers or {})}.items():
             command += ["-H", f"{name}: {value}"]
         result = subprocess.run(
             [*command, f"http://{address}{path}"], capture_output=True, text=True, check=False, timeout=300
         )
+        latencies = [int(line.split("\t")[2]) for line in log]
     out = result.stdout
     rate = re.search(r"finished in [^,]+, ([\d.]+) req/s", out)
     counts = re.search(r"(\d+) succeeded, (\d+) failed, (\d+) errored", out)
@@ -100,4 +104,4 @@ def load_h2(
         raise RuntimeError(f"h2load failed: {out}{result.stderr}")
     scale = {"us": 1.0, "ms": 1e3, "s": 1e6}[mean[2]]
     failed = requests - int(counts[1])
-    return Load(float(rate[1]), float(mean[1]) * scale, failed)
+    return Load(float(rate[1]), float(mean[1]) * scale, statistics.median(latencies), failed)

@@ -6,9 +6,9 @@ import statistics
 import tempfile
 from pathlib import Path
 
-import grpc
 import numpy as np
 
+from benchmarks.foreign import call
 from benchmarks.processes import has_h2load, load_h2, serve
 from benchmarks.rows import Row
 from benchmarks.silero_size import NAME, fill_store, make_inputs
@@ -56,8 +56,7 @@ def run(*, quick: bool) -> list[Row]:
 
 def check(address: str, message: bytes, expected: dict[str, np.ndarray]) -> None:
     """The served output must equal the engine's."""
-    with grpc.insecure_channel(address) as channel:
-        outputs = WireResponse(channel.unary_unary(PATH)(message, timeout=10), Served()).decode()
+    outputs = WireResponse(call(address, PATH, message), Served()).decode()
     for name, tensor in expected.items():
         if not np.array_equal(outputs[name], tensor):
             raise RuntimeError(f"{address} answers {name} differently from the engine")

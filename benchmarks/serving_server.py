@@ -1,4 +1,4 @@
-"""`python -m benchmarks.serving_server ROOT loop|serve`: time the bare engine loop, or serve the same model over gRPC."""
+"""`python -m benchmarks.serving_server ROOT loop|serve`: time the bare engine loop, or serve the model over gRPC."""
 
 from __future__ import annotations
 

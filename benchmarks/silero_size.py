@@ -1,11 +1,12 @@
 """A model of Silero VAD's size and interface, with weights of our own: what a request costs, not what it means.
 
-Inputs `input` FP32 [N, 576] and `state` FP32 [2, N, 128], outputs `output` FP32 [N, 1] and `stateN` FP32 [2, N, 128]; about
-0.3 million parameters in convolutions and an LSTM, like the original.
+Inputs `input` FP32 [N, 576] and `state` FP32 [2, N, 128], outputs `output` FP32 [N, 1] and `stateN` FP32 [2, N, 128];
+about 0.3 million parameters in convolutions and an LSTM, like the original.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def build_model() -> onnx.ModelProto:
     nodes.append(helper.make_node("Unsqueeze", ["input", "axis1"], ["x0"]))
     nodes.append(helper.make_node("Conv", ["x0", constant("stft", (CHANNELS[0], 1, 256))], ["c0"], strides=[128]))
     nodes.append(helper.make_node("Abs", ["c0"], ["x1"]))
-    for i, (inputs, outputs) in enumerate(zip(CHANNELS, CHANNELS[1:], strict=False), start=1):
+    for i, (inputs, outputs) in enumerate(pairwise(CHANNELS), start=1):
         arguments = [f"x{i}", constant(f"w{i}", (outputs, inputs, 3)), constant(f"b{i}", (outputs,))]
         nodes.append(helper.make_node("Conv", arguments, [f"c{i}"], pads=[1, 1]))
         nodes.append(helper.make_node("Relu", [f"c{i}"], [f"x{i + 1}"]))
