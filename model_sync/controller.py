@@ -68,6 +68,13 @@ class ReleaseRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     manifests: dict[str, str] = {}
 
 
+class RolesRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of `POST /v1/roles`: offline roles that were signed again, as JSON objects."""
+
+    root: msgspec.Raw = msgspec.Raw()
+    targets: msgspec.Raw = msgspec.Raw()
+
+
 class RolloutRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Body of `POST /v1/rollouts`."""
 
@@ -128,6 +135,7 @@ class Controller:
                 web.delete("/v1/nodes/{name}", self._remove_node),
                 web.put("/v1/blobs/{sha256}", self._put_blob),
                 web.post("/v1/releases", self._publish),
+                web.post("/v1/roles", self._publish_offline),
                 web.post("/v1/rollouts", self._roll),
                 web.get("/v1/channels/{channel}", self._channel),
             ]
@@ -182,6 +190,17 @@ class Controller:
             )
         self.hint.announce(serial)
         _log.info("release_published", operator=operator, team=wanted.team, added=sorted(manifests), serial=serial)
+        return web.json_response({"serial": serial})
+
+    async def _publish_offline(self, request: web.Request) -> web.Response:
+        _, operator = self._require(request, ("operator",))
+        wanted = await self._body(request, RolesRequest, self._limits.body_size_bytes_max)
+        async with self._change:
+            serial = await asyncio.to_thread(
+                self._repository.publish_offline, bytes(wanted.root) or None, bytes(wanted.targets) or None
+            )
+        self.hint.announce(serial)
+        _log.info("offline_roles_renewed", operator=operator, serial=serial)
         return web.json_response({"serial": serial})
 
     async def _roll(self, request: web.Request) -> web.Response:

@@ -27,8 +27,9 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]
 
 from model_sync.durable import sync_folder, write_file
 from model_sync.enrolment_authority import EnrolmentAuthority
+from model_sync.first_state import create_repository
 from model_sync.layout import encode_metadata
-from model_sync.repository import Lifetimes, create_repository
+from model_sync.repository import Lifetimes
 from nearcast.errors import Code, MeshError
 from nearcast.identity import CERTIFICATE_LIFETIME_S, CertificateAuthority, Identity, load_identity, make_csr
 from nearcast.store.manifest import is_model_name

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,8 @@ from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
 from tuf.api.metadata import (  # type: ignore[attr-defined]
     Metadata,
     MetaFile,
-    Root,
-    Snapshot,
     TargetFile,
     Targets,
-    Timestamp,
 )
 from tuf.api.serialization import DeserializationError
 
@@ -41,7 +38,7 @@ from model_sync.layout import (
     parse_models_path,
     target_file_path,
 )
-from model_sync.repository_version import Version, read_version
+from model_sync.repository_version import Version, check_root, check_targets, read_version
 from model_sync.rollout.document import ChannelDocument
 from nearcast.errors import Code, MeshError
 from nearcast.store.manifest import MANIFEST_SIZE_BYTES_MAX, Manifest, decode_manifest
@@ -177,6 +174,20 @@ class Repository:
             self._write_target(path, target, manifests[path])
         return self._commit({name: role})
 
+    def publish_offline(self, root: bytes | None, targets: bytes | None) -> int:
+        """Take over root and targets roles that were signed again for another term; answers the serial.
+
+        Raises:
+            MeshError: UNTRUSTED if signature, keys or delegations are not those of now, CONFLICT for a wrong version.
+        """
+        if root is not None:
+            following = check_root(root, self._version)
+            write_file(self._metadata_path(f"{following.signed.version}.root"), encode_metadata(following))
+            self._version = replace(self._version, root=following)
+        if targets is None:
+            return self.serial
+        return self._commit({"targets": check_targets(targets, self._version)})
+
     def publish_channel(self, document: ChannelDocument) -> int:
         """Sign a channel's next document with the rollout role; answers the new serial.
 
@@ -283,7 +294,8 @@ class Repository:
 
     def _commit(self, changed: Mapping[str, Metadata[Targets]]) -> int:
         """Write changed roles, then a snapshot that names them, then the timestamp that makes it all visible."""
-        roles = {**self._version.roles, **changed}
+        targets = changed.get("targets", self._version.targets)
+        roles = {name: changed.get(name, role) for name, role in self._version.roles.items()}
         snapshot = deepcopy(self._version.snapshot)
         for name, role in changed.items():
             data = encode_metadata(role)
@@ -293,15 +305,7 @@ class Repository:
             snapshot.signed.meta[f"{name}.json"] = MetaFile.from_data(role.signed.version, data, ["sha256"])
         self._advance(snapshot, self._lifetimes.snapshot)
         write_file(self._metadata_path(f"{snapshot.signed.version}.snapshot"), encode_metadata(snapshot))
-        self._write_timestamp(
-            Version(
-                root=self._version.root,
-                timestamp=self._version.timestamp,
-                snapshot=snapshot,
-                targets=self._version.targets,
-                roles=roles,
-            )
-        )
+        self._write_timestamp(replace(self._version, snapshot=snapshot, targets=targets, roles=roles))
         self._prune(["snapshot", *changed])
         return self.serial
 
@@ -313,13 +317,7 @@ class Repository:
         )
         self._advance(timestamp, self._lifetimes.timestamp)
         write_file(self._metadata_path("timestamp"), encode_metadata(timestamp))
-        self._version = Version(
-            root=version.root,
-            timestamp=timestamp,
-            snapshot=snapshot,
-            targets=version.targets,
-            roles=version.roles,
-        )
+        self._version = replace(version, timestamp=timestamp)
 
     def _advance(self, role: Metadata[Any], lifetime: timedelta) -> None:
         role.signed.version += 1
@@ -359,39 +357,3 @@ class Repository:
 
     def _glob(self, folder: str, pattern: str) -> list[Path]:
         return list((self.folder / folder).glob(pattern))
-
-
-def create_repository(
-    folder: Path, root: Metadata[Root], targets: Metadata[Targets], roles: Mapping[str, Metadata[Targets]],
-    signer: CryptoSigner, *, lifetimes: Lifetimes | None = None,
-) -> Repository:  # fmt: skip
-    """Write the first state of a repository from signed offline roles; signs the online ones.
-
-    Args:
-        folder: an empty or missing folder.
-        root: signed root, version 1.
-        targets: signed targets role that delegates to `roles` and to `rollout`.
-        roles: signed, empty models roles by name.
-        signer: the online key.
-        lifetimes: of the online roles.
-    """
-    lifetimes = lifetimes or Lifetimes()
-    now = datetime.now(UTC).replace(microsecond=0)
-    rollout = Metadata(Targets(expires=now + lifetimes.rollout))
-    rollout.sign(signer)
-    metas: dict[str, MetaFile] = {}
-    for name, role in {"targets": targets, **roles, "rollout": rollout}.items():
-        data = encode_metadata(role)
-        write_file(folder / "metadata" / f"{role.signed.version}.{name}.json", data)
-        metas[f"{name}.json"] = MetaFile.from_data(role.signed.version, data, ["sha256"])
-    write_file(folder / "metadata" / f"{root.signed.version}.root.json", encode_metadata(root))
-    snapshot = Metadata(Snapshot(expires=now + lifetimes.snapshot, meta=metas))
-    snapshot.sign(signer)
-    data = encode_metadata(snapshot)
-    write_file(folder / "metadata" / "1.snapshot.json", data)
-    timestamp = Metadata(
-        Timestamp(expires=now + lifetimes.timestamp, snapshot_meta=MetaFile.from_data(1, data, ["sha256"]))
-    )
-    timestamp.sign(signer)
-    write_file(folder / "metadata" / "timestamp.json", encode_metadata(timestamp))
-    return Repository(folder, signer, lifetimes=lifetimes)

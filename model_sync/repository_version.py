@@ -71,3 +71,51 @@ def _verify_version(version: Version, online_keyid: str) -> None:
     trusted = [root.roles["timestamp"].keyids, root.roles["snapshot"].keyids, rollout.keyids if rollout else []]
     if any(online_keyid not in keyids for keyids in trusted):
         raise MeshError(Code.UNTRUSTED, "The online key is not the one that this repository trusts.")
+
+
+def check_root(data: bytes, version: Version) -> Metadata[Root]:
+    """The next root, if the present one and the new one itself sign it and it trusts the same keys.
+
+    Raises:
+        MeshError: UNTRUSTED, or CONFLICT for a wrong version.
+    """
+    present = version.root.signed
+    try:
+        root = Metadata[Root].from_bytes(data)
+        for judge in (present, root.signed):
+            judge.verify_delegate("root", root.signed_bytes, root.signatures)
+    except (RepositoryError, DeserializationError, ValueError, AttributeError) as error:
+        raise MeshError(Code.UNTRUSTED, "The root role is malformed or not signed by the root key.") from error
+    if {name: role.to_dict() for name, role in root.signed.roles.items()} != {
+        name: role.to_dict() for name, role in present.roles.items()
+    }:
+        raise MeshError(Code.UNTRUSTED, "The root role must trust the same keys as before.")
+    _require_next("root", root, present.version)
+    return root
+
+
+def check_targets(data: bytes, version: Version) -> Metadata[Targets]:
+    """The next targets role, if the root's key signs it and it delegates as before.
+
+    Raises:
+        MeshError: UNTRUSTED, or CONFLICT for a wrong version.
+    """
+    present = version.targets.signed
+    try:
+        targets = Metadata[Targets].from_bytes(data)
+        version.root.signed.verify_delegate("targets", targets.signed_bytes, targets.signatures)
+    except (RepositoryError, DeserializationError, ValueError, AttributeError) as error:
+        raise MeshError(Code.UNTRUSTED, "The targets role is malformed or not signed by the targets key.") from error
+    if targets.signed.delegations != present.delegations or targets.signed.targets:
+        raise MeshError(Code.UNTRUSTED, "The targets role must delegate as before and name no targets itself.")
+    _require_next("targets", targets, present.version)
+    return targets
+
+
+def _require_next(name: str, role: Metadata[Any], version: int) -> None:
+    if role.signed.version != version + 1:
+        raise MeshError(
+            Code.CONFLICT, f"The role {name} is at version {version}; sign {version + 1}, not {role.signed.version}."
+        )
+    if role.signed.is_expired():
+        raise MeshError(Code.UNTRUSTED, f"The role {name} has expired already; sign it again.")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from nearcast.cli.operator_options import home_option
+from nearcast.cli.operator_options import home_option, operator_options
 
 
 @click.group()
@@ -35,3 +35,16 @@ def renew(home: Path) -> None:
 
     identity = renew_operator(home)
     click.echo(f"{identity.uri} has a new certificate for 7 days; commands renew it while it holds.")
+
+
+@command.command()
+@operator_options
+def extend(home: Path, control: str) -> None:
+    """Sign root, targets and models roles for another term; due before 90 days without a push are over."""
+    from model_sync.control_client import connect
+    from model_sync.renewal import renew_roles
+
+    with connect(home, control) as client:
+        expiries = renew_roles(client, home / "operator")
+    for role, expires in expiries.items():
+        click.echo(f"{role} holds until {expires:%Y-%m-%d}")

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from model_sync.enrolment_authority import certificate_sha256
 from model_sync.keys import init_keys, write_key
 from model_sync.layout import models_path
 from model_sync.publish import ControlFetcher, push
+from model_sync.renewal import renew_roles
 from nearcast.errors import Code, MeshError
 from nearcast.identity import JoinToken, join, make_csr, renew
 from nearcast.store.manifest import Tensor
@@ -447,6 +449,11 @@ def test_the_hint_wakes_on_a_change(sync: Sync, tmp_path: Path) -> None:
     assert refused(sync, "GET", "/v1/hint?since=x").code is Code.INVALID_REQUEST
 
 
+def renew_roles_of(sync: Sync) -> dict[str, datetime]:
+    with sync.connect() as client:
+        return renew_roles(client, sync.operator)
+
+
 def test_a_restart_keeps_state_and_port(tmp_path: Path) -> None:
     sync = Sync(tmp_path / "home")
     try:
@@ -458,12 +465,19 @@ def test_a_restart_keeps_state_and_port(tmp_path: Path) -> None:
             document = client.call("GET", "/v1/channels/main")
         url = sync.url
         before = read(sync, tmp_path / "client", models_path("affine", 1), "channels/main.json")
+        done = renew_roles_of(sync)
+        assert set(done) == {"root", "targets", "models-core"}
+        assert read(sync, tmp_path / "client", models_path("affine", 1), "channels/main.json") == before
+        assert set(renew_roles_of(sync)) == set(done)
+        with sync.connect() as client:
+            serial = client.call("GET", "/v1/hint?since=0")["serial"]
+            assert serial > pushed.serial
         sync.stop(kill=True)
         sync.start()
         assert sync.url == url
         with sync.connect() as client:
             assert client.call("GET", "/v1/channels/main") == document
-            assert client.call("GET", "/v1/hint?since=0")["serial"] == pushed.serial
+            assert client.call("GET", "/v1/hint?since=0")["serial"] == serial
         with ControlClient(sync.url, tmp_path / "edge-b") as node:
             node.call("GET", "/v1/nodes")
         error = enrol(sync, JoinToken.decode(used_token).secret)

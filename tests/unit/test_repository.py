@@ -334,6 +334,52 @@ def test_online_roles_are_signed_again_at_half_life(mesh: Mesh, tmp_path: Path) 
     assert mesh.read(tmp_path / "client", models_path("digits", 1)) == [mesh.manifest(1).encode()]
 
 
+def resign(role: Metadata, key: Path, change: Callable[[Metadata], None] = lambda _: None) -> bytes:
+    role = deepcopy(role)
+    role.signed.version += 1
+    role.signed.expires += timedelta(days=1)
+    change(role)
+    role.sign(load_key(key))
+    return encode_metadata(role)
+
+
+def test_offline_roles_get_another_term_from_their_own_keys_only(mesh: Mesh, tmp_path: Path) -> None:
+    mesh.publish(mesh.manifest(1))
+    mesh.read(tmp_path / "client", models_path("digits", 1))
+    operator, version = mesh.folder / "operator", mesh.repository._version
+
+    def drop(role: Metadata) -> None:
+        role.signed.delegations = None
+
+    def swap(role: Metadata) -> None:
+        role.signed.roles["timestamp"].keyids = role.signed.roles["targets"].keyids
+
+    def skip(role: Metadata) -> None:
+        role.signed.version += 1
+
+    root, targets = operator / "root.pem", operator / "targets.pem"
+    for attempt in (
+        (None, resign(version.targets, operator / "models-core.pem")),
+        (None, resign(version.targets, targets, drop)),
+        (None, resign(version.targets, targets, skip)),
+        (resign(version.root, targets), None),
+        (resign(version.root, root, swap), None),
+        (resign(version.root, root, skip), None),
+        (b"{", None),
+    ):
+        with pytest.raises(MeshError) as caught:
+            mesh.repository.publish_offline(*attempt)
+        assert caught.value.code in (Code.UNTRUSTED, Code.CONFLICT)
+        assert mesh.repository._version is version
+    mesh.repository.publish_offline(resign(version.root, root), resign(version.targets, targets))
+    assert mesh.repository.root_version == 2
+    for cache in ("client", "new-client"):
+        assert mesh.read(tmp_path / cache, models_path("digits", 1)) == [mesh.manifest(1).encode()]
+    expiries = mesh.open().offline_expiries()
+    assert expiries["targets"] == version.targets.signed.expires + timedelta(days=1)
+    assert expiries["root"] == version.root.signed.expires + timedelta(days=1)
+
+
 def test_superseded_versions_are_forgotten_in_the_end(mesh: Mesh, tmp_path: Path) -> None:
     mesh.publish(mesh.manifest(1), mesh.manifest(2))
     mesh.repository.publish_channel(mesh.document("stable", 1))
