@@ -82,7 +82,7 @@ def _print(answer: dict[str, Any]) -> None:
         hedge = answer["hedge_after_ms"]
         after = "no hedge" if hedge is None else f"hedge after {hedge:.1f} ms"
         console.print(
-            f"{answer['model']} → [bold]{answer['target']}[/bold] as release {answer['answers_as'] or '(its own choice)'}"
+            f"{answer['model']} → [bold]{answer['target']}[/bold] as release {answer['answers_as'] or '-'}"
             f" ({answer['reason']}; {after})"
         )
     else:
