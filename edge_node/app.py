@@ -21,7 +21,7 @@ _log = telemetry.get_logger("edge_node.app")
 
 def run(config: EdgeConfig, *, token: str = "") -> int:
     """Run an edge node to its end; returns the exit code."""
-    return run_process(lambda shutdown: serve(config, shutdown, token=token), drain_s=config.drain_s + 2.0)
+    return run_process(lambda shutdown: serve(config, shutdown, token=token), drain_s=2 * config.drain_s + 1.0)
 
 
 async def serve(config: EdgeConfig, shutdown: Shutdown, *, token: str = "") -> int:
@@ -100,7 +100,7 @@ async def devices(
     try:
         yield
     finally:
-        await worker.drain(config.drain_s / 2)
+        await worker.drain(config.drain_s)
 
 
 async def _keep_alive(broker: Broker) -> None:

@@ -30,10 +30,12 @@ from nearcast.transport.mesh import join_methods, mesh_methods
 from nearcast.transport.oip import oip_methods
 from nearcast.transport.rest import RestServer
 from nearcast.transport.seam import Server
+from nearcast.transport.statistics import Statistics
 from router.child import Child
 from router.config import ProbeConfig
 from router.control import ControlLink, find_control
 from router.directory import Announcer, DirectoryReader
+from router.explain import explain_route
 from router.policy import Policy
 from router.policy.config import PolicyConfig
 from router.router import Router
@@ -88,7 +90,7 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         name: this node's name where it has no identity; with one, the certificate's name counts.
         data_dir: identity, models, control socket, inbox, logs of children.
         seed: of the router's choices between near ties; 0 = a different one at each start.
-        drain_s: how long requests may take to finish at the end.
+        drain_s: how long requests may take to finish at the end; on an edge node again as long for devices.
     """
 
     name: str = "node"
@@ -99,7 +101,7 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     probe: ProbeConfig = ProbeConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     seed: int = 0
-    drain_s: Annotated[float, msgspec.Meta(gt=0)] = 5.0
+    drain_s: Annotated[float, msgspec.Meta(gt=0)] = 2.5
 
 
 class WatchedHost(ModelHost):
@@ -176,7 +178,10 @@ class ServingNode:
             clock=SYSTEM_CLOCK,
             registry=registry,
         )
-        self._draining = AsyncExitStack()
+        self._link: ControlLink | None = None
+        self._agent: Child | None = None
+        self._listeners: list[Server | RestServer] = []
+        self._closers = AsyncExitStack()
 
     @property
     def control_url(self) -> str:
@@ -189,68 +194,98 @@ class ServingNode:
         Raises:
             MeshError: if an address is taken or not allowed.
         """
+        closers = self._closers
         await self.host.start()
-        self._draining.push_async_callback(self.host.close)
+        closers.push_async_callback(self.host.close)
         self.host.on_refresh = self.router.observe_local
         await self.router.start()
-        self._draining.push_async_callback(self.router.close)
+        closers.push_async_callback(self.router.close)
         control = ControlSocket(self.host, self.data_dir / "host.sock")
         await control.start()
-        self._draining.push_async_callback(control.close)
+        closers.push_async_callback(control.close)
+        if self.control_url and self.identity is not None:
+            self._link = ControlLink(self.control_url, self.identity)
+            closers.push_async_callback(self._link.close)
+            if self._find_targets:
+                await self._follow_nodes(self._link, self.identity)
+        closers.push_async_callback(self._close_listeners)
         await self._listen_for_clients()
         if self.identity is not None:
             await self._listen_for_mesh(self.identity)
             self._start_agent()
         if self.config.listen.metrics:
-            self.addresses["metrics"] = await self._telemetry.serve_metrics(self.config.listen.metrics)
-            self._draining.push_async_callback(self._telemetry.close)
+            route = explain_route(self.router)
+            place = await self._telemetry.serve_metrics(self.config.listen.metrics, routes=(route,))
+            self.addresses["metrics"] = place
+            closers.push_async_callback(self._telemetry.close)
 
     async def serve(self, shutdown: Shutdown, **more: str) -> None:
-        """Tell the parent and the mesh that the node is ready; return when it is to end.
+        """Tell the mesh and the parent that the node is ready; return when it is to end.
 
         Args:
             shutdown: ends it.
             more: addresses besides those of the node's own listeners, such as `mqtt`.
         """
         self.addresses |= more
-        if self.identity is not None:
-            await self._join_mesh(self.identity)
+        if self._link is not None:
+            interval_s = self.config.probe.announce_ms / 1e3
+            announcer = Announcer(self._link, addresses=self.addresses, models=self._models, interval_s=interval_s)
+            await announcer.start()
+            self._closers.push_async_callback(announcer.close)
         announce(self.name, **self.addresses)
         _log.info("node_ready", node=self.name, role=self._role, **self.addresses)
         await shutdown.wait()
+        self.router.mark_draining()
 
     async def drain(self) -> None:
-        """Finish what is in flight and close everything."""
-        await self._draining.aclose()
+        """Finish what is in flight, within the drain time, and close everything."""
+        await self._closers.aclose()
+
+    async def _follow_nodes(self, link: ControlLink, identity: Identity) -> None:
+        """Learn where the other nodes are, and keep asking how they are."""
+        make = ChannelFactory(self.config.listen.transport, identity)
+        targets = TargetSet(self.router, make, config=self.config.probe)
+        self._closers.push_async_callback(targets.close)
+        reader = DirectoryReader(link, targets, interval_s=self.config.probe.directory_ms / 1e3)
+        await reader.start()
+        self._closers.push_async_callback(reader.close)
 
     async def _listen_for_clients(self) -> None:
-        listen = self.config.listen
+        listen, router = self.config.listen, self.router
         shown = self.identity if listen.tls else None
-        methods = oip_methods(self.router, self.router, server_name=self.name, trusted=False, report=self.host.report)
-        server = make_server(listen.transport, methods, address=listen.grpc, identity=shown)
-        self.addresses["grpc"] = await self._open(server)
+        counts = Statistics()
+        methods = oip_methods(
+            router, router, server_name=self.name, trusted=False, statistics=counts, report=router.catalogue
+        )
+        await self._open("grpc", make_server(listen.transport, methods, address=listen.grpc, identity=shown))
         tls = None if shown is None else server_tls(shown, require_client=False, alpn=("http/1.1",))
         rest = RestServer(
-            self.router,
-            self.router,
+            router,
+            router,
             address=listen.http,
             server_name=self.name,
             tls=tls,
-            report=self.host.report,
+            statistics=counts,
+            report=router.catalogue,
         )
-        self.addresses["http"] = await self._open(rest)
+        await self._open("http", rest)
 
     async def _listen_for_mesh(self, identity: Identity) -> None:
-        listen = self.config.listen
-        inference = oip_methods(self.router, self.host, server_name=self.name, trusted=True, report=self.host.report)
-        methods = join_methods(inference, mesh_methods(self.host.report))
+        """For other nodes: requests that are decided already, and the question how this node is."""
+        listen, report = self.config.listen, self.host.report
+        inference = oip_methods(self.router, self.host, server_name=self.name, trusted=True, report=report)
+        methods = join_methods(inference, mesh_methods(report))
         server = make_server(listen.transport, methods, address=listen.mesh, identity=identity, require_client=True)
-        self.addresses["mesh"] = await self._open(server)
+        await self._open("mesh", server)
 
-    async def _open(self, server: Server | RestServer) -> str:
+    async def _open(self, name: str, server: Server | RestServer) -> None:
         await server.start()
-        self._draining.push_async_callback(server.drain, self.config.drain_s)
-        return server.address
+        self._listeners.append(server)
+        self.addresses[name] = server.address
+
+    async def _close_listeners(self) -> None:
+        drains = [server.drain(self.config.drain_s) for server in self._listeners]
+        await asyncio.gather(*drains, *([] if self._agent is None else [self._agent.stop()]))
 
     def _start_agent(self) -> None:
         """The agent writes the store at low priority; without it everything else goes on."""
@@ -259,9 +294,8 @@ class ServingNode:
         path = self.data_dir / "agent.toml"
         path.write_text(self._agent_toml())
         command = [sys.executable, "-m", "model_sync.agent", "--config", str(path)]
-        child = Child("agent", command, log=self.data_dir / "logs" / "agent.log", nice=AGENT_NICE)
-        child.start()
-        self._draining.push_async_callback(child.stop)
+        self._agent = Child("agent", command, log=self.data_dir / "logs" / "agent.log", nice=AGENT_NICE)
+        self._agent.start()
 
     def _agent_toml(self) -> str:
         settings = self.config.agent
@@ -280,24 +314,6 @@ class ServingNode:
         }
         # JSON's strings and numbers are TOML's too.
         return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
-
-    async def _join_mesh(self, identity: Identity) -> None:
-        """Tell the controller where this node is, and learn where the others are."""
-        if not self.control_url:
-            return
-        probe = self.config.probe
-        link = ControlLink(self.control_url, identity)
-        self._draining.push_async_callback(link.close)
-        if self._find_targets:
-            make = ChannelFactory(self.config.listen.transport, identity)
-            targets = TargetSet(self.router, make, config=probe)
-            self._draining.push_async_callback(targets.close)
-            reader = DirectoryReader(link, targets, interval_s=probe.directory_ms / 1e3)
-            self._draining.push_async_callback(reader.close)
-            await reader.start()
-        announcer = Announcer(link, addresses=self.addresses, models=self._models, interval_s=probe.announce_ms / 1e3)
-        self._draining.push_async_callback(announcer.close)
-        await announcer.start()
 
     def _models(self) -> dict[str, list[str]]:
         """What the directory shows: the hot versions of each model."""
