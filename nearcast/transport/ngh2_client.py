@@ -154,7 +154,11 @@ class ClientConnection(Ngh2Connection):
             h2.send_data(stream_id, piece, end_stream=index == last)
         call = ClientCall(stream_id, self.loop.create_future(), self.last_read_at)
         self.calls[stream_id] = call
-        self.flush_soon()
+        if len(self.calls) == 1:
+            # A lone call need not wait for others of this turn.
+            self.flush()
+        else:
+            self.flush_soon()
         return call
 
     async def finish(self, call: ClientCall, ends_at: float) -> Reply:

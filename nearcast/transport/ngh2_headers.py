@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeAlias
 
 from nearcast.errors import Code, MeshError
@@ -106,9 +107,10 @@ def write_request(prefix: Fields, metadata: Metadata, timeout_s: float) -> list[
     fields = list(prefix)
     fields.append((b"grpc-timeout", status.format_timeout(timeout_s).encode()))
     for name, value in metadata:
-        if not _is_custom_name(name):
+        wire_name = _wire_name(name)
+        if wire_name is None:
             raise MeshError(Code.INVALID_REQUEST, f"{name!r} cannot be used as a metadata name.")
-        fields.append((name.encode(), status.require_metadata_value(name, value).encode()))
+        fields.append((wire_name, status.require_metadata_value(name, value).encode()))
     return fields
 
 
@@ -190,16 +192,20 @@ def _append_custom(fields: list[tuple[bytes, bytes]], trailers: Metadata, size_b
     size_bytes = sum(len(name) + len(value) + FIELD_OVERHEAD_BYTES for name, value in fields)
     for name, value in trailers:
         size_bytes += len(name) + len(value) + FIELD_OVERHEAD_BYTES
+        wire_name = _wire_name(name)
         # The library would send a line feed as it is, and the peer would answer by resetting the call.
         is_clean = value.isascii() and (value.isprintable() or not value)
-        if is_clean and size_bytes <= size_bytes_max and _is_custom_name(name):
-            fields.append((name.encode(), value.encode()))
+        if wire_name is not None and is_clean and size_bytes <= size_bytes_max:
+            fields.append((wire_name, value.encode()))
         else:
             _log.warning("left out the trailer %s: it cannot travel or the trailers are too large", name[:64])
 
 
-def _is_custom_name(name: str) -> bool:
-    return _NAME.fullmatch(name) is not None and not name.startswith("grpc-") and name.encode() not in _PROTOCOL_NAMES
+@lru_cache(maxsize=512)
+def _wire_name(name: str) -> bytes | None:
+    """A custom metadata name as bytes; None if it may not be one."""
+    is_custom = _NAME.fullmatch(name) is not None and not name.startswith("grpc-")
+    return name.encode() if is_custom and name.encode() not in _PROTOCOL_NAMES else None
 
 
 def _add(metadata: dict[str, str], name: str, value: str) -> None:

@@ -105,7 +105,7 @@ class ServerStream:
             except Exception:  # noqa: BLE001 - a method may return anything
                 _log.exception("the reply of %s cannot be sent", self.call.method)
                 connection.reset(stream_id, 2)
-            connection.flush_soon()
+            connection.flush_last()
 
     # Streaming.
 
