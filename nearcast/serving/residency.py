@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import gc
 import logging
 from collections.abc import Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -246,7 +245,6 @@ def unknown_model(model: str, known: Iterable[str]) -> MeshError:
 
 
 def _trim_heap() -> None:
-    gc.collect(0)
     trim = _malloc_trim()
     if trim is not None:
         trim(0)

@@ -79,6 +79,7 @@ class HotVersion:
         self._ids = itertools.count()
         self._waiting: dict[int, _Waiting] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
         self._idle: asyncio.Future[None] | None = None
         self._keep_sequences = False
 
@@ -159,12 +160,14 @@ class HotVersion:
 
     def _arm(self) -> None:
         wake = self._batcher.next_wake()
+        if wake is None or (self._timer is not None and self._timer_at <= wake):
+            # A timer that rings too early arms the next one; cancelling one for each request would fill the loop.
+            return
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
-        if wake is not None:
-            delay_s = max(0.0, wake - self._clock.monotonic())
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self._wake)
+        self._timer_at = wake
+        delay_s = max(0.0, wake - self._clock.monotonic())
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._wake)
 
     def _wake(self) -> None:
         self._timer = None

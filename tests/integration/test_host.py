@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 import nearcast
 from nearcast.errors import Code, MeshError
 from nearcast.handler import InferenceHandler, InferRequest, ModelDirectory, RequestContext
-from nearcast.serving import HostLimits, ModelHost
+from nearcast.serving import HostLimits, ModelHost, residency
+from nearcast.serving.loading import Loaded, load_version
 from nearcast.store import Store
 from nearcast.wire.request import TensorRequest
 from tests.tiny_models import activate, affine_model, install, lookup_model, recurrent_model, tensor, text_model
@@ -219,6 +221,35 @@ async def test_a_model_that_differs_from_its_manifest_is_refused(store: Store) -
         assert host.stats("affine")[1].error == "The input x is FP32, but its manifest says FP64."
         with refused(Code.UNAVAILABLE, "could not be loaded"):
             await host.infer(request(), CONTEXT)
+
+
+async def test_a_rollback_does_not_wait_for_a_slow_candidate(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for release in (1, 2, 3):
+        install(store, affine_model(float(release)), release=release)
+    activate(store, stable=2, last_good=1)
+    async with running(store) as host:
+        gate = threading.Event()
+
+        def load_slowly(*arguments: Any) -> Loaded:
+            assert gate.wait(20)
+            return load_version(*arguments)
+
+        monkeypatch.setattr(residency, "load_version", load_slowly)
+        activate(store, stable=2, candidate=3, last_good=1)
+        loading = asyncio.create_task(host.refresh("affine"))
+        await until(lambda: states(host).get(3) == "loading")
+        assert [version.residency for version in host.report().versions] == ["hot", "hot", "loading"]
+        activate(store, stable=1, last_good=2)
+        rollback = asyncio.create_task(host.refresh("affine"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert (await host.infer(request(), CONTEXT)).version == "1"
+        loading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await loading
+        gate.set()
+        await rollback
+        assert states(host) == {1: "hot", 2: "hot"}, "what nobody wants any more is unloaded, cancelled caller or not"
 
 
 async def test_a_torn_pointer_keeps_what_was_served(store: Store) -> None:
