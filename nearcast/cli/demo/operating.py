@@ -41,7 +41,7 @@ async def play(stage: Stage) -> None:
             lambda: _counted(traffic, mark, OBSERVED), timeout_s=30.0, what=f"{OBSERVED} answers during the canary"
         )
         judge_split(stage, traffic, mark)
-        await stage.operate("rollout", "status", "digits")
+        stage.console.print(await stage.operate("rollout", "status"), highlight=False)
         began = time.monotonic()
         await stage.operate("rollback", "digits", "--to", "1", "--channel", "stable")
         await asyncio.sleep(AFTER_ROLLBACK_S)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 from nearcast.cli.demo.stage import Stage
 
-STRANGER_TEAM = "core"
+TEAM = "core"
 
 
 async def play(stage: Stage) -> None:
@@ -22,11 +23,12 @@ async def play(stage: Stage) -> None:
     model.write_bytes(content)
     await _expect_refusal(stage, "a bundle with one flipped byte", "push", str(flipped), "--channel", "stable")
 
-    stranger = stage.folder / "stranger"
+    # A thief with the operator's certificate, but with a team key that the mesh does not know.
+    stranger, thief = stage.folder / "stranger", stage.folder / "thief"
     await stage.operate("keys", "init", "--home", str(stranger))
-    thief = stage.folder / "thief"
-    shutil.copytree(stage.mesh.operator_home, thief)
-    shutil.copyfile(stranger / "operator" / f"models-{STRANGER_TEAM}.pem", thief / f"models-{STRANGER_TEAM}.pem")
+    shutil.copytree(stage.mesh.operator_home / "operator", thief / "operator")
+    key = Path("operator", f"models-{TEAM}.pem")
+    shutil.copyfile(stranger / key, thief / key)
     third = stage.folder / "bundles" / "digits-3"
     specification = stage.folder / "sources" / "digits-2" / "spec-3.toml"
     specification.write_text(
@@ -36,8 +38,9 @@ async def play(stage: Stage) -> None:
     await _expect_refusal(
         stage, "a bundle signed by an unknown key", "push", str(third), "--channel", "stable", "--home", str(thief)
     )
+    await stage.operate("push", str(bundles / "digits-2"), "--channel", "stable")
     await _expect_refusal(
-        stage, "a bundle older than what was published", "push", str(bundles / "digits-1"), "--channel", "stable"
+        stage, "a bundle older than what runs", "push", str(bundles / "digits-1"), "--channel", "stable"
     )
 
 

@@ -10,7 +10,6 @@ import time
 import urllib.request
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,13 +96,14 @@ class Stage:
         return [places["grpc"] for name, places in self.mesh.addresses.items() if name.startswith("edge")]
 
     async def is_ready(self, name: str, model: str) -> bool:
-        """Whether a process says that it answers for a model itself."""
-        url = f"http://{self.mesh.addresses[name]['http']}/v2/models/{model}/ready"
+        """Whether a node itself holds a version of a model, hot."""
+        url = f"http://{self.mesh.addresses[name]['http']}/v2/repository/index"
 
         def ask() -> bool:
+            request = urllib.request.Request(url, b"{}", {"content-type": "application/json"})
             try:
-                with urllib.request.urlopen(url, timeout=HTTP_TIMEOUT_S) as response:
-                    return bool(response.status == HTTPStatus.OK)
+                with urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_S) as response:
+                    return any(entry["name"] == model and entry["state"] == "READY" for entry in json.load(response))
             except OSError:
                 return False
 
