@@ -252,6 +252,21 @@ async def test_a_rollback_does_not_wait_for_a_slow_candidate(store: Store, monke
         assert states(host) == {1: "hot", 2: "hot"}, "what nobody wants any more is unloaded, cancelled caller or not"
 
 
+async def test_a_load_goes_on_when_its_caller_leaves(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(store, affine_model())
+    async with running(store) as host:
+        gate = threading.Event()
+        monkeypatch.setattr(residency, "load_version", lambda *a: (gate.wait(20), load_version(*a))[1])
+        activate(store, stable=1)
+        caller = asyncio.create_task(host.refresh("affine"))
+        await until(lambda: host.models() == ("affine",) and states(host) == {1: "loading"})
+        with refused(Code.UNAVAILABLE, "still loading"):
+            await host.infer(request(), CONTEXT)
+        caller.cancel()
+        gate.set()
+        await until(lambda: states(host) == {1: "hot"})
+
+
 async def test_a_torn_pointer_keeps_what_was_served(store: Store) -> None:
     install(store, affine_model())
     install(store, affine_model(), name="other")
@@ -333,6 +348,9 @@ async def test_what_waits_is_batched_and_each_gets_its_own(store: Store) -> None
     registry = CollectorRegistry()
     async with running(store, HostLimits(inline_us_max=0.0, slots=1, batch_rows_max=8), registry=registry) as host:
         random = np.random.default_rng(0)
+        engine = host._residency.slots["recurrent"].hot[1].engine
+        run, sizes = engine.run, []
+        engine.run = lambda inputs: (sizes.append(len(inputs["x"])), run(inputs))[1]  # type: ignore[method-assign]
 
         async def call(rows: int) -> None:
             x = random.standard_normal((rows, 3), dtype=np.float32)
@@ -344,6 +362,9 @@ async def test_what_waits_is_batched_and_each_gets_its_own(store: Store) -> None
             np.testing.assert_array_equal(outputs["state_out"], state + 1)
 
         await asyncio.gather(*(call(1 + index % 3) for index in range(64)))
+        assert sum(sizes) == 127
+        assert max(sizes) <= 8
+        assert len(sizes) <= 24, sizes
         text = generate_latest(registry).decode()
         assert 'nearcast_batches_total{model="recurrent",reason="full",version="1"}' in text
         assert 'nearcast_batch_rows_total{model="recurrent",version="1"} 127.0' in text
@@ -384,6 +405,7 @@ async def test_a_cancelled_request_leaves_the_queue(store: Store) -> None:
         assert host.report().in_flight == 1
         await slow
         assert host.stats("affine")[1].codes == {"CANCELLED": 1}
+        assert host._residency.statistics["affine", 1].batches == {"full": 1}, "what was cancelled must not run"
 
 
 async def test_text_survives_the_engine(store: Store) -> None:
