@@ -31,6 +31,8 @@ from nearcast.transport.seam import CallError, Limits, Reply
 _STREAMS_BEFORE_SETTINGS = 100
 _PROBE_TIMEOUT_S = 2.0
 _CANCEL = 8
+# A union would be built anew for each event.
+_ENDED = (StreamReset, StreamClosed)
 _REFUSED_STREAM = 7
 _ENHANCE_YOUR_CALM = 11
 _INADEQUATE_SECURITY = 12
@@ -218,7 +220,7 @@ class ClientConnection(Ngh2Connection):
                 self._begin(event)
             elif isinstance(event, TrailersReceived):
                 self._conclude(event.stream_id, event.headers)
-            elif isinstance(event, StreamReset | StreamClosed):
+            elif isinstance(event, _ENDED):
                 self._closed(event.stream_id, event.error_code)
             elif isinstance(event, SettingsReceived):
                 self._greet(event.settings)

@@ -38,6 +38,8 @@ from nearcast.transport.seam import Call, Limits, Methods
 _log = logging.getLogger(__name__)
 _DRAIN_PING = b"nc-drain"
 _NO_ERROR = 0
+# A union would be built anew for each event.
+_ENDED = (StreamReset, StreamClosed)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -131,7 +133,7 @@ class ServerConnection(Ngh2Connection):
                     self.acknowledge(len(event.data), event.stream_id)
             elif isinstance(event, RequestReceived):
                 self._open(event)
-            elif isinstance(event, StreamReset | StreamClosed):
+            elif isinstance(event, _ENDED):
                 self._half_closed.discard(event.stream_id)
                 stream = streams.get(event.stream_id)
                 if stream is not None:

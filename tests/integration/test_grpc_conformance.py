@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -100,9 +100,6 @@ async def serving(kind: Kind, service: Service, address: str = "127.0.0.1:0") ->
         yield server
     finally:
         await server.drain(0.2)
-
-
-Connect = Callable[[Kind, str], Awaitable[tuple[Service, Channel]]]
 
 
 @pytest.fixture(params=KINDS)
