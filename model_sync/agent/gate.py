@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+import nearcast
 from nearcast.errors import Code, MeshError
 
 OUTPUT_BYTES_MAX = 64 * 1024
@@ -29,6 +30,8 @@ async def run_gate(folder: Path, *, timeout_s: float) -> None:
         "-m",
         "nearcast.serving.gate",
         str(folder),
+        "--json",
+        env=_environment(),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -49,6 +52,19 @@ async def run_gate(folder: Path, *, timeout_s: float) -> None:
             await child.wait()
     if status != 0:
         raise MeshError(Code.UNTRUSTED, f"it did not pass the gate: {_reason(status, output, errors)}")
+
+
+def _environment() -> dict[str, str]:
+    """Nothing secret, and the same packages whatever the working directory is."""
+    root = str(Path(nearcast.__file__).resolve().parents[1])
+    paths = (root, os.environ.get("PYTHONPATH", ""))
+    return {
+        "PATH": os.environ.get("PATH", ""),
+        "LANG": "C.UTF-8",
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 async def _read_tail(stream: asyncio.StreamReader) -> bytes:

@@ -141,6 +141,7 @@ class ModelShell:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._source.close()
 
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:

@@ -362,7 +362,8 @@ class Replica:
         assert goal is not None
         out = self._stop()
         changes = {"committed": goal.release, "rollback_ok": goal.rollback_ok} if slot == "stable" else {}
-        self.memory = replace(self.memory, state=State.COMMIT, goal=None, previous=None, boots=0, **changes)
+        bans = tuple(old for old in self.memory.bans if old.sha256 != goal.sha256)
+        self.memory = replace(self.memory, state=State.COMMIT, goal=None, previous=None, boots=0, bans=bans, **changes)
         self.state, self._attempts, self.error = State.COMMIT, 0, ""
         return [*out, Remember(self.memory), *self._reconcile(now), *self._collect()]
 
