@@ -115,6 +115,8 @@ class Broker:
 
     async def launch(self) -> str:
         """Start the child on the same port, or start it again. Returns "" once it is ready, else what went wrong."""
+        if not _is_free(self.host, self.port):
+            return f"{self.host}:{self.port} is in use."
         command = self._mosquitto() if self.kind == "mosquitto" else self._iotcore()
         with self._log_path.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
@@ -170,9 +172,7 @@ class Broker:
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()
-        # Another process may hold the port: then our child is about to end, or has ended.
-        await asyncio.sleep(0)
-        return self._process is not None and self._process.returncode is None
+        return True
 
     def _last_words(self) -> str:
         lines = self._log_path.read_text(errors="replace").strip().splitlines()
@@ -232,6 +232,17 @@ def mosquitto_config(host: str, port: int, store: Path, limits: BrokerLimits) ->
 def _mosquitto_path() -> str | None:
     folders = os.pathsep.join([os.environ.get("PATH", os.defpath), *_SYSTEM_FOLDERS])
     return shutil.which("mosquitto", path=folders)
+
+
+def _is_free(host: str, port: int) -> bool:
+    """Whether the port can be bound: otherwise whoever holds it would be taken for our child."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
 
 
 def _free_port(host: str) -> int:

@@ -20,7 +20,7 @@ from nearcast.config import load_config
 from nearcast.errors import Code, MeshError
 from nearcast.identity import Identity, join, load_identity, server_tls
 from nearcast.load import Tier
-from nearcast.runtime import Shutdown, announce
+from nearcast.runtime import Shutdown, announce, require_tls
 from nearcast.serving import ModelHost
 from nearcast.serving.control import ControlSocket
 from nearcast.store import Store
@@ -195,6 +195,7 @@ class ServingNode:
             MeshError: if an address is taken or not allowed.
         """
         closers = self._closers
+        self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         await self.host.start()
         closers.push_async_callback(self.host.close)
         self.host.on_refresh = self.router.observe_local
@@ -253,6 +254,7 @@ class ServingNode:
     async def _listen_for_clients(self) -> None:
         listen, router = self.config.listen, self.router
         shown = self.identity if listen.tls else None
+        require_tls(listen.grpc, shown is not None)
         counts = Statistics()
         methods = oip_methods(
             router, router, server_name=self.name, trusted=False, statistics=counts, report=router.catalogue

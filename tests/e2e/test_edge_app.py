@@ -1,0 +1,227 @@
+"""The edge node as its users meet it: a process with real models, asked over gRPC, REST and MQTT."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_node.mqtt.one_request import ask
+from model_sync.bundle import create_bundle, read_spec
+from nearcast.cli.demo import wake_word
+from nearcast.cli.demo.bundles import BUNDLES
+from nearcast.cli.demo.samples import load_clips, load_digits
+from nearcast.errors import Code, MeshError
+from nearcast.store import Pointer, Store
+from nearcast.wire.request import TensorRequest
+
+WAIT_S = 30.0
+pytest.importorskip("pymicro_wakeword")
+needs_mosquitto = pytest.mark.skipif(not Path("/usr/sbin/mosquitto").exists(), reason="mosquitto is not installed")
+
+
+def make_bundle(name: str, folder: Path) -> Path:
+    """A bundle of the demo, built as an operator would."""
+    source = folder / "sources" / name
+    source.mkdir(parents=True)
+    spec = source / "spec.toml"
+    shutil.copyfile(BUNDLES[name] / f"{name}.toml", spec)
+    if name.startswith("wake"):
+        shutil.copyfile(wake_word.model_file(), source / wake_word.model_file().name)
+        steps = [{"inputs": {"input_audio": step.tolist()}} for step in load_clips()["okay_nabu"]]
+        (source / f"{name}.json").write_text(json.dumps(steps))
+    else:
+        shutil.copyfile(BUNDLES[name] / f"{name}.onnx", source / f"{name}.onnx")
+        np.savez(source / f"{name}.npz", in_image=load_digits().images)
+    create_bundle(read_spec(spec), source, folder / name)
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bundles")
+    return {name: make_bundle(name, folder) for name in ("digits-1", "wake-word-1")}
+
+
+def install(bundles, root: Path) -> None:
+    store = Store(root)
+    for name, model in (("digits-1", "digits"), ("wake-word-1", "wake_word")):
+        shutil.copytree(bundles[name], store.stage_folder(model, 1), dirs_exist_ok=True)
+        store.commit(model, 1, store.stage_folder(model, 1))
+        store.write_pointer(model, Pointer(stable=1))
+
+
+class Node:
+    def __init__(self, folder: Path, *settings: str, name: str = "edge") -> None:
+        pairs = [
+            f"data_dir={folder}",
+            *(f"listen.{kind}=127.0.0.1:0" for kind in ("grpc", "http", "metrics")),
+            *settings,
+        ]
+        command = [sys.executable, "-m", "nearcast", name, *(part for pair in pairs for part in ("--set", pair))]
+        self.log = (folder.parent / "node.log").open("wb")
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log)
+        line = self.process.stdout.readline()
+        assert line, (folder.parent / "node.log").read_text()
+        self.addresses = json.loads(line)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        code = self.process.wait(WAIT_S)
+        self.process.stdout.close()
+        self.log.close()
+        return code
+
+
+@pytest.fixture
+def node(bundles, tmp_path):
+    install(bundles, tmp_path / "edge" / "models")
+    node = Node(tmp_path / "edge", "mqtt.broker=spawn", "mqtt.port=0")
+    yield node
+    if node.process.poll() is None:
+        node.stop(signal.SIGKILL)
+
+
+def nearcast(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "nearcast", *arguments], capture_output=True, text=True, timeout=WAIT_S, check=False
+    )
+
+
+@needs_mosquitto
+async def test_one_image_over_every_transport_and_two_microphones(node, tmp_path):
+    assert node.addresses["ready"] == "edge-1"
+    image = tmp_path / "image.npy"
+    np.save(image, load_digits().images[7][None, :])
+    urls = [
+        f"grpc://{node.addresses['grpc']}",
+        f"http://{node.addresses['http']}",
+        f"mqtt://{node.addresses['mqtt']}/local/camera",
+    ]
+    found = await asyncio.gather(
+        *(asyncio.to_thread(nearcast, "infer", "digits", f"image=@{image}", "--url", url, "--json") for url in urls)
+    )
+    for run in found:
+        assert run.returncode == 0, run.stderr
+        answer = json.loads(run.stdout)
+        assert int(np.argmax(answer["outputs"][0]["data"])) == 7
+        assert (answer["model_version"], answer["served_by"], answer["tier"]) == ("1", "edge-1", "local")
+
+    clips = load_clips()
+    heard: dict[str, list[int]] = {"kitchen": [], "garage": []}
+    for one, other in zip(clips["okay_nabu"], clips["hey_jarvis"], strict=False):
+        for device, step in (("kitchen", one), ("garage", other)):
+            request = TensorRequest(model="wake_word", inputs={"input_audio": step})
+            response, user = await ask(f"mqtt://{node.addresses['mqtt']}/local/{device}", request, deadline_ms=10_000)
+            assert user["served-by"] == "edge-1"
+            heard[device].append(int(response.decode()["dense_1"].item()))
+    assert wake_word.is_detected(heard["kitchen"])
+    assert not wake_word.is_detected(heard["garage"])
+
+    with pytest.raises(MeshError) as refused:
+        await ask(
+            f"mqtt://{node.addresses['mqtt']}/local/x",
+            TensorRequest(model="nothere", inputs={"x": np.zeros(1, np.float32)}),
+            deadline_ms=5000,
+        )
+    assert refused.value.code is Code.MODEL_NOT_FOUND
+    assert "digits" in refused.value.message
+    assert node.stop() == 0
+
+
+def test_infer_reads_json_and_says_what_is_wrong(node):
+    url = f"grpc://{node.addresses['grpc']}"
+    value = json.dumps(load_digits().images[3][None, :].tolist())
+    good = nearcast("infer", "digits", f"image={value}", "--url", url)
+    assert good.returncode == 0, good.stderr
+    assert "edge-1 (local)" in good.stdout
+    unknown = nearcast("infer", "digits", "picture=[1]", "--url", url)
+    assert unknown.returncode == 64
+    assert "image" in unknown.stderr
+    absent = nearcast("infer", "nothere", "x=[1]", "--url", url)
+    assert absent.returncode == 66
+    lost = nearcast("infer", "digits", f"image={value}", "--url", "grpc://127.0.0.1:1", "--deadline-ms", "2000")
+    assert lost.returncode == 69
+    assert node.stop() == 0
+
+
+@needs_mosquitto
+def test_nothing_is_left_behind_when_the_node_is_killed(node):
+    listing = Path("/proc")
+    broker_port = node.addresses["mqtt"].rpartition(":")[2]
+
+    def brokers():
+        found = []
+        for entry in listing.iterdir():
+            if entry.name.isdigit():
+                try:
+                    command = (entry / "cmdline").read_bytes()
+                    children = (entry / "status").read_text()
+                except OSError:
+                    continue
+                if (
+                    b"mosquitto.conf" in command
+                    and str(node_folder(node)).encode() in command
+                    and "State:\tZ" not in children
+                ):
+                    found.append(int(entry.name))
+        return found
+
+    assert broker_port.isdigit()
+    assert len(brokers()) == 1
+    node.stop(signal.SIGKILL)
+    for _ in range(500):
+        if not brokers():
+            break
+        os.sched_yield()
+        subprocess.run(["sleep", "0.01"], check=True)
+    assert brokers() == []
+
+
+def node_folder(node) -> Path:
+    return Path(next(part for part in node.process.args if part.startswith("data_dir=")).partition("=")[2])
+
+
+@pytest.mark.parametrize("setting", ["listen.grpc=0.0.0.0:0", "listen.http=0.0.0.0:0"])
+def test_a_reachable_listener_without_certificates_refuses_to_start(setting, tmp_path):
+    pairs = [
+        f"data_dir={tmp_path / 'n'}",
+        "listen.grpc=127.0.0.1:0",
+        "listen.http=127.0.0.1:0",
+        "listen.metrics=",
+        setting,
+    ]
+    run = nearcast("edge", *(part for pair in pairs for part in ("--set", pair)))
+    assert run.returncode != 0
+    assert "certificate" in run.stderr.lower() or "tls" in run.stderr.lower()
+
+
+def test_other_tenants_need_an_authenticating_broker(tmp_path):
+    run = nearcast(
+        "edge", "--set", f"data_dir={tmp_path / 'n'}", "--set", "mqtt.broker=spawn", "--set", 'mqtt.tenants=["acme"]'
+    )
+    assert run.returncode == 64
+    assert "local" in run.stderr
+
+
+def test_the_cloud_core_serves_too(bundles, tmp_path):
+    install(bundles, tmp_path / "cloud" / "models")
+    node = Node(tmp_path / "cloud", name="cloud")
+    try:
+        image = tmp_path / "image.npy"
+        np.save(image, load_digits().images[2][None, :])
+        run = nearcast("infer", "digits", f"image=@{image}", "--url", f"http://{node.addresses['http']}", "--json")
+        assert run.returncode == 0, run.stderr
+        answer = json.loads(run.stdout)
+        assert int(np.argmax(answer["outputs"][0]["data"])) == 2
+        assert answer["served_by"] == "cloud-1"
+    finally:
+        assert node.stop() == 0

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import asyncio
+from random import Random
+
+import pytest
+
+from edge_node.mqtt.ack_window import AckWindow
+from edge_node.mqtt.backoff import full_jitter_s
+from edge_node.mqtt.connection import parse_url
+from edge_node.mqtt.idempotency import Known, decide
+from edge_node.mqtt.lanes import Lanes, Recent
+from edge_node.mqtt.message import Message
+from nearcast.errors import MeshError
+
+
+@pytest.mark.parametrize(
+    ("known", "has_room", "verdict"),
+    [
+        (None, True, "accept"),
+        (None, False, "full"),
+        (Known(b"d", "pending"), True, "pending"),
+        (Known(b"d", "pending"), False, "pending"),
+        (Known(b"d", "done"), False, "replay"),
+        (Known(b"x", "pending"), True, "conflict"),
+        (Known(b"x", "done"), True, "conflict"),
+    ],
+)
+def test_the_decision_table(known, has_room, verdict):
+    assert decide(known, b"d", has_room=has_room) == verdict
+
+
+def test_acknowledgements_keep_the_order_of_arrival():
+    window = AckWindow()
+    tickets = [window.open(Message(topic="t", mid=mid)) for mid in range(4)]
+    assert window.complete(tickets[2]) == []
+    assert window.complete(tickets[1]) == []
+    assert [message.mid for message in window.complete(tickets[0])] == [0, 1, 2]
+    assert len(window) == 1
+    assert [message.mid for message in window.complete(tickets[3])] == [3]
+
+
+async def test_lanes_let_in_one_by_one_in_order_and_leave_nothing():
+    lanes, seen = Lanes(), []
+
+    async def visit(number):
+        async with lanes.enter("a"):
+            seen.append(number)
+            await asyncio.sleep(0)
+            seen.append(number)
+
+    await asyncio.gather(*(visit(number) for number in range(5)))
+    assert seen == [number for number in range(5) for _ in range(2)]
+    assert len(lanes) == 0
+
+
+def test_recent_forgets_the_least_recent():
+    recent = Recent(2)
+    for key in ("a", "b", "a", "c"):
+        recent.add(key)
+    assert ("a" in recent, "b" in recent, "c" in recent) == (True, False, True)
+
+
+def test_waits_grow_to_their_bound_and_are_spread():
+    waits = [
+        [full_jitter_s(attempt, Random(seed), base_s=0.2, max_s=10.0) for seed in range(200)] for attempt in (0, 3, 99)
+    ]
+    for bound, found in zip((0.2, 1.6, 10.0), waits, strict=True):
+        assert all(0 < wait <= bound for wait in found)
+        assert max(found) > 0.9 * bound
+        assert min(found) < 0.1 * bound
+
+
+def test_broker_urls():
+    assert parse_url("mqtt://127.0.0.1:2000/local/cam") == ("127.0.0.1", 2000, "local/cam")
+    assert parse_url("mqtt://[::1]") == ("::1", 1883, "")
+    for bad in ("http://x", "mqtt://", "mqtt://h:99999", "h:1883"):
+        with pytest.raises(MeshError):
+            parse_url(bad)
