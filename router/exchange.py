@@ -13,6 +13,7 @@ from nearcast.telemetry import get_logger
 from router.policy import Attempt, Outcome, Policy, RequestFacts, Send
 from router.policy.events import ABANDONED
 from router.statistics import RouterStatistics
+from router.timers import Timers
 
 _log = get_logger(__name__)
 
@@ -29,11 +30,12 @@ class Exchange:
         facts: of the request, as decided upon.
         deadline: monotonic instant; None = none.
         statistics: counts what happens.
+        timers: wakes us when a hedge delay is over.
     """
 
     __slots__ = (
-        "_call", "_cancelling", "_deadline", "_facts", "_hedge", "_last", "_now", "_parent", "_policy", "_racing",
-        "_statistics", "_tried", "_winner",
+        "_attempt", "_call", "_cancelling", "_deadline", "_facts", "_hedge", "_last", "_now", "_parent", "_policy",
+        "_racing", "_statistics", "_timers", "_tried", "_winner",
     )  # fmt: skip
 
     def __init__(
@@ -44,6 +46,7 @@ class Exchange:
         facts: RequestFacts,
         deadline: float | None,
         statistics: RouterStatistics,
+        timers: Timers,
     ) -> None:
         self._policy = policy
         self._now = now
@@ -51,7 +54,9 @@ class Exchange:
         self._facts = facts
         self._deadline = deadline
         self._statistics = statistics
+        self._timers = timers
         self._tried: list[str] = []
+        self._attempt: Attempt | None = None
         self._last: tuple[Attempt, Outcome] | None = None
         self._racing = False
         self._hedge: asyncio.Task[None] | None = None
@@ -66,26 +71,31 @@ class Exchange:
             MeshError: of the last send, once no other is possible.
         """
         kind = "first"
-        while True:
-            try:
-                return await self._send(send, kind)
-            except MeshError:
-                again = self._again()
-                if again is None:
-                    raise
-                self._statistics.retries += 1
-                send, kind = again, "retry"
+        try:
+            while True:
+                try:
+                    return await self._send(send, kind)
+                except MeshError:
+                    again = self._again()
+                    if again is None:
+                        raise
+                    self._statistics.retries += 1
+                    send, kind = again, "retry"
+        finally:
+            # A timer may hold us until its instant; it must not hold the request's tensors.
+            self._call = _spent
+            self._winner = None
 
     async def _send(self, send: Send, kind: str) -> InferResponse:
-        attempt = self._policy.on_sent(self._now(), self._facts, send, kind)
+        now = self._now()
+        attempt = self._attempt = self._policy.on_sent(now, self._facts, send, kind)
         self._tried.append(send.target)
         self._last = None
-        timer: asyncio.TimerHandle | None = None
         if send.hedge_after_s is not None:
             self._parent = asyncio.current_task()
             self._cancelling = self._parent.cancelling() if self._parent is not None else 0
             self._racing = True
-            timer = asyncio.get_running_loop().call_later(send.hedge_after_s, self._fire, attempt)
+            self._timers.call_at(now + send.hedge_after_s, self._fire)
         try:
             response = await self._call(send)
         except asyncio.CancelledError:
@@ -106,8 +116,6 @@ class Exchange:
             return response
         finally:
             self._racing = False
-            if timer is not None:
-                timer.cancel()
             if self._hedge is not None:
                 self._hedge.cancel()
                 self._hedge = None
@@ -131,11 +139,11 @@ class Exchange:
 
     # The hedge -------------------------------------------------------------------------------------------------------
 
-    def _fire(self, attempt: Attempt) -> None:
+    def _fire(self) -> None:
         """The hedge delay is over."""
-        if not self._racing:
+        if not self._racing or self._attempt is None:
             return
-        copy = self._policy.hedge(self._now(), self._remaining(), attempt, self._tried)
+        copy = self._policy.hedge(self._now(), self._remaining(), self._attempt, self._tried)
         if copy is not None:
             self._hedge = asyncio.get_running_loop().create_task(self._run_hedge(copy))
 
@@ -181,3 +189,7 @@ class Exchange:
         if self._hedge is not None:
             await asyncio.wait({self._hedge})
         return self._winner
+
+
+async def _spent(_: Send) -> InferResponse:
+    raise RuntimeError("this exchange is over")

@@ -21,6 +21,7 @@ from router.policy.events import ABANDONED
 from router.policy.refuse import unknown_model
 from router.splits import NoSplits, SplitSource
 from router.statistics import RouterCollector, RouterStatistics
+from router.timers import Timers
 
 _METADATA_TIMEOUT_S = 2.0
 
@@ -91,6 +92,7 @@ class Router:
         self._forward = forward
         self._report_s = (limits or RouterLimits()).report_ms / 1e3
         self._nodes: dict[str, Node] = {}
+        self._timers = Timers()
         self._nonces = itertools.count(1)
         self._watch: asyncio.Task[None] | None = None
         self._draining = False
@@ -111,6 +113,7 @@ class Router:
     async def close(self) -> None:
         """Stop reading reports. Requests in flight go on; targets belong to whoever attached them."""
         self._draining = True
+        self._timers.close()
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
@@ -172,6 +175,7 @@ class Router:
             facts,
             context.deadline,
             self.statistics,
+            self._timers,
         )
         return await exchange.run(decision)
 

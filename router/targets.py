@@ -60,6 +60,7 @@ class Target:
         self._now = clock.monotonic
         self._node = RemoteNode(make(view), view.name)
         self._failures = 0
+        self._connecting = True
         self._closing: set[asyncio.Task[None]] = set()
         self._probes = asyncio.get_running_loop().create_task(self._probe_forever())
 
@@ -103,11 +104,13 @@ class Target:
             _log.info("target_answers", target=self.view.name)
         self._failures = 0
         self.last_report = report
-        policy.on_probe(now, self.view.name, now - started)
+        policy.on_probe(now, self.view.name, now - started, connecting=self._connecting)
+        self._connecting = False
         policy.on_report(now, self.view.name, report)
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
+        self._connecting = True
         timed_out = isinstance(error, TimeoutError) or (isinstance(error, MeshError) and error.code is Code.DEADLINE)
         # One slow answer is a busy node, not a lost one; a refused connection is.
         if not timed_out or self._failures >= self._config.failures_max:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlencode
@@ -77,7 +78,8 @@ def _print(answer: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    # A pipe gets whole lines, whatever the width of nobody's terminal.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     if answer["decision"] == "send":
         hedge = answer["hedge_after_ms"]
         after = "no hedge" if hedge is None else f"hedge after {hedge:.1f} ms"

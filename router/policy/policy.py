@@ -23,6 +23,7 @@ _LOW_PRIORITY = 2
 _PUSHBACK_DEFAULT_MS = 20
 _MISPLACED = frozenset({Code.MODEL_NOT_FOUND, Code.VERSION_MISMATCH})
 _MISPLACED_S = 1.0
+_SETTLE_PAUSE_S = 0.001
 
 
 class Policy:
@@ -101,15 +102,19 @@ class Policy:
         if target is not None:
             self._fleet.report(now, target, report)
 
-    def on_probe(self, now: float, name: str, rtt_s: float | None) -> None:
-        """A probe was answered after `rtt_s`, or not at all (None)."""
+    def on_probe(self, now: float, name: str, rtt_s: float | None, *, connecting: bool = False) -> None:
+        """A probe was answered after `rtt_s`, or not at all (None).
+
+        `connecting`: the time holds the making of the connection, too, and so is no round trip.
+        """
         target = self._fleet.targets.get(name)
         if target is None:
             return
         if rtt_s is None:
             target.breaker.open(now)
         else:
-            target.observe_rtt(rtt_s)
+            if not connecting:
+                target.observe_rtt(rtt_s)
             target.breaker.probe_succeeded()
         self._fleet.settle(now, target)
 
@@ -188,7 +193,8 @@ class Policy:
         if attempt.timed and not attempt.passed_delay:
             self._hedger.gate(target.tier).note(passed=False)
         self._learn(now, attempt, outcome)
-        version.settle(now)
+        if outcome.code is not None or now - version.settled_at >= _SETTLE_PAUSE_S:
+            version.settle(now)
 
     def hedge(self, now: float, facts: RequestFacts, attempt: Attempt, tried: Sequence[str] = ()) -> Send | None:
         """Asked when a hedge delay has passed: where a copy goes, or None. `facts.remaining_s` is what is left now.

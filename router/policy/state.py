@@ -13,12 +13,14 @@ from router.policy.config import PolicyConfig
 from router.policy.window import Window
 
 _LARGE_BYTES = 64 * 1024
-_RTT_GAIN = 0.125
+_RTT_GAIN_UP = 0.125
+_RTT_GAIN_DOWN = 0.3
 _JITTER_GAIN = 0.25
 _LOAD_GAIN = 0.3
 _ERROR_GAIN = 0.3
 _RATE_GAIN = 0.2
 _SAMPLES_MIN = 8
+_SAMPLE_PAUSE_S = 0.0005
 _CLOUD_RTT_FACTOR = 10.0
 _CLAIM_MAX_S = 60.0
 _FLOOR_S = 1e-6
@@ -70,11 +72,17 @@ class TargetState:
             self.rtt_s, self.jitter_s = sample_s, sample_s / 4.0
             return
         error = sample_s - self.rtt_s
-        self.rtt_s += _RTT_GAIN * error
+        # Down faster than up: a handshake or a stall must not make deadlines look impossible for long.
+        self.rtt_s += (_RTT_GAIN_UP if error > 0.0 else _RTT_GAIN_DOWN) * error
         self.jitter_s += _JITTER_GAIN * (abs(error) - self.jitter_s)
 
     def observe_transfer(self, sample_s: float, size_bytes: int) -> None:
-        """Take the network time of one exchange: a small one tells the round trip, a large one the rate."""
+        """Take the network time of one exchange: a small one tells the round trip, a large one the rate.
+
+        The first word belongs to a probe: the first requests may have waited for the connection to be made.
+        """
+        if not self.rtt_measured and self.tier != "local":
+            return
         if size_bytes < _LARGE_BYTES:
             self.observe_rtt(sample_s)
         elif self.tier != "local":
@@ -105,7 +113,8 @@ class VersionState:
 
     __slots__ = (
         "base50", "base95", "breaker", "cost", "drain_s", "error", "model", "number", "p50_claim_s", "p95_claim_s",
-        "plain", "ready_at", "residency", "stateful", "target", "unserved_until", "version", "window",
+        "plain", "ready_at", "residency", "sampled_at", "settled_at", "stateful", "target", "unserved_until",
+        "version", "window",
     )  # fmt: skip
 
     def __init__(self, target: TargetState, model: str, version: str) -> None:
@@ -125,6 +134,7 @@ class VersionState:
         self.window = Window(size=config.window_size, age_max_s=config.window_age_ms_max / 1e3)
         self.breaker = target.breaker_of(model)
         self.plain = True
+        self.sampled_at = self.settled_at = float("-inf")
         self.base50 = self.base95 = self.cost = 0.0
 
     def claim(self, now: float, report: VersionReport) -> None:
@@ -141,9 +151,9 @@ class VersionState:
         """Take an answered request: service time, queue, network time and the load of others."""
         target = self.target
         if served is None or not (served.compute_us or served.queue_us):
-            self.window.add(now, max(latency_s - target.rtt_s, _FLOOR_S))
+            self.sample(now, max(latency_s - target.rtt_s, _FLOOR_S))
         else:
-            self.window.add(now, min(served.compute_us / 1e6, latency_s))
+            self.sample(now, min(served.compute_us / 1e6, latency_s))
             target.observe_transfer(max(latency_s - (served.queue_us + served.compute_us) / 1e6, _FLOOR_S), size_bytes)
             target.observe_others(max(0.0, float(served.in_flight - load_at_send)))
             waiting = served.in_flight + 1 - target.slots
@@ -151,6 +161,12 @@ class VersionState:
                 # How fast the queue really moves: batching and other models' runs are in here.
                 self.drain_s += _RATE_GAIN * (served.queue_us / 1e6 / waiting - self.drain_s)
         self.error *= 1.0 - _ERROR_GAIN
+
+    def sample(self, now: float, service_s: float) -> None:
+        """Take one service time; at high rates a full window takes only some of them."""
+        if now - self.sampled_at >= _SAMPLE_PAUSE_S or len(self.window) < self.target.config.window_size:
+            self.sampled_at = now
+            self.window.add(now, service_s)
 
     def observe_fault(self) -> None:
         """Take a failure. Latencies of failures are not samples: who fails fast must not look fast."""
@@ -166,6 +182,7 @@ class VersionState:
 
     def settle(self, now: float) -> None:
         """Bring the prepared sums up to date."""
+        self.settled_at = now
         target, config = self.target, self.target.config
         p50, p95 = self.service()
         if self.drain_s <= 0.0:

@@ -143,7 +143,7 @@ class PolicyMachine(RuleBasedStateMachine):
         again = self.policy.retry(self.now, facts, attempt, outcome, (attempt.target,))
         if again is None:
             return pair
-        assert again.target != attempt.target
+        assert again.target != attempt.target or (again.version != attempt.release and code is Code.VERSION_MISMATCH)
         if sent and facts.stateful:
             assert code is Code.VERSION_MISMATCH
         if code is not Code.VERSION_MISMATCH and not (code is Code.UNAVAILABLE and not sent):

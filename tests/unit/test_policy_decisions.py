@@ -310,3 +310,19 @@ def test_a_target_that_left_with_open_attempts_comes_back_with_them() -> None:
     policy.on_reply(0.1, attempt, ANSWER)
     policy.on_reply(0.1, attempt, ANSWER)
     assert policy.targets[0].own == policy.outstanding == 0
+
+
+def test_making_the_connection_is_no_round_trip() -> None:
+    policy = Policy(PolicyConfig(), seed=1)
+    policy.add_target(0.0, "a", "peer")
+    policy.on_report(0.0, "a", report("1"))
+    policy.on_probe(0.0, "a", 0.3, connecting=True)
+    attempt = policy.on_sent(0.0, facts(), Send("a", "1"))
+    policy.on_reply(0.3, attempt, ANSWER)
+    assert sent(policy.decide(0.3, facts(remaining_s=0.012)))
+    policy.on_probe(0.4, "a", 0.002)
+    assert policy.targets[0].rtt_s == 0.002
+    policy.on_probe(0.4, "a", 0.302)
+    for _ in range(10):
+        policy.on_probe(0.4, "a", 0.002)
+    assert policy.targets[0].rtt_s < 0.004
