@@ -57,7 +57,7 @@ def main() -> int:
         return exit_code(error)
     start("agent", TelemetryConfig(level=config.log_level))
     with suppress(OSError):
-        os.nice(NICENESS)
+        os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
     return run(lambda shutdown: serve(config, shutdown))
 
 

@@ -45,6 +45,8 @@ class Agent:
     """One agent on one store. `start`, then `close`; `check` may be called at any time."""
 
     def __init__(self, config: AgentConfig, *, clock: Clock = SYSTEM_CLOCK, store: Store | None = None) -> None:
+        if not config.control and not config.repository:
+            raise MeshError(Code.INVALID_REQUEST, "The agent has nobody to ask; set `control` or `repository`.")
         self.config = config
         self._random = random.Random()
         self._store = store or Store(Path(config.store))

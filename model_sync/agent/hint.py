@@ -59,6 +59,7 @@ class HintListener:
         self._stop.set()
         self._source.abort()
         self._thread.join(timeout=2.0)
+        self._source.close()
 
     def _listen(self) -> None:
         failures = 0

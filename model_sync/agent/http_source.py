@@ -136,9 +136,12 @@ class HttpSource:
         if self._secure:
             assert self._tls is not None
             secure = http.client.HTTPSConnection(self._host, self._port, timeout=timeout, context=self._tls())
-            secure.connect()
-            if isinstance(secure.sock, ssl.SSLSocket):
+            try:
+                secure.connect()
                 require_role(secure.sock.getpeercert(), ("sync",))
+            except BaseException:
+                secure.close()
+                raise
             self._connection = secure
         else:
             self._connection = http.client.HTTPConnection(self._host, self._port, timeout=timeout)

@@ -126,7 +126,7 @@ class World(RuleBasedStateMachine):
         salt=st.sampled_from("abc"),
         stop=st.none() | st.integers(0, 4),
     )
-    def publish(self, stable, candidate, rollback, wave, share, salt, stop) -> None:  # noqa: ANN001
+    def publish(self, stable, candidate, rollback, wave, share, salt, stop) -> None:
         self.intent += 1
         self.want = Want(
             intent=self.intent,
