@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -342,6 +341,4 @@ def read_config(kind: type[C], path: Path | None, overrides: Sequence[str]) -> C
     Raises:
         ConfigError: for an unknown key or a value that does not fit.
     """
-    # NEARCAST_HOME is the operator's folder, not a setting of this process.
-    environ = {key: value for key, value in os.environ.items() if key != "NEARCAST_HOME"}
-    return load_config(kind, path=path, environ=environ, overrides=overrides).value
+    return load_config(kind, path=path, overrides=overrides).value
