@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from nearcast.errors import Code, MeshError
-from nearcast.identity import Identity, client_tls, reload_certificate, require_role
+from nearcast.identity import Identity, client_tls, require_role
 
 if TYPE_CHECKING:
     import aiohttp
@@ -34,7 +33,6 @@ class ControlLink:
     def __init__(self, url: str, identity: Identity) -> None:
         self._url = url.rstrip("/")
         self._identity = identity
-        self._tls: ssl.SSLContext | None = None
         self._session: aiohttp.ClientSession | None = None
 
     async def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -57,11 +55,6 @@ class ControlLink:
             raise MeshError(Code.UNAVAILABLE, f"The controller at {self._url} cannot be reached: {reason}.") from error
         return _decode(status, data)
 
-    def renew(self) -> None:
-        """Show the certificate that is on disk now at the next handshake."""
-        if self._tls is not None:
-            reload_certificate(self._tls, self._identity)
-
     async def close(self) -> None:
         """Close the connections."""
         if self._session is not None:
@@ -72,9 +65,9 @@ class ControlLink:
         import aiohttp
 
         if self._session is None:
-            self._tls = client_tls(self._identity, ca=self._identity.ca, alpn=("http/1.1",))
+            tls = client_tls(self._identity, ca=self._identity.ca, alpn=("http/1.1",))
             self._session = aiohttp.ClientSession(
-                connector=_connector(self._tls), timeout=aiohttp.ClientTimeout(total=TIMEOUT_S)
+                connector=_connector(tls), timeout=aiohttp.ClientTimeout(total=TIMEOUT_S)
             )
         return self._session
 
@@ -121,13 +114,3 @@ def _decode(status: int, data: bytes) -> dict[str, Any]:
         known = Code(code) if code in Code.__members__ else Code.UNAVAILABLE
         raise MeshError(known, str(answer.get("error") or f"The controller answered with status {status}."))
     return answer
-
-
-async def pause(seconds: float, wake: asyncio.Event) -> None:
-    """Wait, but not after `wake` is set."""
-    try:
-        async with asyncio.timeout(seconds):
-            await wake.wait()
-    except TimeoutError:
-        return
-    wake.clear()

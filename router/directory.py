@@ -11,7 +11,7 @@ import msgspec
 
 from nearcast.errors import MeshError
 from nearcast.telemetry import get_logger
-from router.control import Control, pause
+from router.control import Control
 from router.targets import NodeView, TargetSet
 
 _log = get_logger(__name__)
@@ -39,7 +39,6 @@ class DirectoryReader:
         self._targets = targets
         self._interval_s = interval_s
         self._fixed = {view.name: view for view in fixed}
-        self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._away = 0
 
@@ -47,10 +46,6 @@ class DirectoryReader:
         """Look once, then go on in the background. An absent control plane is no error."""
         await self._look()
         self._task = asyncio.get_running_loop().create_task(self._follow())
-
-    def wake(self) -> None:
-        """Look again now."""
-        self._wake.set()
 
     async def close(self) -> None:
         """Stop looking."""
@@ -62,7 +57,7 @@ class DirectoryReader:
     async def _follow(self) -> None:
         while True:
             patience = min(_PATIENCE_MAX, 1.0 + self._away)
-            await pause(self._interval_s * random.uniform(1 - _JITTER, 1 + _JITTER) * patience, self._wake)
+            await asyncio.sleep(self._interval_s * random.uniform(1 - _JITTER, 1 + _JITTER) * patience)
             await self._look()
 
     async def _look(self) -> None:
@@ -107,7 +102,6 @@ class Announcer:
         self._addresses = {name: address for name, address in addresses.items() if address}
         self._models = models
         self._interval_s = interval_s
-        self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._away = 0
 
@@ -115,10 +109,6 @@ class Announcer:
         """Speak once, then go on in the background. An absent control plane is no error."""
         await self._speak()
         self._task = asyncio.get_running_loop().create_task(self._go_on())
-
-    def wake(self) -> None:
-        """Speak again now: something has changed."""
-        self._wake.set()
 
     async def close(self) -> None:
         """Fall silent; the directory forgets us by itself."""
@@ -129,7 +119,7 @@ class Announcer:
 
     async def _go_on(self) -> None:
         while True:
-            await pause(min(self._interval_s, 0.5 * self._away) if self._away else self._interval_s, self._wake)
+            await asyncio.sleep(min(self._interval_s, 0.5 * self._away) if self._away else self._interval_s)
             await self._speak()
 
     async def _speak(self) -> None:
