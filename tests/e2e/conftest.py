@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+FIGURES = pytest.StashKey[list[str]]()
+
+
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory):
     from tests.e2e.fleet import Fleet
@@ -14,3 +17,17 @@ def fleet(tmp_path_factory):
         yield fleet
     finally:
         fleet.stop()
+
+
+@pytest.fixture
+def figure(request):
+    """Call it with what was measured; it is printed at the end of the run."""
+    lines = request.config.stash.setdefault(FIGURES, [])
+    return lambda text: lines.append(f"{request.node.name}: {text}")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if lines := config.stash.get(FIGURES, []):
+        terminalreporter.section("measured on the mesh", sep="-")
+        for line in lines:
+            terminalreporter.write_line(line)

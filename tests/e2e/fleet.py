@@ -119,13 +119,15 @@ class Fleet:
     def until_routed(self) -> None:
         """Wait until the stand-alone router knows both edge nodes as places for every model."""
         for model in EDGE_MODELS:
-            self.until(lambda model=model: set(EDGES) <= self.candidates("router-1", model), f"both edges for {model}")
+            self.until(
+                lambda model=model: set(EDGES) <= set(self.candidates("router-1", model)), f"both edges for {model}"
+            )
 
-    def candidates(self, name: str, model: str) -> set[str]:
-        """The nodes that a router could send a request to now."""
+    def candidates(self, name: str, model: str) -> dict[str, float]:
+        """The nodes that a router could send a request to now, each with the load that the router sees on it."""
         said = ask_http(f"http://{self.address(name, 'metrics')}/v2/nearcast/route?{urlencode({'model': model})}")
         terms = said.body.get("candidates", []) if said.status == 200 else []
-        return {term["target"] for term in terms if not term.get("verdict", "").startswith("out")}
+        return {term["target"]: term["load"] for term in terms if term["verdict"] in ("chosen", "feasible", "hot")}
 
     def is_hot(self, name: str, model: str, version: str = "") -> bool:
         """Whether a node itself holds a model (or one version of it), warm."""

@@ -1,0 +1,76 @@
+"""An edge node dies by SIGKILL while it works on requests: hardly anybody notices, and it comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+
+import pytest
+
+from nearcast.errors import MeshError
+from tests.e2e.fleet import Traffic
+from tests.e2e.ways import DIGIT, open_way
+
+VICTIM = "edge-2"
+RATE_PER_S = 200.0
+BEFORE_S, AFTER_S = 1.0, 2.0
+IN_FLIGHT_MIN = 8
+BURST = 16
+FAILED_MAX = 3
+BACK_S = 10.0
+
+
+@pytest.mark.parametrize("by", ["client", "router"])
+async def test_an_edge_node_is_killed_under_load_and_comes_back(fleet, figure, by):
+    async with open_way(by, fleet) as way, Traffic(by, way.ask, rate_per_s=RATE_PER_S) as traffic:
+        await asyncio.sleep(BEFORE_S)
+        burst, in_flight = await load_the_victim(way)
+        killed_at = time.monotonic()
+        fleet.mesh.kill(VICTIM, signal.SIGKILL)
+        lost = [error for error in await asyncio.gather(*burst) if error]
+        await asyncio.sleep(max(0.0, killed_at + AFTER_S - time.monotonic()))
+        away_until = time.monotonic()
+        await asyncio.to_thread(fleet.restart, VICTIM)
+        back_at = time.monotonic()
+        if by == "client":
+            await asyncio.to_thread(
+                fleet.until, lambda: traffic.served_by(back_at)[VICTIM] > 0, "answers of the victim"
+            )
+    errors = [*(f"{s.sent_at - killed_at:+.3f} s: {s.error}" for s in traffic.failures), *lost]
+    total = len(traffic.samples) + len(burst)
+    spread = dict(traffic.served_by(killed_at)) if by == "client" else ""
+    figure(
+        f"{in_flight} in flight on {VICTIM} at the kill; {len(errors)} of {total} requests failed; "
+        f"back after {back_at - away_until:.1f} s {spread}"
+    )
+    assert in_flight >= IN_FLIGHT_MIN
+    assert len(errors) <= FAILED_MAX, errors
+    assert total >= RATE_PER_S * (BEFORE_S + AFTER_S) * 0.9, "the traffic did not keep its rate"
+    assert {sample.answer.says for sample in traffic.samples if sample.answer} == {str(DIGIT)}
+    if by == "client":
+        away = [s for s in traffic.samples if s.answer and killed_at + 0.1 <= s.sent_at <= away_until]
+        assert away
+        assert VICTIM not in {s.answer.served_by for s in away}
+
+
+async def load_the_victim(way):
+    """Bursts of heavier work until the victim has enough of it in flight; (tasks, how many)."""
+    tasks: list[asyncio.Task[str]] = []
+    until = time.monotonic() + 5.0
+    while True:
+        tasks += [asyncio.create_task(attempt(way)) for _ in range(BURST)]
+        await asyncio.sleep(0.005)
+        in_flight = way.in_flight(VICTIM)
+        if in_flight >= IN_FLIGHT_MIN or time.monotonic() > until:
+            return tasks, in_flight
+
+
+async def attempt(way) -> str:
+    try:
+        await way.work()
+    except MeshError as error:
+        return str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
