@@ -113,6 +113,11 @@ class AsyncClient:
             failed=dict(self._failed),
         )
 
+    @property
+    def in_flight(self) -> dict[str, int]:
+        """Attempts under way, by the address of the node that was asked."""
+        return {target.name: target.own for target in self._policy.targets}
+
     async def infer(
         self,
         model: str,

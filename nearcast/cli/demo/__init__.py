@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -22,6 +23,8 @@ def command(*, once: bool, data_dir: Path | None) -> None:
     A broker, the sync process, a cloud core, two edge nodes and a router: no root, loopback only. Without --once it
     stays up, prints addresses to try by hand, and ends with Ctrl-C.
     """
+    # Before gRPC is imported: its C core would warn at every command that we start.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from nearcast.cli.demo.show import run
 
     raise SystemExit(run(once=once, data_dir=data_dir))

@@ -8,6 +8,8 @@ import urllib.request
 from types import TracebackType
 from typing import Any, Self
 
+import grpc
+import grpc.aio
 import numpy as np
 import numpy.typing as npt
 
@@ -17,38 +19,39 @@ from nearcast.cli.demo.samples import FILES, draw, load_clips, load_digits
 from nearcast.cli.demo.stage import Stage
 from nearcast.cli.demo.traffic import Answer
 from nearcast.client import AsyncClient
+from nearcast.wire.request import TensorRequest
+from nearcast.wire.response import WireResponse
+from nearcast.wire.status import served_from_trailers
 
 HTTP_TIMEOUT_S = 5.0
+INFER_PATH = "/inference.GRPCInferenceService/ModelInfer"
 SHOWN_DIGIT = 7
 
 
 class DigitsThroughRouter:
-    """One image, asked again and again with tritonclient through the stand-alone router."""
+    """One image, asked with plain grpc.aio through the stand-alone router; the trailers say who answered."""
 
     def __init__(self, stage: Stage, image: npt.NDArray[np.float32], *, deadline_s: float = 1.0) -> None:
         self._address = stage.mesh.addresses["router-1"]["grpc"]
-        self._image = image
+        self._message = TensorRequest(model="digits", inputs={"image": image}).encode()
         self._deadline_s = deadline_s
-        self._client: Any = None
 
     async def __aenter__(self) -> Self:
-        import tritonclient.grpc.aio as triton
-
-        self._client = triton.InferenceServerClient(self._address)
-        self._input = triton.InferInput("image", list(self._image.shape), "FP32")
-        self._input.set_data_from_numpy(self._image)
+        self._channel = grpc.aio.insecure_channel(self._address)
+        self._method: Any = self._channel.unary_unary(INFER_PATH)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._client.close()
+        await self._channel.close()
 
     async def __call__(self) -> Answer:
-        result = await self._client.infer("digits", [self._input], client_timeout=self._deadline_s)
-        scores = result.as_numpy("probabilities")
-        version = result.get_response().model_version
-        return Answer(model="digits", version=version, served_by="(by router)", says=str(int(scores.argmax())))
+        call = self._method(self._message, timeout=self._deadline_s)
+        reply = await call
+        served = served_from_trailers(dict(await call.trailing_metadata()))
+        scores = WireResponse(reply, served).decode()["probabilities"]
+        return Answer(model="digits", version=served.version, served_by=served.node, says=str(int(scores.argmax())))
 
 
 async def play(stage: Stage) -> None:

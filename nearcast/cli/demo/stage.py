@@ -59,17 +59,17 @@ class Stage:
 
     def title(self, number: int, text: str) -> None:
         """Begin a scene."""
-        self.console.print(f"\n[bold cyan]{number}. {text}[/]")
+        self.console.print(f"\n[bold cyan]{number}. {text}[/]", soft_wrap=True)
 
     def say(self, text: str) -> None:
         """One line for the person who watches."""
-        self.console.print(f"   {text}")
+        self.console.print(f"   {text}", soft_wrap=True)
 
     def check(self, name: str, ok: bool, detail: str = "") -> None:
         """Note and show whether a promise held; the demo goes on either way."""
         self.checks.append(Check(name, ok, detail))
         mark = "[green]✓[/]" if ok else "[bold red]✗[/]"
-        self.console.print(f"   {mark} {name}" + (f" [dim]{detail}[/]" if detail else ""))
+        self.console.print(f"   {mark} {name}" + (f" [dim]{detail}[/]" if detail else ""), soft_wrap=True)
 
     def note(self, seen: Observation) -> None:
         """Remember an answer for the table; the oldest are forgotten first."""
@@ -112,7 +112,7 @@ class Stage:
     async def command(self, *arguments: str, quiet: bool = False) -> tuple[int, str, str]:
         """Run `nearcast ARGUMENTS` as the operator would; returns exit code, output and errors."""
         if not quiet:
-            self.console.print(f"   [dim]$ nearcast {' '.join(self._shorten(a) for a in arguments)}[/]")
+            self.console.print(f"   [dim]$ nearcast {' '.join(self._shorten(a) for a in arguments)}[/]", soft_wrap=True)
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",

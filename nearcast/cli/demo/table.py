@@ -29,8 +29,8 @@ def make_table(observations: list[Observation]) -> Table:
         groups[seen.model, seen.version, seen.client, seen.served_by].append(seen.latency_ms)
     table = Table(title="requests seen by the demo's clients")
     for column in ("model", "version", "client", "served by"):
-        table.add_column(column)
-    for column in ("requests", "p50 ms", "p99 ms"):
+        table.add_column(column, no_wrap=True)
+    for column in ("count", "p50 ms", "p99 ms"):
         table.add_column(column, justify="right")
     for key, latencies in sorted(groups.items()):
         ordered = sorted(latencies)
@@ -46,16 +46,14 @@ async def ask_gently(stage: Stage, client: AsyncClient) -> None:
             answer = await client.infer(model, {"image": load_digits().images}, deadline_ms=1000)
         except MeshError as error:
             stage.note(
-                Observation(
-                    model=model, version=str(error.code), client="nearcast.client", served_by="-", latency_ms=0.0
-                )
+                Observation(model=model, version=str(error.code), client="nearcast", served_by="-", latency_ms=0.0)
             )
             continue
         stage.note(
             Observation(
                 model=model,
                 version=answer.version,
-                client="nearcast.client",
+                client="nearcast",
                 served_by=answer.served_by,
                 latency_ms=answer.latency_ms,
             )
