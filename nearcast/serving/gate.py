@@ -63,9 +63,9 @@ def run_gate(folder: Path, limits: GateLimits | None = None) -> GateResult:
         # Thread pools of BLAS reserve address space for each core.
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
-        "NEARCAST_GATE_LIMITS": msgspec.json.encode(limits).decode(),
     }
     command = [sys.executable, "-m", "nearcast.serving.gate", str(folder), "--json"]
+    command.append(f"--limits={msgspec.json.encode(limits).decode()}")
     try:
         done = subprocess.run(command, capture_output=True, env=environ, timeout=limits.timeout_s, check=False)
     except subprocess.TimeoutExpired:
@@ -160,14 +160,13 @@ def _confine(limits: GateLimits) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Entry of the child: `FOLDER [--json]`; 0 = the version may serve, 1 = refused, 2 = wrong usage."""
-    folders = [argument for argument in arguments if argument != "--json"]
-    if len(folders) != 1:
-        sys.stderr.write("usage: python -m nearcast.serving.gate FOLDER [--json]\n")
+    """Entry of the child: `FOLDER [--json] [--limits=JSON]`; 0 = may serve, 1 = refused, 2 = wrong usage."""
+    folders = [argument for argument in arguments if not argument.startswith("--")]
+    options = {name: value for name, _, value in (a.partition("=") for a in arguments if a.startswith("--"))}
+    if len(folders) != 1 or options.keys() - {"--json", "--limits"}:
+        sys.stderr.write("usage: python -m nearcast.serving.gate FOLDER [--json] [--limits=JSON]\n")
         return 2
-    limits = GateLimits()
-    if given := os.environ.get("NEARCAST_GATE_LIMITS"):
-        limits = msgspec.json.decode(given, type=GateLimits)
+    limits = msgspec.json.decode(options.get("--limits", "{}"), type=GateLimits)
     _confine(limits)
     try:
         result = check(Path(folders[0]), threads=limits.threads)
@@ -175,7 +174,7 @@ def main(arguments: list[str]) -> int:
         result = GateResult(ok=False, error=error.message)
     except (MemoryError, OSError, ValueError) as error:
         result = GateResult(ok=False, error=f"The version cannot be checked: {type(error).__name__}.")
-    if "--json" in arguments:
+    if "--json" in options:
         sys.stdout.write(msgspec.json.encode(result).decode() + "\n")
     else:
         sys.stdout.write(f"{'ok' if result.ok else 'refused'}: {_describe(result)}\n")
