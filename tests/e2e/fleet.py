@@ -178,11 +178,19 @@ class Fleet:
         create_bundle(read_spec(source / "spec.toml"), source, bundle)
         return bundle, release
 
-    def roll_back(self, model: str = "digits", release: int = 1) -> None:
-        """Make a release the stable one again and end any trial, through the control API."""
+    def roll_back(self, model: str = "digits", release: int = 1) -> int:
+        """Make a release the stable one again and end any trial, through the control API; the repository's serial."""
         with connect(self.operator) as client:
             wish = {"channel": "stable", "model": model, "action": "rollback", "release": release}
-            client.call("POST", "/v1/rollouts", wish)
+            return client.call("POST", "/v1/rollouts", wish)["serial"]
+
+    def until_candidate(self, release: int | None, *nodes: str) -> None:
+        """Wait until the pointers of these nodes (default: all of the channel) name this candidate, or none."""
+        names = nodes or (*EDGES, "router-1")
+        self.until(
+            lambda: {self.agent(name).models["digits"].candidate for name in names} == {release},
+            f"candidate {release} on {', '.join(names)}",
+        )
 
     # Waiting.
 

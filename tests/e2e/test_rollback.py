@@ -9,7 +9,7 @@ from math import sqrt
 import pytest
 
 from nearcast.cli.demo.samples import load_digits
-from tests.e2e.fleet import EDGES, Traffic, nearcast
+from tests.e2e.fleet import Traffic, nearcast
 from tests.e2e.ways import open_way
 
 RATE_PER_S = 100.0
@@ -31,7 +31,7 @@ async def test_a_canary_gets_its_share_and_one_command_takes_it_back(fleet, figu
         Traffic("client", client.ask, rate_per_s=RATE_PER_S) as through_client,
     ):
         await asyncio.to_thread(fleet.push, bundle, channel="stable", share=SHARE)
-        await asyncio.to_thread(fleet.until, lambda: has_candidate(fleet, release), "the candidate on every node")
+        await asyncio.to_thread(fleet.until_candidate, release)
         mark = time.monotonic()
         await asyncio.sleep(OBSERVED_S)
         began = time.monotonic()
@@ -52,7 +52,7 @@ async def test_a_canary_gets_its_share_and_one_command_takes_it_back(fleet, figu
         assert [s.error for s in traffic.failures] == []
         assert max(late) <= ROLLBACK_S_MAX
         assert sum(s.sent_at > began + max(late) for s in traffic.samples) >= RATE_PER_S * (ended - began - 1.0) * 0.8
-    assert {fleet.agent(name).models["digits"].candidate for name in (*EDGES, "router-1")} == {None}
+    fleet.until_candidate(None)
 
 
 def judge_split(seen, candidate, figure, way):
@@ -67,8 +67,3 @@ def judge_split(seen, candidate, figure, way):
     assert len(seen) >= RATE_PER_S * OBSERVED_S * 0.9
     assert by_version == pytest.approx(SHARE, abs=tolerance)
     assert by_output == by_version
-
-
-def has_candidate(fleet, release):
-    """Whether every pointer of the channel names the candidate."""
-    return all(fleet.agent(name).models["digits"].candidate == release for name in (*EDGES, "router-1"))
