@@ -12,6 +12,7 @@ from pathlib import Path
 from nearcast.errors import Code, MeshError
 from nearcast.transport.ngh2_connection import join_address, split_address
 from nearcast.transport.seam import UNIX_PREFIX
+from nearcast.transport.tls_stream import TlsStream
 
 _BACKLOG = 1024
 _PROBE_TIMEOUT_S = 0.5
@@ -38,21 +39,22 @@ class Listener:
             MeshError: UNAVAILABLE naming the address if it is taken; INVALID_REQUEST if it is no address.
         """
         loop = asyncio.get_running_loop()
-        handshake = handshake_timeout_s if tls is not None else None
+
+        def secure() -> asyncio.Protocol:
+            if tls is None:
+                return factory()
+            return TlsStream(tls, factory(), loop, server_side=True, handshake_timeout_s=handshake_timeout_s)
+
         try:
             if self.address.startswith(UNIX_PREFIX):
                 require_free(self.address)
                 path = Path(self.address.removeprefix(UNIX_PREFIX))
-                self._server = await loop.create_unix_server(
-                    factory, str(path), ssl=tls, ssl_handshake_timeout=handshake, backlog=_BACKLOG
-                )
+                self._server = await loop.create_unix_server(secure, str(path), backlog=_BACKLOG)
                 self._path = path
                 path.chmod(0o600)
             else:
                 host, port = split_address(self.address)
-                self._server = await loop.create_server(
-                    factory, host, port, ssl=tls, ssl_handshake_timeout=handshake, backlog=_BACKLOG
-                )
+                self._server = await loop.create_server(secure, host, port, backlog=_BACKLOG)
                 bound = self._server.sockets[0].getsockname()
                 self.address = join_address(host, int(bound[1]))
         except OSError as error:

@@ -17,6 +17,7 @@ from nearcast.transport.ngh2_connection import require_alpn, split_address, wait
 from nearcast.transport.ngh2_framing import frame
 from nearcast.transport.ngh2_headers import Fields, request_prefix, write_request
 from nearcast.transport.seam import DEFAULT_LIMITS, UNIX_PREFIX, CallError, Limits, Metadata, Reply
+from nearcast.transport.tls_stream import TlsStream
 
 VerifyPeer: TypeAlias = Callable[[Mapping[str, Any]], object]
 """Takes the server's certificate as `ssl.SSLSocket.getpeercert()` gives it; raises MeshError to refuse the server."""
@@ -177,21 +178,31 @@ class Ngh2Channel:
             raise CallError(Code.UNAVAILABLE, f"{self.address} is not who it should be: {error.message}") from error
 
     async def _open(self, loop: asyncio.AbstractEventLoop, connection: ClientConnection) -> None:
-        handshake = self.limits.connect_timeout_s if self._tls is not None else None
         if self.address.startswith(UNIX_PREFIX):
-            await loop.create_unix_connection(
-                lambda: connection,
-                self.address.removeprefix(UNIX_PREFIX),
-                ssl=self._tls,
-                server_hostname="localhost" if self._tls is not None else None,
-                ssl_handshake_timeout=handshake,
-            )
-            return
-        try:
-            host, port = split_address(self.address)
-        except MeshError as error:
-            raise CallError(error.code, error.message) from error
-        await loop.create_connection(lambda: connection, host, port, ssl=self._tls, ssl_handshake_timeout=handshake)
+            stream = self._secure(loop, connection, "localhost")
+            path = self.address.removeprefix(UNIX_PREFIX)
+            await loop.create_unix_connection(lambda: stream or connection, path)
+        else:
+            try:
+                host, port = split_address(self.address)
+            except MeshError as error:
+                raise CallError(error.code, error.message) from error
+            stream = self._secure(loop, connection, host)
+            await loop.create_connection(lambda: stream or connection, host, port)
+        if stream is not None:
+            try:
+                await stream.ready
+            except BaseException:
+                stream.abort()
+                raise
+
+    def _secure(self, loop: asyncio.AbstractEventLoop, connection: ClientConnection, host: str) -> TlsStream | None:
+        if self._tls is None:
+            return None
+        timeout_s = self.limits.connect_timeout_s
+        return TlsStream(
+            self._tls, connection, loop, server_side=False, server_hostname=host, handshake_timeout_s=timeout_s
+        )
 
     def _retire(self, connection: ClientConnection) -> None:
         if self._connection is connection:
