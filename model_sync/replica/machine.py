@@ -122,15 +122,17 @@ class Replica:
             self.memory = replace(memory, boots=boots)
             if boots > self._limits.boots_max:
                 reason = f"the agent was stopped {boots} times while it was tried."
-                return self._roll_back(now, reason) if memory.previous else self._quarantine(now, reason)
+                ended = self._roll_back(now, reason) if memory.previous else self._quarantine(now, reason)
+                return [*ended, *self._repair()]
             if memory.previous is None:
                 return [*self._repair(), Remember(self.memory)]
-            if memory.goal.release in self.installed:
-                return self._activate(now)
+            repaired = self._repair()
+            fits = memory.slot == "stable" or self.pointer.stable not in (None, memory.goal.release)
+            if memory.goal.release in self.installed and fits:
+                return [*repaired, *self._activate(now)]
             self.error = "The version on trial was damaged by the last stop; it is fetched again."
-        if memory.previous is not None:
-            return self._return(now)
-        return self._repair()
+            return [*repaired, *self._return(now)]
+        return self._return(now) if memory.previous is not None else self._repair()
 
     def _repair(self) -> list[Instruction]:
         """Point away from folders that are gone or damaged; they are fetched again like any release."""
@@ -211,7 +213,8 @@ class Replica:
     def _outstanding(self, aim: Aim) -> tuple[Goal | None, Slot]:
         if aim.stable is not None and aim.stable.release != self.pointer.stable:
             return aim.stable, "stable"
-        if aim.candidate is not None and aim.candidate.release != self.pointer.candidate:
+        stable = self.pointer.stable
+        if aim.candidate is not None and stable and aim.candidate.release not in (self.pointer.candidate, stable):
             return aim.candidate, "candidate"
         return None, "stable"
 
@@ -384,7 +387,8 @@ class Replica:
 
     def _return(self, now: float) -> list[Instruction]:
         out = self._stop()
-        new = pointers.give_back(self.pointer, self.memory, self.installed)
+        given_back = pointers.give_back(self.pointer, self.memory)
+        new = pointers.repair(given_back, self.memory, self.installed)
         self.memory = replace(self.memory, state=State.ROLLBACK)
         self._enter(State.ROLLBACK, now)
         self._job += 1

@@ -48,17 +48,15 @@ def activate(pointer: Pointer, memory: Memory, goal: Goal, want: Want | None, in
     )
 
 
-def give_back(pointer: Pointer, memory: Memory, installed: Collection[int]) -> Pointer:
+def give_back(pointer: Pointer, memory: Memory) -> Pointer:
     """As before the trial of the goal in `memory`; the intent does not fall, so that readers see a newer word."""
     base = pointer if memory.slot == "candidate" or memory.previous is None else memory.previous
     failed = memory.goal.release if memory.goal is not None else None
-    candidate = base.candidate if base.candidate != failed and base.candidate in installed else None
+    candidate = base.candidate if base.candidate != failed else None
     return replace(
         base,
-        stable=base.stable if base.stable in installed else None,
         candidate=candidate,
         share=base.share if candidate is not None else 0.0,
-        last_good=base.last_good if base.last_good in installed else None,
         intent=pointer.intent,
     )
 
@@ -71,6 +69,7 @@ def repair(pointer: Pointer, memory: Memory, installed: Collection[int]) -> Poin
             break
         stable = stand_in
     candidate = pointer.candidate if pointer.candidate in installed and pointer.candidate != stable else None
+    candidate = candidate if stable is not None else None
     return replace(
         pointer,
         stable=stable,

@@ -43,7 +43,8 @@ def aim_of(want: Want, memory: Memory, pointer: Pointer, installed: Mapping[int,
 
     stable = admit(want.stable)
     candidate = want.candidate if in_wave(node, want.salt, want.wave) else None
-    if candidate is not None and want.stable is not None and candidate.release == want.stable.release:
+    answering = stable.release if stable is not None else pointer.stable or memory.committed
+    if candidate is not None and candidate.release == answering:
         candidate = None
     candidate = admit(candidate)
     return Aim(stable=stable, candidate=candidate, refusal=" ".join(refusals))

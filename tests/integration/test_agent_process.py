@@ -158,7 +158,8 @@ def test_the_agent_ends_with_its_parent(tmp_path: Path, publisher: Publisher, or
     code = (
         "import subprocess, sys, time; "
         f"a = [sys.executable, '-m', 'model_sync.agent', '--config', {str(tmp_path / 'agent.toml')!r}]; "
-        "c = subprocess.Popen(a, stdout=subprocess.PIPE, text=True); c.stdout.readline(); print(c.pid, flush=True); time.sleep(60)"
+        "c = subprocess.Popen(a, stdout=subprocess.PIPE, text=True); c.stdout.readline(); "
+        "print(c.pid, flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
