@@ -52,12 +52,14 @@ class Labels:
         self.names: list[str] = config["target_labels_space"]
         self._thresholds: dict[str, float] = config["thresholds"]
         self._overwrite: dict[str, str] = config["overwrite_map"]
+        known = json.loads((folder.parents[1] / "config" / "content_types_kb.min.json").read_text())
+        self._texts = {name for name, entry in known.items() if entry["is_text"]}
 
     def name(self, scores: npt.NDArray[np.float32]) -> tuple[str, float]:
         """The file type and its score, for FP32 [214] scores. Unsure answers become `txt` or `unknown`."""
         best = int(scores.argmax())
         score = float(scores[best])
-        label = self.names[best]
-        if score < self._thresholds.get(label, THRESHOLD_DEFAULT):
-            return "unknown", score
-        return self._overwrite.get(label, label), score
+        label = self._overwrite.get(self.names[best], self.names[best])
+        if score < self._thresholds.get(self.names[best], THRESHOLD_DEFAULT):
+            return ("txt" if label in self._texts else "unknown"), score
+        return label, score
