@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from nearcast.errors import Code, MeshError
-from nearcast.identity import Identity, client_tls, require_role
+from nearcast.identity import Identity, client_tls, require_role, tls_error
 
 if TYPE_CHECKING:
     import aiohttp
@@ -50,6 +50,9 @@ class ControlLink:
                 while not response.content.at_eof() and len(data) <= ANSWER_SIZE_BYTES_MAX:
                     data += await response.content.read(ANSWER_SIZE_BYTES_MAX)
                 status = response.status
+        except aiohttp.ClientConnectorCertificateError as error:
+            told = tls_error(error.certificate_error, self._url)  # a wrong clock is named, which mends it
+            raise MeshError(Code.UNAVAILABLE, told.message) from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             reason = str(error) or type(error).__name__
             raise MeshError(Code.UNAVAILABLE, f"The controller at {self._url} cannot be reached: {reason}.") from error

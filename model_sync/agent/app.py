@@ -141,6 +141,8 @@ class Agent:
 
     async def _verified(self) -> Checked:
         reading = self._clock.read()
+        if reading.reason and reading.reason != self._status.clock_note:
+            _log.warning("clock_wrong", reason=reading.reason)
         self._note(clock_ok=not reading.reason, clock_note=reading.reason, checked_at=reading.now)
         if not reading.trusted:
             raise MeshError(Code.UNAVAILABLE, reading.reason)

@@ -29,7 +29,9 @@ def effective_now(clock: float, floor: float) -> Reading:
     """The time against which metadata expires. Both arguments in seconds since 1970."""
     if clock < floor:
         return Reading(
-            now=floor, reason="The clock of this node is behind the time it has seen already; it uses that time."
+            now=floor,
+            reason="The clock of this node is behind the time it has seen already; it uses that time for signatures. "
+            "Set the clock: until then other nodes and this one refuse each other's certificates.",
         )
     if clock > floor + AHEAD_S_MAX:
         return Reading(

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,22 @@ async def test_only_the_role_sync_is_a_controller(folders: Path) -> None:
     finally:
         await link.close()
         await impostor.stop()
+
+
+async def test_a_controller_of_another_mesh_is_told_in_words(
+    folders: Path, control: ControlPlane, tmp_path: Path
+) -> None:
+    other = CertificateAuthority.create(tmp_path / "other")
+    (tmp_path / "ca.pem").write_bytes(other.certificate_pem)
+    identity = replace(load_identity(folders / "r"), ca=tmp_path / "ca.pem")
+    link = ControlLink(await control.start(), identity)
+    try:
+        with pytest.raises(MeshError, match="not from this mesh") as caught:
+            await link.call("GET", "/v1/nodes")
+        assert caught.value.code is Code.UNAVAILABLE
+        assert "_ssl.c" not in caught.value.message
+    finally:
+        await link.close()
 
 
 async def test_what_the_controller_refuses_is_said(folders: Path, control: ControlPlane) -> None:
