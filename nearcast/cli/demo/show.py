@@ -48,7 +48,7 @@ async def play(console: Console, folder: Path, shutdown: Shutdown, *, once: bool
             if shutdown.requested:
                 return ExitCode.OK
             await scene(stage)
-        await table.show_once(stage)
+        await table.show(stage, live=not once)
         passed = sum(check.ok for check in stage.checks)
         console.print(f"\n[bold]{passed} of {len(stage.checks)} checks held[/] in {time.monotonic() - began:.1f} s")
         if not once:

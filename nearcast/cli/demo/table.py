@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import sys
 from collections import defaultdict
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from nearcast.cli.demo.samples import load_digits
 from nearcast.cli.demo.stage import Observation, Stage
@@ -18,6 +23,7 @@ if TYPE_CHECKING:
 
 REFRESH_S = 0.5
 GENTLE_REQUESTS = 20
+SHOWN_DIGIT = 7
 
 
 def make_table(observations: list[Observation]) -> Table:
@@ -60,13 +66,14 @@ async def ask_gently(stage: Stage, client: AsyncClient) -> None:
         )
 
 
-async def show_once(stage: Stage) -> None:
-    """The table as it stands."""
+async def show(stage: Stage, *, live: bool) -> None:
+    """Ask a little more, so that the table has rows of the last state; print it unless it follows live."""
     stage.title(7, "Who answered")
     async with AsyncClient(stage.edge_addresses()) as client:
         for _ in range(GENTLE_REQUESTS):
             await ask_gently(stage, client)
-    stage.console.print(make_table(stage.observations))
+    if not live:
+        stage.console.print(make_table(stage.observations))
 
 
 async def stay(stage: Stage, shutdown: Shutdown) -> None:
@@ -88,20 +95,26 @@ async def stay(stage: Stage, shutdown: Shutdown) -> None:
 
 
 def show_addresses(stage: Stage) -> None:
-    """What to type in another terminal."""
+    """What to type in another terminal; the image in the file is a seven."""
     edge, router = stage.mesh.addresses["edge-1"], stage.mesh.addresses["router-1"]
     host, port = edge["mqtt"].rsplit(":", 1)
-    zeros = f"[{','.join(['0'] * 64)}]"
-    body = f'{{"inputs":[{{"name":"image","datatype":"FP32","shape":[1,64],"data":{zeros}}}]}}'
-    reply = "nc/v1/local/me/down/reply/digits"
-    python = f"Client(['{router['grpc']}']).infer('digits', {{'image': numpy.zeros((1, 64), 'f')}})"
+    image = load_digits().images[SHOWN_DIGIT][None, :]
+    array, body = stage.folder / "seven.npy", stage.folder / "seven.json"
+    np.save(array, image)
+    tensor = {"name": "image", "datatype": "FP32", "shape": list(image.shape), "data": image.ravel().tolist()}
+    body.write_text(json.dumps({"inputs": [tensor]}))
+    python = f"Client(['{router['grpc']}']).infer('digits', {{'image': numpy.load('{array}')}})"
     commands = {
-        "HTTP": f"curl -s http://{edge['http']}/v2/models/digits/infer -d '{body}'",
-        "MQTT": f"mosquitto_rr -V 5 -h {host} -p {port} -t nc/v1/local/me/up/infer/digits -e {reply} "
-        f"-D publish content-type application/json -m '{body}'",
+        "HTTP": f"curl -s http://{edge['http']}/v2/models/digits/infer -d @{body}",
+        "gRPC": f"nearcast infer digits image=@{array} --url grpc://{router['grpc']}",
+        "MQTT": f"mosquitto_rr -V 5 -h {host} -p {port} -t nc/v1/local/me/up/infer/digits "
+        f'-e nc/v1/local/me/down/reply/digits -D publish content-type application/json -m "$(cat {body})"',
         "Python": f'python -c "import numpy; from nearcast.client import Client; print({python})"',
         "nodes": f"NEARCAST_HOME={stage.mesh.operator_home} nearcast nodes list",
+        "route": f"nearcast route explain digits --address http://{edge['metrics']}",
     }
-    stage.console.print("\n[bold]Try it by hand[/]; Ctrl-C ends and drains")
+    stage.console.print(
+        f"\n[bold]Try it by hand[/] (first: export PATH={Path(sys.executable).parent}:$PATH); Ctrl-C ends"
+    )
     for name, line in commands.items():
         stage.console.print(f"[cyan]{name}[/]", line, soft_wrap=True)
