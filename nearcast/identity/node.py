@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import datetime as dt
 import stat
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
+from weakref import WeakKeyDictionary
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
@@ -21,22 +23,43 @@ ROOT_FILE: Final = "root.json"
 CONTROL_FILE: Final = "control"
 RENEW_AT: Final = 2 / 3
 """The share of a certificate's life after which its node renews it."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who this process is, and the files that prove it."""
+    """Who this process is, and the files that prove it.
+
+    It remembers who shows the certificate, as long as they live, so that a renewed one reaches them all: TLS contexts
+    made from an identity, and grpcio's credentials and channels.
+    """
 
     name: str
     role: str
     certificate: Path
     key: Path
     ca: Path
+    _users: WeakKeyDictionary[Any, Callable[[Any], None]] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
+    )
 
     @property
     def uri(self) -> str:
         """The identity as in the certificate's URI SAN."""
         return make_uri(self.role, self.name)
+
+    def on_reload(self, user: T, reload: Callable[[T], None]) -> None:
+        """Have `reload(user)` called at each `reload` for as long as `user` lives. `reload` must not hold `user`."""
+        self._users[user] = reload
+
+    def reload(self) -> None:
+        """Show the certificate that is on disk now to every new peer; open connections stay as they are.
+
+        Raises:
+            MeshError: UNAUTHENTICATED if its files cannot be used; who had not reloaded them shows the former one.
+        """
+        for user, reload in list(self._users.items()):
+            reload(user)
 
     def validity(self) -> Validity:
         """When the certificate on disk is valid.

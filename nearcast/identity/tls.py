@@ -25,7 +25,7 @@ class TlsObject(Protocol):
 
 
 def server_tls(identity: Identity, *, require_client: bool, alpn: Sequence[str]) -> ssl.SSLContext:
-    """The context of a listener.
+    """The context of a listener. It follows `identity.reload()`.
 
     Args:
         identity: whose certificate is shown.
@@ -38,7 +38,7 @@ def server_tls(identity: Identity, *, require_client: bool, alpn: Sequence[str])
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     _harden(context, alpn)
-    reload_certificate(context, identity)
+    _show(context, identity)
     _trust(context, identity.ca)
     context.verify_mode = ssl.CERT_REQUIRED if require_client else ssl.CERT_OPTIONAL
     return context
@@ -47,7 +47,7 @@ def server_tls(identity: Identity, *, require_client: bool, alpn: Sequence[str])
 def client_tls(identity: Identity | None, *, ca: Path | bytes, alpn: Sequence[str]) -> ssl.SSLContext:
     """The context of a channel. Check the peer with `require_role` once connected: no DNS name is checked.
 
-    `ca` is a PEM file or its content.
+    `ca` is a PEM file or its content. The context follows `identity.reload()`.
 
     Raises:
         MeshError: UNAUTHENTICATED if the files cannot be used.
@@ -57,7 +57,7 @@ def client_tls(identity: Identity | None, *, ca: Path | bytes, alpn: Sequence[st
     _harden(context, alpn)
     _trust(context, ca)
     if identity is not None:
-        reload_certificate(context, identity)
+        _show(context, identity)
     return context
 
 
@@ -109,6 +109,11 @@ def tls_error(error: Exception, address: str) -> MeshError:
     if isinstance(error, ssl.SSLError):
         return MeshError(Code.UNAUTHENTICATED, f"{address} refused TLS ({error.reason or 'no reason given'}).")
     return MeshError(Code.UNAVAILABLE, f"{address} cannot be reached: {error}.")
+
+
+def _show(context: ssl.SSLContext, identity: Identity) -> None:
+    reload_certificate(context, identity)
+    identity.on_reload(context, lambda used: reload_certificate(used, identity))
 
 
 def _harden(context: ssl.SSLContext, alpn: Sequence[str]) -> None:

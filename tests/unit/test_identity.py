@@ -245,6 +245,30 @@ def test_a_renewed_certificate_is_shown_without_a_new_context(authority: Certifi
     assert peer_uri(client) == other.uri
 
 
+def test_a_reload_reaches_every_context_that_lives(authority: CertificateAuthority, tmp_path: Path) -> None:
+    identity = enrol(authority, tmp_path / "n", "cloud-1", "cloud")
+    server = server_tls(identity, require_client=True, alpn=())
+    client = client_tls(identity, ca=identity.ca, alpn=())
+    gone = server_tls(identity, require_client=True, alpn=())
+    reloaded: list[str] = []
+    identity.on_reload(gone, lambda _: reloaded.append("gone"))
+    del gone
+    other = enrol(authority, tmp_path / "m", "cloud-2", "cloud")
+    for name in ("node.key", "node.pem"):
+        (tmp_path / "m" / name).replace(tmp_path / "n" / name)
+    identity.reload()
+    assert [peer_uri(side) for side in shake_hands(server, client)] == [other.uri, other.uri]
+    assert reloaded == []
+
+
+def test_a_short_life_is_not_over_before_it_begins(authority: CertificateAuthority, tmp_path: Path) -> None:
+    before = SYSTEM_CLOCK.wall()
+    validity = enrol(authority, tmp_path / "n", "edge-1", "edge", lifetime_s=60).validity()
+    assert before < validity.renew_at < validity.ends_at
+    long_lived = enrol(authority, tmp_path / "m", "edge-2", "edge", lifetime_s=CERTIFICATE_LIFETIME_S).validity()
+    assert before - long_lived.starts_at > 290
+
+
 @given(st.text(max_size=60))
 def test_no_other_text_is_an_identity(text: str) -> None:
     for uri in (text, f"spiffe://nearcast/{text}", f"spiffe://nearcast/edge/{text}"):
