@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from dataclasses import replace
 from typing import Protocol
 
@@ -310,7 +310,7 @@ class Router:
             return split.stable, (split.last_good,)
         return split.stable, ()
 
-    async def _call(self, send: Send, request: InferRequest, context: RequestContext) -> InferResponse:
+    def _call(self, send: Send, request: InferRequest, context: RequestContext) -> Awaitable[InferResponse]:
         node = self._nodes.get(send.target)
         if node is None:
             raise MeshError(Code.UNAVAILABLE, "The target has just left the mesh; try again.", sent=False)
@@ -325,7 +325,7 @@ class Router:
                 forwarded=node is not self._local,
                 version=send.version,
             )
-        return await node.infer(request, context)
+        return node.infer(request, context)
 
     async def _infer_forwarded(self, request: InferRequest, context: RequestContext) -> InferResponse:
         """Another router has decided: serve here or say `elsewhere`. Counted, so that our view of the host is exact."""

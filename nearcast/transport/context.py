@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError
@@ -71,9 +72,13 @@ def read_context(
     )
 
 
+@lru_cache(maxsize=256)
+def _may_forward(identity: str) -> bool:
+    return parse_uri(identity)[0] in FORWARDING_ROLES
+
+
 def _forwarding(metadata: Mapping[str, str], identity: str) -> tuple[bool, str, str]:
-    role, _ = parse_uri(identity)
-    if role not in FORWARDING_ROLES:
+    if not _may_forward(identity):
         raise MeshError(Code.FORBIDDEN, "This listener answers nodes of the mesh only; use the client listener.")
     tenant = metadata.get(status.TENANT, "")
     if len(tenant) > LIMITS.tenant_chars_max:

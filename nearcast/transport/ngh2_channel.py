@@ -63,7 +63,7 @@ class Ngh2Channel:
         now = time.monotonic()
         ends_at = now + self.limits.call_timeout_s_max if deadline is None else deadline
         for attempt in range(_ATTEMPTS_MAX):
-            if ends_at <= time.monotonic():
+            if ends_at <= (time.monotonic() if attempt else now):
                 raise CallError(Code.DEADLINE, "The deadline passed before the call could be sent.")
             connection = self._connection
             if connection is None or not connection.is_usable:
@@ -72,11 +72,14 @@ class Ngh2Channel:
                 await connection.wait_for_slot(ends_at)
                 if not connection.is_usable:
                     continue
-            call = self._send(connection, method, body, metadata, ends_at)
+            call = self._send(connection, method, body, metadata, deadline)
             if call is None:
                 continue
             try:
-                return await connection.finish(call, ends_at)
+                return await call.future
+            except asyncio.CancelledError:
+                connection.abandon(call)
+                raise
             except CallError:
                 # The server has not looked at it (its count of streams lags behind, or it is going away).
                 if not call.is_refused or attempt + 1 == _ATTEMPTS_MAX:
@@ -97,7 +100,12 @@ class Ngh2Channel:
         await wait_gone(connections, _CLOSE_TIMEOUT_S)
 
     def _send(
-        self, connection: ClientConnection, method: str, body: Sequence[bytes], metadata: Metadata, ends_at: float
+        self,
+        connection: ClientConnection,
+        method: str,
+        body: Sequence[bytes],
+        metadata: Metadata,
+        deadline: float | None,
     ) -> ClientCall | None:
         """Queue a call; None if the connection has just begun to close."""
         prefix = self._prefixes.get(method)
@@ -107,12 +115,13 @@ class Ngh2Channel:
             prefix = request_prefix(method, authority=self._authority, is_tls=self._tls is not None)
             self._prefixes[method] = prefix
         try:
-            fields = write_request(prefix, metadata, ends_at - time.monotonic())
+            # Our own cap is nobody's deadline: it stays here.
+            fields = write_request(prefix, metadata, None if deadline is None else deadline - time.monotonic())
             pieces = frame(body)
         except MeshError as error:
             raise CallError(error.code, error.message) from error
         try:
-            return connection.send(fields, pieces)
+            return connection.send(fields, pieces, deadline)
         except NGH2Error:
             connection.retire()
             return None

@@ -48,12 +48,14 @@ _FROM_RESET = {
 class ClientCall:
     """One call in flight."""
 
-    __slots__ = ("future", "id", "is_refused", "message", "reader", "started_at")
+    __slots__ = ("ends_at", "future", "id", "is_refused", "message", "reader", "started_at", "timer")
 
-    def __init__(self, stream_id: int, future: asyncio.Future[Reply], started_at: float) -> None:
+    def __init__(self, stream_id: int, future: asyncio.Future[Reply], started_at: float, ends_at: float) -> None:
         self.id = stream_id
         self.future = future
         self.started_at = started_at
+        self.ends_at = ends_at
+        self.timer: asyncio.TimerHandle | None = None
         self.is_refused = False
         self.message: bytes | None = None
         self.reader: MessageReader | None = None
@@ -77,6 +79,7 @@ class ClientConnection(Ngh2Connection):
 
     __slots__ = (
         "_address",
+        "_cap",
         "_is_retired",
         "_on_lost",
         "_on_retire",
@@ -106,6 +109,8 @@ class ClientConnection(Ngh2Connection):
         self._slots = _STREAMS_BEFORE_SETTINGS
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._probe: asyncio.TimerHandle | None = None
+        # Wakes for the oldest call without a deadline of its own; those share a cap, so one timer serves all.
+        self._cap: asyncio.TimerHandle | None = None
 
     def settings(self) -> Mapping[int, int]:
         return {2: 0, 4: STREAM_WINDOW_BYTES, 5: FRAME_SIZE_BYTES_MAX, 6: self.limits.metadata_size_bytes_max}
@@ -143,8 +148,13 @@ class ClientConnection(Ngh2Connection):
                 elif not self.is_usable or self.has_slot:
                     self._wake_waiter()
 
-    def send(self, fields: Fields, pieces: Sequence[bytes]) -> ClientCall:
-        """Queue a call.
+    def send(self, fields: Fields, pieces: Sequence[bytes], deadline: float | None) -> ClientCall:
+        """Queue a call. Await its `future`, and `abandon` it if nobody waits any more.
+
+        Args:
+            fields: the call's header fields.
+            pieces: the framed message.
+            deadline: when the call is reset; None = after `call_timeout_s_max`.
 
         Raises:
             NGH2Error: if the connection takes no more calls.
@@ -154,8 +164,14 @@ class ClientConnection(Ngh2Connection):
         last = len(pieces) - 1
         for index, piece in enumerate(pieces):
             h2.send_data(stream_id, piece, end_stream=index == last)
-        call = ClientCall(stream_id, self.loop.create_future(), self.last_read_at)
+        now = time.monotonic()
+        ends_at = now + self.limits.call_timeout_s_max if deadline is None else deadline
+        call = ClientCall(stream_id, self.loop.create_future(), self.last_read_at, ends_at)
         self.calls[stream_id] = call
+        if deadline is not None:
+            call.timer = self.loop.call_later(max(0.0, ends_at - now), self._expire, call)
+        elif self._cap is None:
+            self._cap = self.loop.call_later(ends_at - now, self._expire_oldest)
         if len(self.calls) == 1:
             # A lone call need not wait for others of this turn.
             self.flush()
@@ -163,20 +179,18 @@ class ClientConnection(Ngh2Connection):
             self.flush_soon()
         return call
 
-    async def finish(self, call: ClientCall, ends_at: float) -> Reply:
-        """Wait for the answer; reset the call when the deadline passes or the task is cancelled."""
-        timer = self.loop.call_later(max(0.0, ends_at - time.monotonic()), self._expire, call)
-        try:
-            return await call.future
-        except asyncio.CancelledError:
-            self._abandon(call)
-            raise
-        finally:
-            timer.cancel()
+    def _expire_oldest(self) -> None:
+        self._cap = None
+        now = time.monotonic()
+        for call in [call for call in self.calls.values() if call.timer is None]:
+            if call.ends_at > now:
+                self._cap = self.loop.call_later(call.ends_at - now, self._expire_oldest)
+                return
+            self._expire(call)
 
     def _expire(self, call: ClientCall) -> None:
         call.fail(CallError(Code.DEADLINE, f"{self._address} did not answer before the deadline.", sent=True))
-        self._abandon(call)
+        self.abandon(call)
         if self.last_read_at <= call.started_at and self._probe is None and self.is_open:
             # Nothing was heard since the call began: the peer may be gone without a word.
             read_at = self.last_read_at
@@ -190,7 +204,8 @@ class ClientConnection(Ngh2Connection):
         if self.last_read_at <= read_at:
             self.abort()
 
-    def _abandon(self, call: ClientCall) -> None:
+    def abandon(self, call: ClientCall) -> None:
+        """Reset a call whose answer nobody waits for; harmless if it has ended."""
         if self._forget(call.id) is not None and self.is_open:
             self.reset(call.id, _CANCEL)
             self.flush_soon()
@@ -198,7 +213,10 @@ class ClientConnection(Ngh2Connection):
     def _forget(self, stream_id: int) -> ClientCall | None:
         call = self.calls.pop(stream_id, None)
         if call is not None:
-            self._wake_waiter()
+            if call.timer is not None:
+                call.timer.cancel()
+            if self._waiters:
+                self._wake_waiter()
             if self._is_retired and not self.calls:
                 self.loop.call_soon(self.shut)
         return call
@@ -243,7 +261,7 @@ class ClientConnection(Ngh2Connection):
         problem = response_problem(event.headers)
         if problem is not None:
             call.fail(problem)
-            self._abandon(call)
+            self.abandon(call)
         elif event.end_stream:
             self._conclude(event.stream_id, event.headers)
 
@@ -267,7 +285,7 @@ class ClientConnection(Ngh2Connection):
                 call.message = message
         except MeshError as error:
             call.fail(CallError(error.code, f"The answer cannot be read: {error.message}", sent=True))
-            self._abandon(call)
+            self.abandon(call)
 
     def _conclude(self, stream_id: int, fields: Fields) -> None:
         call = self._forget(stream_id)
@@ -330,9 +348,10 @@ class ClientConnection(Ngh2Connection):
 
     def lost(self, error: BaseException | None) -> None:
         self._is_retired = True
-        if self._probe is not None:
-            self._probe.cancel()
-            self._probe = None
+        for timer in (self._probe, self._cap, *(call.timer for call in self.calls.values())):
+            if timer is not None:
+                timer.cancel()
+        self._probe = self._cap = None
         if not self.greeted.done():
             self.greeted.set_exception(error or ConnectionResetError("the server closed the connection"))
             self.greeted.exception()

@@ -107,7 +107,9 @@ class Ngh2Connection(asyncio.Protocol):
             self.abort()
             return
         self.handle_events(h2.events())
-        self.flush()
+        # Most of what arrives is answered later, by whoever it woke.
+        if h2.want_write or not h2.want_read:
+            self.flush()
 
     def pause_writing(self) -> None:
         self._paused = True

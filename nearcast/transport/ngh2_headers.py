@@ -16,10 +16,13 @@ from nearcast.wire import status
 Fields: TypeAlias = Sequence[tuple[bytes, bytes]]
 
 RESPONSE: Fields = ((b":status", b"200"), (b"content-type", b"application/grpc"))
+_USUAL_RESPONSE = list(RESPONSE)
 OK_TRAILERS: Fields = ((b"grpc-status", b"0"),)
 USER_AGENT = b"grpc-python-nearcast/0.1"
 # RFC 9113 counts 32 bytes for each field.
 FIELD_OVERHEAD_BYTES = 32
+# Fields up to this size are remembered in both forms: most calls repeat those of the calls before.
+CACHED_FIELD_SIZE_BYTES_MAX = 128
 
 _log = logging.getLogger(__name__)
 _CONTENT_TYPE = re.compile(rb"application/grpc(?:\+[a-z0-9.-]+)?(?: *;.*)?")
@@ -98,19 +101,21 @@ def read_request(fields: Iterable[tuple[bytes, bytes]], *, size_bytes_max: int, 
     return head
 
 
-def write_request(prefix: Fields, metadata: Metadata, timeout_s: float) -> list[tuple[bytes, bytes]]:
-    """A call's header fields: `prefix`, the deadline, the metadata.
+def write_request(prefix: Fields, metadata: Metadata, timeout_s: float | None) -> list[tuple[bytes, bytes]]:
+    """A call's header fields: `prefix`, the metadata, the deadline if there is one.
 
     Raises:
         MeshError: INVALID_REQUEST for a name or value that may not travel.
     """
     fields = list(prefix)
-    fields.append((b"grpc-timeout", status.format_timeout(timeout_s).encode()))
     for name, value in metadata:
-        wire_name = _wire_name(name)
-        if wire_name is None:
+        field = _wire_field(name, value)
+        if field is None:
+            status.require_metadata_value(name, value)
             raise MeshError(Code.INVALID_REQUEST, f"{name!r} cannot be used as a metadata name.")
-        fields.append((wire_name, status.require_metadata_value(name, value).encode()))
+        fields.append(field)
+    if timeout_s is not None:
+        fields.append((b"grpc-timeout", status.format_timeout(timeout_s).encode()))
     return fields
 
 
@@ -171,13 +176,17 @@ def read_trailers(fields: Iterable[tuple[bytes, bytes]]) -> tuple[int | None, st
             number = int(value) if value.isdigit() and len(value) <= 4 else 2
         elif name == b"grpc-message":
             message = value.decode("latin-1")
-        elif name[0] != 58 and name not in _PROTOCOL_NAMES and not name.endswith(b"-bin"):
-            trailers.append((name.decode("latin-1"), value.decode("latin-1")))
+        else:
+            pair = _metadata_pair(name, value)
+            if pair is not None:
+                trailers.append(pair)
     return number, message, trailers
 
 
-def response_problem(fields: Iterable[tuple[bytes, bytes]]) -> CallError | None:
+def response_problem(fields: Fields) -> CallError | None:
     """Why a response's first header fields are no gRPC answer, if they are none."""
+    if fields == _USUAL_RESPONSE:
+        return None
     found = dict(fields)
     http = found.get(b":status", b"")
     if http != b"200" and b"grpc-status" not in found:
@@ -192,11 +201,9 @@ def _append_custom(fields: list[tuple[bytes, bytes]], trailers: Metadata, size_b
     size_bytes = sum(len(name) + len(value) + FIELD_OVERHEAD_BYTES for name, value in fields)
     for name, value in trailers:
         size_bytes += len(name) + len(value) + FIELD_OVERHEAD_BYTES
-        wire_name = _wire_name(name)
-        # The library would send a line feed as it is, and the peer would answer by resetting the call.
-        is_clean = value.isascii() and (value.isprintable() or not value)
-        if wire_name is not None and is_clean and size_bytes <= size_bytes_max:
-            fields.append((wire_name, value.encode()))
+        field = _wire_field(name, value)
+        if field is not None and size_bytes <= size_bytes_max:
+            fields.append(field)
         else:
             _log.warning("left out the trailer %s: it cannot travel or the trailers are too large", name[:64])
 
@@ -206,6 +213,37 @@ def _wire_name(name: str) -> bytes | None:
     """A custom metadata name as bytes; None if it may not be one."""
     is_custom = _NAME.fullmatch(name) is not None and not name.startswith("grpc-")
     return name.encode() if is_custom and name.encode() not in _PROTOCOL_NAMES else None
+
+
+def _encode_field(name: str, value: str) -> tuple[bytes, bytes] | None:
+    """Custom metadata as it travels; None if it may not."""
+    wire_name = _wire_name(name)
+    # The library would send a line feed as it is, and the peer would answer by resetting the call.
+    is_clean = value.isascii() and (value.isprintable() or not value)
+    return (wire_name, value.encode()) if wire_name is not None and is_clean else None
+
+
+_encode_field_once = lru_cache(maxsize=1024)(_encode_field)
+
+
+def _wire_field(name: str, value: str) -> tuple[bytes, bytes] | None:
+    is_short = len(value) <= CACHED_FIELD_SIZE_BYTES_MAX
+    return _encode_field_once(name, value) if is_short else _encode_field(name, value)
+
+
+def _decode_field(name: bytes, value: bytes) -> tuple[str, str] | None:
+    """A received field as custom metadata; None if it is none."""
+    if name.startswith(b":") or name in _PROTOCOL_NAMES or name.endswith(b"-bin"):
+        return None
+    return name.decode("latin-1"), value.decode("latin-1")
+
+
+_decode_field_once = lru_cache(maxsize=1024)(_decode_field)
+
+
+def _metadata_pair(name: bytes, value: bytes) -> tuple[str, str] | None:
+    is_short = len(name) + len(value) <= CACHED_FIELD_SIZE_BYTES_MAX
+    return _decode_field_once(name, value) if is_short else _decode_field(name, value)
 
 
 def _add(metadata: dict[str, str], name: str, value: str) -> None:

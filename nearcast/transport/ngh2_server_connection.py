@@ -277,6 +277,9 @@ class ServerConnection(Ngh2Connection):
         self.finish(stream)
         self._half_closed.discard(stream.id)
         self.server.cancel(stream)
+        if self._waiting:
+            # Its unread reply is gone: there may be room for the next.
+            self.flush_soon()
 
     def _expire(self, stream: ServerStream) -> None:
         stream.deadline_timer = None

@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError, Message
 
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import Code, MeshError
-from nearcast.handler import InferenceHandler, InferResponse, ModelDirectory, ModelMetadata, TensorSpec
+from nearcast.handler import InferenceHandler, ModelDirectory, ModelMetadata, RequestContext, TensorSpec
 from nearcast.transport.context import read_context
 from nearcast.transport.seam import Call, Methods, Reply, UnaryMethod
 from nearcast.transport.service import InferenceService, Report
@@ -69,13 +69,14 @@ def oip_methods(
 
 def _infer(service: InferenceService, *, trusted: bool) -> UnaryMethod:
     async def infer(body: bytes, call: Call) -> Reply:
-        response = await _answer(service, body, call, trusted=trusted)
+        request, context = _read(service, body, call, trusted=trusted)
+        response = await service.infer(request, context, kept=call.deadline)
         return Reply(response_pieces(response), served_to_trailers(response.served))
 
     return infer
 
 
-async def _answer(service: InferenceService, body: bytes, call: Call, *, trusted: bool) -> InferResponse:
+def _read(service: InferenceService, body: bytes, call: Call, *, trusted: bool) -> tuple[WireRequest, RequestContext]:
     request = WireRequest(body)
     context = read_context(
         call.metadata,
@@ -85,7 +86,7 @@ async def _answer(service: InferenceService, body: bytes, call: Call, *, trusted
         trusted=trusted,
         clock=service.clock,
     )
-    return await service.infer(request, context, kept=call.deadline)
+    return request, context
 
 
 async def _stream(
@@ -94,7 +95,8 @@ async def _stream(
     """Answers in the order of the requests. A request that fails is answered by its error; the stream goes on."""
     async for body in bodies:
         try:
-            pieces = response_pieces(await _answer(service, body, call, trusted=trusted))
+            request, context = _read(service, body, call, trusted=trusted)
+            pieces = response_pieces(await service.infer(request, context, kept=call.deadline))
         except MeshError as error:
             yield Reply((encode_field(1, error.message.encode("utf-8", "replace")),))
             continue

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
+from functools import lru_cache
 
+import msgspec
 from google.protobuf.message import DecodeError
 
 from nearcast.errors import Code, MeshError
@@ -43,7 +44,7 @@ class RemoteNode:
         )
         served = status.served_from_trailers(reply.trailers)
         if not served.node:
-            served = replace(served, node=self.name)
+            served = msgspec.structs.replace(served, node=self.name)
         return WireResponse(_whole(reply.body), served)
 
     async def stream(
@@ -100,16 +101,20 @@ class RemoteNode:
 
 
 def _metadata(context: RequestContext) -> Metadata:
-    out: list[tuple[str, str]] = []
-    if context.forwarded:
-        out.append((status.HOP, "1"))
-        _add(out, status.VERSION, context.version)
-        _add(out, status.TENANT, context.tenant)
+    out = list(_forwarding(context.version, context.tenant)) if context.forwarded else []
     if context.priority:
         out.append((status.PRIORITY, str(context.priority)))
     _add(out, status.IDEMPOTENCY_KEY, context.idempotency_key)
     _add(out, status.TRACE, context.trace)
     return out
+
+
+@lru_cache(maxsize=256)
+def _forwarding(version: str, tenant: str) -> tuple[tuple[str, str], ...]:
+    out = [(status.HOP, "1")]
+    _add(out, status.VERSION, version)
+    _add(out, status.TENANT, tenant)
+    return tuple(out)
 
 
 def _add(out: list[tuple[str, str]], name: str, value: str) -> None:

@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
+import msgspec
+
 from nearcast.errors import MeshError
 
 Metadata: TypeAlias = Sequence[tuple[str, str]]
@@ -53,19 +55,17 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
+class Call(msgspec.Struct, frozen=True, kw_only=True):
     """One incoming call. `identity` is the peer's mesh identity URI ("" without mTLS); `peer` its address."""
 
     method: str
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = msgspec.field(default_factory=dict)
     deadline: float | None = None
     identity: str = ""
     peer: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(msgspec.Struct, frozen=True):
     """One message and the trailers after it. `body` is in pieces: a large tensor is never copied to be framed."""
 
     body: Sequence[bytes]

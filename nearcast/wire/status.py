@@ -162,16 +162,21 @@ def served_to_trailers(served: Served) -> _Trailers:
 
 def served_from_trailers(metadata: Mapping[str, str] | Iterable[tuple[str, str]]) -> Served:
     """The opposite of `served_to_trailers`; what is missing or malformed reads as empty or 0."""
-    found = dict(metadata)
-    load = _LOAD_IN_FLIGHT.search(found.get(LOAD, ""))
+    get = dict(metadata).get
     return Served(
-        node=decode_message(found.get(SERVED_BY, "")),
-        tier=decode_message(found.get(TIER, "")),
-        version=decode_message(found.get(MODEL_VERSION, "")),
-        queue_us=_counter(found.get(QUEUE_US, "")) or 0,
-        compute_us=_counter(found.get(COMPUTE_US, "")) or 0,
-        in_flight=int(load[1]) if load else 0,
+        node=decode_message(get(SERVED_BY, "")),
+        tier=decode_message(get(TIER, "")),
+        version=decode_message(get(MODEL_VERSION, "")),
+        queue_us=_counter(get(QUEUE_US, "")) or 0,
+        compute_us=_counter(get(COMPUTE_US, "")) or 0,
+        in_flight=_in_flight(get(LOAD, "")),
     )
+
+
+@lru_cache(maxsize=256)
+def _in_flight(load: str) -> int:
+    found = _LOAD_IN_FLIGHT.search(load)
+    return int(found[1]) if found else 0
 
 
 @lru_cache(maxsize=256)
