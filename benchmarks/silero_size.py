@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from model_sync.bundle import BundleSpec, create_bundle
+from model_sync.publisher.bundle import BundleSpec, create_bundle
 from nearcast.store import Store
 from nearcast.store.manifest import Manifest, Tensor
 from nearcast.store.pointer import Pointer

@@ -2,7 +2,7 @@
 
 import sys
 
-from model_sync.app import main
+from model_sync.controller.app import main
 
 if __name__ == "__main__":
     sys.exit(main())

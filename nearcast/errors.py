@@ -67,7 +67,7 @@ CATALOGUE: dict[Code, Entry] = {
 class MeshError(Exception):
     """The one error that crosses an edge.
 
-    `message` is public: it says what was wrong and what to do, and never holds a path, a stack or another tenant's data.
+    `message` is public: it says what was wrong and what to do, and never holds a stack or another tenant's data.
     `sent` tells whether the request may have been executed: a lost connection after sending is not safe to retry for a
     stateful model, a refused one is.
     """

@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from model_sync.agent_config import AgentConfig
+from model_sync.agent.config import AgentConfig
 from nearcast.config import load_config
 from nearcast.errors import MeshError
 from nearcast.runtime import Shutdown, announce, run

@@ -15,6 +15,7 @@ from typing import IO
 from msgspec.structs import replace
 
 from model_sync.agent.clock_store import ClockFloor
+from model_sync.agent.config import AgentConfig
 from model_sync.agent.follower import Follower
 from model_sync.agent.hint import HintListener
 from model_sync.agent.host_link import HostLink
@@ -23,7 +24,6 @@ from model_sync.agent.journal import Journal
 from model_sync.agent.metadata import Checked, MetadataSource
 from model_sync.agent.model_shell import ModelShell, Surroundings
 from model_sync.agent.status import AgentStatus, write_status
-from model_sync.agent_config import AgentConfig
 from model_sync.replica.events import CheckFailed, Intended, Polled
 from model_sync.replica.state import Want
 from nearcast.clock import SYSTEM_CLOCK, Clock

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import msgspec
 
-from model_sync.durable import write_file
 from model_sync.trust.clock_floor import BUILD_TIME, Reading, effective_now, raise_floor
 from nearcast.clock import Clock
+from nearcast.durable import write_file
 
 
 class ClockFloor:

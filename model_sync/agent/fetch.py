@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from model_sync.agent.http_source import HttpSource
-from model_sync.layout import blob_path
+from model_sync.repository.layout import blob_path
 from nearcast.errors import Code, MeshError
 from nearcast.store.manifest import CHUNK_SIZE_BYTES, File
 

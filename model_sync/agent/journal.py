@@ -12,8 +12,8 @@ from pathlib import Path
 
 import msgspec
 
-from model_sync.durable import write_file
 from model_sync.replica.state import Memory
+from nearcast.durable import write_file
 
 
 class Journal:

@@ -21,11 +21,11 @@ from tuf.ngclient.fetcher import FetcherInterface
 from tuf.ngclient.updater import Updater
 
 from model_sync.agent.http_source import HttpSource, StatusError
-from model_sync.durable import sync_folder, write_file
-from model_sync.layout import custom_rollback_ok, models_path, target_file_path
 from model_sync.replica.state import Goal, Want
+from model_sync.repository.layout import custom_rollback_ok, models_path, target_file_path
 from model_sync.rollout.document import ChannelDocument, Pick, Rollout
 from model_sync.trust.vouching import TargetFacts, require_digest, vouched
+from nearcast.durable import sync_folder, write_file
 from nearcast.errors import Code, MeshError
 from nearcast.store.manifest import MANIFEST_SIZE_BYTES_MAX, Manifest, decode_manifest
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from model_sync.agent.config import AgentConfig
 from model_sync.agent.gate import run_gate
 from model_sync.agent.host_link import HostLink
 from model_sync.agent.http_source import HttpSource
@@ -19,7 +20,6 @@ from model_sync.agent.journal import Journal
 from model_sync.agent.metadata import MetadataSource
 from model_sync.agent.status import ModelStatus, pointer_fields
 from model_sync.agent.steps import DiskFullError, Installer, installed_releases, read_manifest
-from model_sync.agent_config import AgentConfig
 from model_sync.replica.events import Booted, Done, Event, Failed, Loaded, Sampled, Ticked
 from model_sync.replica.instructions import (
     Cancel,

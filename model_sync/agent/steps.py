@@ -8,11 +8,11 @@ import shutil
 import threading
 from pathlib import Path
 
+from model_sync.agent.config import AgentLimits
 from model_sync.agent.fetch import fetch_blob, verify_file
 from model_sync.agent.http_source import HttpSource
-from model_sync.agent_config import AgentLimits
-from model_sync.durable import write_file
 from model_sync.trust.vouching import require_digest
+from nearcast.durable import write_file
 from nearcast.errors import Code, MeshError
 from nearcast.store import Manifest, Store, decode_manifest
 

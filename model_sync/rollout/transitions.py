@@ -16,8 +16,8 @@ from nearcast.errors import Code, MeshError
 
 Action: TypeAlias = Literal["stable", "candidate", "promote", "stop", "rollback"]
 
-MODELS_MAX = 4096
-"""Models in one channel; keeps the document far below the size at which a node refuses it."""
+MODELS_MAX = 256
+"""Models in one channel: what every agent accepts by default, so that no signed document can freeze the fleet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

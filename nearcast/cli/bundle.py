@@ -26,7 +26,7 @@ def command() -> None:
 @click.option("--source", type=FOLDER, help="Where the files lie. Default: beside the specification.")
 def create(spec: Path, out: Path, source: Path | None) -> None:
     """Make a bundle of the files that a specification names. The same files always make the same bytes."""
-    from model_sync.bundle import create_bundle, read_spec
+    from model_sync.publisher.bundle import create_bundle, read_spec
 
     manifest = create_bundle(read_spec(spec), source or spec.parent, out)
     click.echo(f"{manifest.name} release {manifest.release} ({manifest.semver}): {_size(manifest)} in {out}")
@@ -39,7 +39,7 @@ def verify(folder: Path, as_json: bool) -> None:
     """Check every byte of a bundle, load it in a child process and run its golden vectors."""
     import msgspec
 
-    from model_sync.bundle import pass_gate, verify_bundle
+    from model_sync.publisher.bundle import pass_gate, verify_bundle
 
     manifest = verify_bundle(folder)
     measured = pass_gate(folder)
@@ -57,7 +57,7 @@ def inspect(folder: Path, as_json: bool) -> None:
     """Show what a bundle says about itself."""
     import msgspec
 
-    from model_sync.bundle import read_bundle
+    from model_sync.publisher.bundle import read_bundle
 
     manifest, data = read_bundle(folder)
     if as_json:

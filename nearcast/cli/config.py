@@ -15,7 +15,7 @@ APPS = {
     "edge": ("edge_node.config", "EdgeConfig"),
     "cloud": ("cloud_core.config", "CloudConfig"),
     "router": ("router.config", "RouterConfig"),
-    "sync": ("model_sync.config", "SyncConfig"),
+    "sync": ("model_sync.controller.config", "SyncConfig"),
 }
 
 

@@ -19,7 +19,7 @@ def command() -> None:
 @click.option("--team", default="core", show_default=True, help="The team that may publish models.")
 def init(home: Path, team: str) -> None:
     """Make all keys of a new mesh: HOME/operator (offline keys) and HOME/sync (what the controller needs)."""
-    from model_sync.keys import init_keys
+    from model_sync.publisher.keys import init_keys
 
     init_keys(home, team)
     click.echo(f"{home / 'operator'}  root, targets and models-{team} keys: keep them offline, and keep a copy")
@@ -31,7 +31,7 @@ def init(home: Path, team: str) -> None:
 @home_option
 def renew(home: Path) -> None:
     """Give the operator of HOME a new certificate after the old one expired; needs HOME/sync on this machine."""
-    from model_sync.keys import renew_operator
+    from model_sync.publisher.keys import renew_operator
 
     identity = renew_operator(home)
     click.echo(f"{identity.uri} has a new certificate for 7 days; commands renew it while it holds.")
@@ -41,8 +41,8 @@ def renew(home: Path) -> None:
 @operator_options
 def extend(home: Path, control: str) -> None:
     """Sign root, targets and models roles for another term; due before 90 days without a push are over."""
-    from model_sync.control_client import connect
-    from model_sync.renewal import renew_roles
+    from model_sync.publisher.control_client import connect
+    from model_sync.publisher.renewal import renew_roles
 
     with connect(home, control) as client:
         expiries = renew_roles(client, home / "operator")

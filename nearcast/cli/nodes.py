@@ -20,7 +20,7 @@ def command() -> None:
 @json_option
 def list_nodes(home: Path, control: str, as_json: bool) -> None:
     """Show every enrolled node, its addresses and when it was last heard of."""
-    from model_sync.control_client import connect
+    from model_sync.publisher.control_client import connect
 
     with connect(home, control) as client:
         nodes = client.call("GET", "/v1/nodes?all=1")["nodes"]
@@ -42,7 +42,7 @@ def list_nodes(home: Path, control: str, as_json: bool) -> None:
 @json_option
 def invite(name: str, role: str, ttl_s: float, home: Path, control: str, as_json: bool) -> None:
     """Print a token with which NAME can join once."""
-    from model_sync.control_client import connect
+    from model_sync.publisher.control_client import connect
 
     with connect(home, control) as client:
         answer = client.call("POST", "/v1/invites", {"name": name, "role": role, "ttl_s": ttl_s})
@@ -58,7 +58,7 @@ def invite(name: str, role: str, ttl_s: float, home: Path, control: str, as_json
 @json_option
 def remove(name: str, home: Path, control: str, as_json: bool) -> None:
     """Revoke what NAME was given: its certificates and its open invitation. The name is free again."""
-    from model_sync.control_client import connect
+    from model_sync.publisher.control_client import connect
 
     with connect(home, control) as client:
         answer = client.call("DELETE", f"/v1/nodes/{name}")

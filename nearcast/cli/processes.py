@@ -251,7 +251,7 @@ class Mesh:
         config = self.config
         self.logs.mkdir(parents=True, exist_ok=True)
         if not (self.operator_home / "operator").exists():
-            from model_sync.keys import init_keys
+            from model_sync.publisher.keys import init_keys
 
             await asyncio.to_thread(init_keys, self.operator_home, "core")
         await self._add("sync", ["sync", "--home", str(self.operator_home / "sync")]).start()
@@ -279,7 +279,7 @@ class Mesh:
 
     def _invite(self, names: Sequence[tuple[str, str]]) -> dict[str, str]:
         """A token for each node that has not joined yet. Blocks."""
-        from model_sync.control_client import connect
+        from model_sync.publisher.control_client import connect
 
         out = {}
         with connect(self.operator_home, self._processes["sync"].addresses["control"]) as client:

@@ -41,8 +41,8 @@ def command(
 
     Without --share it becomes the stable release; with it, a candidate beside the stable one.
     """
-    from model_sync.control_client import connect
-    from model_sync.publish import push
+    from model_sync.publisher.control_client import connect
+    from model_sync.publisher.push import push
 
     with connect(home, control) as client, UploadBar() as bar:
         pushed = push(

@@ -18,7 +18,7 @@ from nearcast.cli.operator_options import json_option, operator_options, print_j
 @json_option
 def command(model: str, release: int, channel: str, reason: str, home: Path, control: str, as_json: bool) -> None:
     """Make an earlier release of MODEL the stable one again and end any trial."""
-    from model_sync.control_client import connect
+    from model_sync.publisher.control_client import connect
 
     with connect(home, control, keep_fresh=False) as client:
         wish = {"channel": channel, "model": model, "action": "rollback", "release": release, "reason": reason}

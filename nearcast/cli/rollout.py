@@ -74,7 +74,7 @@ def stop(model: str, channel: str, reason: str, home: Path, control: str, as_jso
 @json_option
 def status(channel: str, home: Path, control: str, as_json: bool) -> None:
     """Show what a channel serves and what the nodes say they have."""
-    from model_sync.control_client import connect
+    from model_sync.publisher.control_client import connect
 
     with connect(home, control) as client:
         document = client.call("GET", f"/v1/channels/{channel}")
@@ -105,7 +105,7 @@ def _row(rollout: dict[str, Any]) -> list[str]:
 
 
 def _change(home: Path, control: str, **wish: Any) -> dict[str, Any]:
-    from model_sync.control_client import connect
+    from model_sync.publisher.control_client import connect
 
     with connect(home, control) as client:
         return client.call("POST", "/v1/rollouts", wish)

@@ -17,6 +17,6 @@ def command(home: Path | None, path: Path | None, overrides: tuple[str, ...]) ->
 
     It prints one JSON line with its address when it is ready.
     """
-    from model_sync.app import load_sync_config, run_sync
+    from model_sync.controller.app import load_sync_config, run_sync
 
     sys.exit(run_sync(load_sync_config(path, overrides, home=home)))

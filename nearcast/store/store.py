@@ -20,6 +20,7 @@ from pathlib import Path
 
 import msgspec
 
+from nearcast.durable import write_file
 from nearcast.errors import Code, MeshError
 from nearcast.store.manifest import MANIFEST_SIZE_BYTES_MAX, Manifest, decode_manifest, is_model_name
 from nearcast.store.pointer import Pointer
@@ -156,17 +157,7 @@ class Store:
         """Replace the pointer; a reader, and a node after a crash, sees the old one or the new one, never a mixture."""
         folder = self._make_model_folder(model)
         data = msgspec.json.format(msgspec.json.encode(pointer), indent=1) + b"\n"
-        handle, name = tempfile.mkstemp(prefix=f".{POINTER_FILE}.", dir=folder)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).replace(folder / POINTER_FILE)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-        _sync(folder)
+        write_file(folder / POINTER_FILE, data)
 
     def remove_release(self, model: str, release: int) -> None:
         """Delete a version that nothing points to; nothing happens if it is not here.

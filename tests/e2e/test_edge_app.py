@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from edge_node.mqtt.one_request import ask
-from model_sync.bundle import create_bundle, read_spec
+from model_sync.publisher.bundle import create_bundle, read_spec
 from nearcast.cli.demo import wake_word
 from nearcast.cli.demo.bundles import BUNDLES
 from nearcast.cli.demo.samples import load_clips, load_digits

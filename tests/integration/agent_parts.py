@@ -17,11 +17,12 @@ import numpy as np
 from tuf.api.metadata import Metadata, Targets
 
 from model_sync.agent.app import Agent
+from model_sync.agent.config import AgentConfig, AgentLimits
 from model_sync.agent.status import ModelStatus
-from model_sync.agent_config import AgentConfig, AgentLimits
-from model_sync.keys import init_keys, load_key
-from model_sync.layout import blob_path, encode_metadata, make_target, models_path
-from model_sync.repository import Repository
+from model_sync.publisher.keys import init_keys
+from model_sync.repository.layout import blob_path, encode_metadata, make_target, models_path
+from model_sync.repository.repository import Repository
+from model_sync.repository.signing_key import load_key
 from model_sync.rollout.document import ChannelDocument, Pick, Rollout
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.store import Manifest, Store

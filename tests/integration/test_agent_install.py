@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from model_sync.layout import blob_path
+from model_sync.repository.layout import blob_path
 from model_sync.rollout.document import Pick
 from nearcast.clock import ManualClock
 from nearcast.store import Manifest, Pointer, Store

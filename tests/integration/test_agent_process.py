@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from model_sync.agent.config import AgentConfig
 from model_sync.agent.status import AgentStatus, read_status
-from model_sync.agent_config import AgentConfig
 from nearcast.store import Store
 from tests.integration.agent_parts import MODEL, Origin, Publisher, make_config, serving
 

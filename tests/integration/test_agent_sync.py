@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model_sync.agent_config import AgentConfig, AgentLimits
-from model_sync.control_client import connect
-from model_sync.keys import init_keys
-from model_sync.publish import push
+from model_sync.agent.config import AgentConfig, AgentLimits
+from model_sync.publisher.control_client import connect
+from model_sync.publisher.keys import init_keys
+from model_sync.publisher.push import push
 from nearcast.identity import join
 from nearcast.store import Pointer, Store
 from tests.integration.agent_parts import MODEL, running, settled, status_of, until

@@ -24,13 +24,14 @@ from onnx import TensorProto, helper, numpy_helper
 from securesystemslib.signer import CryptoSigner
 from tuf.ngclient import Updater, UpdaterConfig
 
-from model_sync.bundle import BundleSpec, create_bundle
-from model_sync.control_client import ControlClient, connect
-from model_sync.enrolment_authority import certificate_sha256
-from model_sync.keys import init_keys, write_key
-from model_sync.layout import models_path
-from model_sync.publish import ControlFetcher, push
-from model_sync.renewal import renew_roles
+from model_sync.controller.enrolment import certificate_sha256
+from model_sync.publisher.bundle import BundleSpec, create_bundle
+from model_sync.publisher.control_client import ControlClient, connect
+from model_sync.publisher.keys import init_keys
+from model_sync.publisher.push import ControlFetcher, push
+from model_sync.publisher.renewal import renew_roles
+from model_sync.repository.layout import models_path
+from model_sync.repository.signing_key import write_key
 from nearcast.errors import Code, MeshError
 from nearcast.identity import JoinToken, join, make_csr, renew
 from nearcast.store.manifest import Tensor

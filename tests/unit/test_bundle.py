@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from model_sync.bundle import BundleSpec, create_bundle, read_spec, verify_bundle
+from model_sync.publisher.bundle import BundleSpec, create_bundle, read_spec, verify_bundle
 from nearcast.errors import Code, MeshError
 from nearcast.store.manifest import CHUNK_SIZE_BYTES, Manifest, Tensor
 from nearcast.wire.tensors import from_raw

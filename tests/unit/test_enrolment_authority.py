@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from model_sync.enrolment_authority import CERTIFICATES_PER_NAME_MAX, EnrolmentAuthority, certificate_sha256
+from model_sync.controller.enrolment import CERTIFICATES_PER_NAME_MAX, EnrolmentAuthority, certificate_sha256
 from nearcast.clock import ManualClock
 from nearcast.errors import Code, MeshError
 from nearcast.identity import CertificateAuthority, make_csr

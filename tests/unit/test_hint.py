@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from model_sync.hint import Hint
+from model_sync.controller.hint import Hint
 from nearcast.errors import Code, MeshError
 
 

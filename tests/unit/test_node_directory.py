@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from model_sync.node_directory import Announcement, NodeDirectory
+from model_sync.controller.node_directory import Announcement, NodeDirectory
 from nearcast.errors import Code, MeshError
 
 

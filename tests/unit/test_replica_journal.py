@@ -13,7 +13,7 @@ from tuf.ngclient import Updater
 from model_sync.agent.clock_store import ClockFloor
 from model_sync.agent.journal import Journal, read_journal
 from model_sync.agent.metadata import decode_channel, explain, set_reference_time
-from model_sync.keys import init_keys
+from model_sync.publisher.keys import init_keys
 from model_sync.replica.state import Goal, Memory, State
 from nearcast.clock import ManualClock
 from nearcast.errors import Code, MeshError

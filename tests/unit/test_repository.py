@@ -14,10 +14,11 @@ from tuf.api.exceptions import DownloadHTTPError
 from tuf.api.metadata import Metadata, Targets
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
-import model_sync.repository as repository_module
-from model_sync.keys import init_keys, load_key
-from model_sync.layout import blob_path, encode_metadata, make_target, models_path
-from model_sync.repository import VERSIONS_KEPT, Lifetimes, Repository
+import model_sync.repository.repository as repository_module
+from model_sync.publisher.keys import init_keys
+from model_sync.repository.layout import blob_path, encode_metadata, make_target, models_path
+from model_sync.repository.repository import VERSIONS_KEPT, Lifetimes, Repository
+from model_sync.repository.signing_key import load_key
 from model_sync.rollout.document import ChannelDocument, Pick
 from model_sync.rollout.transitions import Command, apply
 from nearcast.errors import Code, MeshError
@@ -73,7 +74,7 @@ class Mesh:
         # What a crash left beyond the snapshot is no state; walk down to what is published.
         for version in range(newest, 0, -1):
             role = Metadata[Targets].from_file(str(folder / f"{version}.models-core.json"))
-            if role.signed.version == self.repository._version.roles["models-core"].signed.version:
+            if role.signed.version == self.repository._state.roles["models-core"].signed.version:
                 return role
         raise AssertionError
 
@@ -346,7 +347,7 @@ def resign(role: Metadata, key: Path, change: Callable[[Metadata], None] = lambd
 def test_offline_roles_get_another_term_from_their_own_keys_only(mesh: Mesh, tmp_path: Path) -> None:
     mesh.publish(mesh.manifest(1))
     mesh.read(tmp_path / "client", models_path("digits", 1))
-    operator, version = mesh.folder / "operator", mesh.repository._version
+    operator, version = mesh.folder / "operator", mesh.repository._state
 
     def drop(role: Metadata) -> None:
         role.signed.delegations = None
@@ -370,7 +371,7 @@ def test_offline_roles_get_another_term_from_their_own_keys_only(mesh: Mesh, tmp
         with pytest.raises(MeshError) as caught:
             mesh.repository.publish_offline(*attempt)
         assert caught.value.code in (Code.UNTRUSTED, Code.CONFLICT)
-        assert mesh.repository._version is version
+        assert mesh.repository._state is version
     mesh.repository.publish_offline(resign(version.root, root), resign(version.targets, targets))
     assert mesh.repository.root_version == 2
     for cache in ("client", "new-client"):

@@ -6,29 +6,27 @@ import argparse
 import asyncio
 import contextlib
 import errno
-import fcntl
 import os
 import ssl
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from aiohttp import web
 
-from model_sync.config import SyncConfig
-from model_sync.controller import Controller
-from model_sync.durable import write_file
-from model_sync.enrolment_authority import EnrolmentAuthority
+from model_sync.controller.api import Controller
+from model_sync.controller.config import SyncConfig
+from model_sync.controller.enrolment import EnrolmentAuthority
+from model_sync.controller.home import ENROLMENT_FILE, ONLINE_KEY, fresh_identity, last_port, lock_home, write_control
 from model_sync.home import default_home
-from model_sync.keys import ENROLMENT_FILE, ONLINE_KEY, SYNC_NAME, load_key, write_identity
-from model_sync.repository import Repository
+from model_sync.repository.repository import Repository
+from model_sync.repository.signing_key import load_key
 from nearcast import runtime, telemetry
 from nearcast.config import load_config
 from nearcast.errors import Code, MeshError
-from nearcast.identity import CertificateAuthority, Identity, load_identity, reload_certificate, server_tls
-from nearcast.runtime import Shutdown, announce, format_address, is_loopback, listen_error, parse_address
+from nearcast.identity import CertificateAuthority, reload_certificate, server_tls
+from nearcast.runtime import Shutdown, announce, format_address, listen_error, parse_address
 
-_log = telemetry.get_logger("model_sync.app")
+_log = telemetry.get_logger("model_sync.controller.app")
 
 
 def run_sync(config: SyncConfig) -> int:
@@ -79,43 +77,10 @@ async def serve(config: SyncConfig, shutdown: Shutdown) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def lock_home(home: Path) -> Iterator[None]:
-    """Hold the folder for this process alone; the lock ends with the process, however it ends.
-
-    Raises:
-        MeshError: UNAVAILABLE if there are no keys, CONFLICT if another process serves this home.
-    """
-    if not (home / ONLINE_KEY).exists():
-        raise MeshError(Code.UNAVAILABLE, f"{home} holds no keys of a sync process; make them: nearcast keys init.")
-    descriptor = os.open(home / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise MeshError(Code.CONFLICT, f"Another sync process already serves {home}.") from error
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def fresh_identity(home: Path, authority: CertificateAuthority) -> Identity:
-    """The process's own identity, made anew once two thirds of its life are over: the authority is at hand."""
-    folder = home / "identity"
-    try:
-        identity = load_identity(folder)
-        if identity.validity().starts_at <= time.time() < identity.validity().renew_at:
-            return identity
-    except MeshError:
-        _log.warning("identity_unreadable")
-    write_identity(folder, authority, SYNC_NAME, "sync")
-    return load_identity(folder)
-
-
 async def listen(runner: web.AppRunner, config: SyncConfig, home: Path, tls: ssl.SSLContext) -> str:
     """Open the listener; answers the URL that nodes are told."""
     host, port = parse_address(config.address)
-    ports = [port] if port else [*_last_port(home, host), 0]
+    ports = [port] if port else [*last_port(home, host), 0]
     for attempt in ports:
         try:
             await web.TCPSite(runner, host, attempt, ssl_context=tls).start()
@@ -129,23 +94,6 @@ async def listen(runner: web.AppRunner, config: SyncConfig, home: Path, tls: ssl
             Code.INVALID_REQUEST, f"Nodes cannot reach {config.address}; set public_address to what they can reach."
         )
     return f"https://{address}"
-
-
-def _last_port(home: Path, host: str) -> list[int]:
-    """The port of the last run. Nodes remember it, so a restarted process should come back to it."""
-    try:
-        address = parse_address((home / "control").read_text().strip().removeprefix("https://"))
-    except (OSError, MeshError):
-        return []
-    return [address.port] if address.host == host and is_loopback(host) else []
-
-
-def write_control(home: Path, url: str) -> None:
-    """Leave the address where operators on this machine look for it."""
-    write_file(home / "control", url.encode() + b"\n")
-    operator = home.parent / "operator"
-    if operator.is_dir() and os.access(operator, os.W_OK):
-        write_file(operator / "control", url.encode() + b"\n")
 
 
 async def _keep_fresh(

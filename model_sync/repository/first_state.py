@@ -16,9 +16,9 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]
     Timestamp,
 )
 
-from model_sync.durable import write_file
-from model_sync.layout import encode_metadata
-from model_sync.repository import Lifetimes
+from model_sync.repository.layout import encode_metadata
+from model_sync.repository.repository import Lifetimes
+from nearcast.durable import write_file
 
 
 def create_repository(

@@ -1,4 +1,4 @@
-"""All metadata of one moment of the repository, read and checked."""
+"""All metadata of one moment of the repository, read and checked, and the checks that the next one has to pass."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tuf.api.exceptions import RepositoryError
+from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp  # type: ignore[attr-defined]
 from tuf.api.serialization import DeserializationError
 
+from model_sync.repository.layout import METADATA_SIZE_BYTES_MAX
 from nearcast.errors import Code, MeshError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Version:
+class RepositoryState:
     """All metadata of one moment, as the timestamp of that moment names it."""
 
     root: Metadata[Root]
@@ -25,7 +26,7 @@ class Version:
     roles: Mapping[str, Metadata[Targets]] = field(default_factory=dict)
 
 
-def read_version(folder: Path, online_keyid: str) -> Version:
+def read_state(folder: Path, online_keyid: str) -> RepositoryState:
     """The state that `timestamp.json` names; what a crash left beyond it is ignored and later overwritten."""
     folder = folder / "metadata"
     try:
@@ -45,22 +46,22 @@ def read_version(folder: Path, online_keyid: str) -> Version:
         raise MeshError(
             Code.UNAVAILABLE, "The repository is missing or damaged; make one with `nearcast keys init`."
         ) from error
-    version = Version(root=root, timestamp=timestamp, snapshot=snapshot, targets=targets, roles=roles)
-    _verify_version(version, online_keyid)
-    return version
+    state = RepositoryState(root=root, timestamp=timestamp, snapshot=snapshot, targets=targets, roles=roles)
+    _verify_state(state, online_keyid)
+    return state
 
 
-def _verify_version(version: Version, online_keyid: str) -> None:
-    root, targets = version.root.signed, version.targets.signed
+def _verify_state(state: RepositoryState, online_keyid: str) -> None:
+    root, targets = state.root.signed, state.targets.signed
     top: list[tuple[str, Metadata[Any]]] = [
-        ("timestamp", version.timestamp),
-        ("snapshot", version.snapshot),
-        ("targets", version.targets),
+        ("timestamp", state.timestamp),
+        ("snapshot", state.snapshot),
+        ("targets", state.targets),
     ]
     try:
         for name, role in top:
             root.verify_delegate(name, role.signed_bytes, role.signatures)
-        for name, role in version.roles.items():
+        for name, role in state.roles.items():
             targets.verify_delegate(name, role.signed_bytes, role.signatures)
     except (RepositoryError, ValueError) as error:
         raise MeshError(
@@ -73,13 +74,13 @@ def _verify_version(version: Version, online_keyid: str) -> None:
         raise MeshError(Code.UNTRUSTED, "The online key is not the one that this repository trusts.")
 
 
-def check_root(data: bytes, version: Version) -> Metadata[Root]:
+def check_root(data: bytes, state: RepositoryState) -> Metadata[Root]:
     """The next root, if the present one and the new one itself sign it and it trusts the same keys.
 
     Raises:
         MeshError: UNTRUSTED, or CONFLICT for a wrong version.
     """
-    present = version.root.signed
+    present = state.root.signed
     try:
         root = Metadata[Root].from_bytes(data)
         for judge in (present, root.signed):
@@ -94,22 +95,46 @@ def check_root(data: bytes, version: Version) -> Metadata[Root]:
     return root
 
 
-def check_targets(data: bytes, version: Version) -> Metadata[Targets]:
+def check_targets(data: bytes, state: RepositoryState) -> Metadata[Targets]:
     """The next targets role, if the root's key signs it and it delegates as before.
 
     Raises:
         MeshError: UNTRUSTED, or CONFLICT for a wrong version.
     """
-    present = version.targets.signed
+    present = state.targets.signed
     try:
         targets = Metadata[Targets].from_bytes(data)
-        version.root.signed.verify_delegate("targets", targets.signed_bytes, targets.signatures)
+        state.root.signed.verify_delegate("targets", targets.signed_bytes, targets.signatures)
     except (RepositoryError, DeserializationError, ValueError, AttributeError) as error:
         raise MeshError(Code.UNTRUSTED, "The targets role is malformed or not signed by the targets key.") from error
     if targets.signed.delegations != present.delegations or targets.signed.targets:
         raise MeshError(Code.UNTRUSTED, "The targets role must delegate as before and name no targets itself.")
     _require_next("targets", targets, present.version)
     return targets
+
+
+def check_models(data: bytes, name: str, state: RepositoryState) -> Metadata[Targets]:
+    """The next models role of that name, if it is signed by a key that the targets role delegates to.
+
+    Raises:
+        MeshError: UNTRUSTED, TOO_LARGE, or CONFLICT for a wrong version.
+    """
+    if len(data) > METADATA_SIZE_BYTES_MAX:
+        raise MeshError(Code.TOO_LARGE, f"The role is larger than {METADATA_SIZE_BYTES_MAX} bytes.")
+    try:
+        role = Metadata[Targets].from_bytes(data)
+        state.targets.signed.verify_delegate(name, role.signed_bytes, role.signatures)
+    except UnsignedMetadataError as error:
+        raise MeshError(
+            Code.UNTRUSTED,
+            f"The role {name} is not signed by a key that the targets role delegates to; use that team's key.",
+        ) from error
+    except (RepositoryError, DeserializationError, ValueError) as error:
+        raise MeshError(Code.UNTRUSTED, f"The role {name} is malformed.") from error
+    if not isinstance(role.signed, Targets) or role.signed.delegations is not None:
+        raise MeshError(Code.UNTRUSTED, f"The role {name} must be a targets role without delegations.")
+    _require_next(name, role, state.roles[name].signed.version)
+    return role
 
 
 def _require_next(name: str, role: Metadata[Any], version: int) -> None:

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from model_sync.rollout.transitions import MODELS_MAX
+
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
 
@@ -22,6 +24,7 @@ class AgentLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         error_share_max, errors_min: probation fails from this share of errors on, and this many new errors.
         journal_bytes_max: the journal is compacted beyond this size.
         answer_bytes_max: longest answer accepted from the control API and from the host socket.
+        models_max: models of the channel; a document that names more is refused.
     """
 
     quota_bytes: Annotated[int, msgspec.Meta(gt=0)] = 8 * 1024**3
@@ -42,7 +45,7 @@ class AgentLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     errors_min: Annotated[int, msgspec.Meta(ge=1)] = 5
     journal_bytes_max: Annotated[int, msgspec.Meta(ge=4096)] = 256 * 1024
     answer_bytes_max: Annotated[int, msgspec.Meta(ge=4096)] = 1024 * 1024
-    models_max: Annotated[int, msgspec.Meta(ge=1)] = 256
+    models_max: Annotated[int, msgspec.Meta(ge=1)] = MODELS_MAX
 
 
 class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

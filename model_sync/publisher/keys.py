@@ -14,7 +14,6 @@ import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]
 from tuf.api.metadata import (  # type: ignore[attr-defined]
     DelegatedRole,
@@ -25,52 +24,18 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]
     Targets,
 )
 
-from model_sync.durable import sync_folder, write_file
-from model_sync.enrolment_authority import EnrolmentAuthority
-from model_sync.first_state import create_repository
-from model_sync.layout import encode_metadata
-from model_sync.repository import Lifetimes
+from model_sync.controller.enrolment import EnrolmentAuthority
+from model_sync.controller.home import ENROLMENT_FILE, ONLINE_KEY, SYNC_NAME, write_identity
+from model_sync.repository.first_state import create_repository
+from model_sync.repository.layout import encode_metadata
+from model_sync.repository.repository import Lifetimes
+from model_sync.repository.signing_key import write_key
+from nearcast.durable import sync_folder, write_file
 from nearcast.errors import Code, MeshError
-from nearcast.identity import CERTIFICATE_LIFETIME_S, CertificateAuthority, Identity, load_identity, make_csr
+from nearcast.identity import CERTIFICATE_LIFETIME_S, CertificateAuthority, Identity, load_identity
 from nearcast.store.manifest import is_model_name
 
 OPERATOR_NAME = "operator"
-SYNC_NAME = "sync"
-KEY_MODE = 0o600
-ONLINE_KEY = "online.pem"
-ENROLMENT_FILE = "control.db"
-
-
-def write_key(path: Path, signer: CryptoSigner) -> None:
-    """Keep a signing key in a file of its own that only its owner can read."""
-    write_file(path, signer.private_bytes, mode=KEY_MODE)
-
-
-def load_key(path: Path) -> CryptoSigner:
-    """Read a signing key.
-
-    Raises:
-        MeshError: FORBIDDEN if the file is missing, readable by others, or no Ed25519 key.
-    """
-    try:
-        if path.stat().st_mode & 0o077:
-            raise MeshError(Code.FORBIDDEN, f"The key {path.name} can be read by others; run: chmod 600 {path}")
-        return CryptoSigner(load_pem_private_key(path.read_bytes(), password=None))
-    except FileNotFoundError as error:
-        raise MeshError(Code.FORBIDDEN, f"The key {path.name} is not here; it is needed to sign.") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise MeshError(Code.FORBIDDEN, f"The key {path.name} cannot be read as a private key.") from error
-
-
-def write_identity(folder: Path, authority: CertificateAuthority, name: str, role: str) -> bytes:
-    """Make a key and a certificate for a process on this machine; answers the certificate (PEM)."""
-    key, csr = make_csr(name, role)
-    certificate = authority.issue(csr, name=name, role=role, lifetime_s=CERTIFICATE_LIFETIME_S)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_file(folder / "node.key", key, mode=KEY_MODE)
-    write_file(folder / "ca.pem", authority.certificate_pem)
-    write_file(folder / "node.pem", certificate)
-    return certificate
 
 
 def init_keys(home: Path, team: str = "core") -> None:

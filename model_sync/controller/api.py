@@ -11,24 +11,31 @@ import hashlib
 import re
 import secrets
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
 
-from model_sync.config import SyncLimits
-from model_sync.enrolment_authority import EnrolmentAuthority
-from model_sync.hint import Hint
-from model_sync.node_directory import Announcement, NodeDirectory
-from model_sync.repository import Repository
+from model_sync.controller.bodies import (
+    EnrolRequest,
+    InviteRequest,
+    ReleaseRequest,
+    RenewRequest,
+    RolesRequest,
+    RolloutRequest,
+)
+from model_sync.controller.config import SyncLimits
+from model_sync.controller.enrolment import EnrolmentAuthority
+from model_sync.controller.hint import Hint
+from model_sync.controller.node_directory import Announcement, NodeDirectory
+from model_sync.controller.uploads import Uploads
+from model_sync.repository.repository import Repository
 from model_sync.rollout.document import Pick
-from model_sync.rollout.transitions import Action, Command, apply, find_rollout
-from model_sync.uploads import Uploads
+from model_sync.rollout.transitions import Command, apply, find_rollout
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import CATALOGUE, Code, MeshError
 from nearcast.identity import CertificateAuthority, JoinToken, parse_uri, peer_uri
-from nearcast.store.manifest import ModelName, Release, is_model_name
-from nearcast.store.pointer import Share
+from nearcast.store.manifest import is_model_name
 from nearcast.telemetry import get_logger
 
 NODE_ROLES = ("edge", "cloud", "router")
@@ -37,54 +44,6 @@ _FOLDERS = ("metadata", "targets", "blobs", "deltas")
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,255}")
 _log = get_logger("model_sync.controller")
 T = TypeVar("T")
-
-
-class EnrolRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Body of `POST /v1/enrol`."""
-
-    secret: Annotated[str, msgspec.Meta(min_length=16, max_length=256)]
-    csr: str
-
-
-class RenewRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Body of `POST /v1/renew`."""
-
-    csr: str
-
-
-class InviteRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Body of `POST /v1/invites`."""
-
-    name: str
-    role: str = "edge"
-    ttl_s: float = 3600.0
-
-
-class ReleaseRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Body of `POST /v1/releases`: the signed role as a JSON object, the added manifests as text by target path."""
-
-    team: ModelName
-    metadata: msgspec.Raw
-    manifests: dict[str, str] = {}
-
-
-class RolesRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Body of `POST /v1/roles`: offline roles that were signed again, as JSON objects."""
-
-    root: msgspec.Raw = msgspec.Raw()
-    targets: msgspec.Raw = msgspec.Raw()
-
-
-class RolloutRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Body of `POST /v1/rollouts`."""
-
-    channel: ModelName
-    model: ModelName
-    action: Action
-    release: Release | None = None
-    share: Share = 0.0
-    wave: Share = 1.0
-    reason: Annotated[str, msgspec.Meta(max_length=1024)] = ""
 
 
 class Controller:

@@ -17,17 +17,14 @@ from typing import Any
 
 import msgspec
 from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]
-from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
 from tuf.api.metadata import (  # type: ignore[attr-defined]
     Metadata,
     MetaFile,
     TargetFile,
     Targets,
 )
-from tuf.api.serialization import DeserializationError
 
-from model_sync.durable import remove_leftovers, write_file
-from model_sync.layout import (
+from model_sync.repository.layout import (
     METADATA_SIZE_BYTES_MAX,
     blob_path,
     custom_rollback_ok,
@@ -38,8 +35,9 @@ from model_sync.layout import (
     parse_models_path,
     target_file_path,
 )
-from model_sync.repository_version import Version, check_root, check_targets, read_version
+from model_sync.repository.state import RepositoryState, check_models, check_root, check_targets, read_state
 from model_sync.rollout.document import ChannelDocument
+from nearcast.durable import remove_leftovers, write_file
 from nearcast.errors import Code, MeshError
 from nearcast.store.manifest import MANIFEST_SIZE_BYTES_MAX, Manifest, decode_manifest
 
@@ -77,19 +75,19 @@ class Repository:
         self._signer = signer
         self._lifetimes = lifetimes or Lifetimes()
         remove_leftovers(folder)
-        self._version = read_version(folder, signer.public_key.keyid)
+        self._state = read_state(folder, signer.public_key.keyid)
 
     # -- what is published ------------------------------------------------------------------------------------------
 
     @property
     def serial(self) -> int:
         """Version of `timestamp.json`: grows with every change."""
-        return self._version.timestamp.signed.version
+        return self._state.timestamp.signed.version
 
     @property
     def root_version(self) -> int:
         """Version of the newest root."""
-        return self._version.root.signed.version
+        return self._state.root.signed.version
 
     def root_bytes(self, version: int | None = None) -> bytes:
         """One version of the root role, the newest by default."""
@@ -97,8 +95,8 @@ class Repository:
 
     def offline_expiries(self) -> dict[str, datetime]:
         """When the roles expire that only an operator can sign."""
-        expiries = {"root": self._version.root.signed.expires, "targets": self._version.targets.signed.expires}
-        for name, role in self._version.roles.items():
+        expiries = {"root": self._state.root.signed.expires, "targets": self._state.targets.signed.expires}
+        for name, role in self._state.roles.items():
             if name != "rollout":
                 expiries[name] = role.signed.expires
         return expiries
@@ -135,7 +133,7 @@ class Repository:
     def channel(self, name: str) -> ChannelDocument | None:
         """The present document of a channel; None if it has none."""
         path = f"channels/{name}.json"
-        target = self._version.roles["rollout"].signed.targets.get(path)
+        target = self._state.roles["rollout"].signed.targets.get(path)
         if target is None:
             return None
         return msgspec.json.decode(self._read_target(path, target), type=ChannelDocument)
@@ -163,10 +161,10 @@ class Repository:
                 made from an older state; INVALID_REQUEST if a manifest or a blob is missing.
         """
         name = f"models-{team}"
-        current = self._version.roles.get(name)
+        current = self._state.roles.get(name)
         if current is None or name == "rollout":
             raise MeshError(Code.UNTRUSTED, f"The targets role delegates nothing to the team {team!r}.")
-        role = self._verify_role(name, metadata, current.signed.version)
+        role = check_models(metadata, name, self._state)
         added = self._added_targets(role.signed, current.signed)
         for path, target in added.items():
             self._check_release(path, target, manifests)
@@ -180,13 +178,13 @@ class Repository:
         Raises:
             MeshError: UNTRUSTED if signature, keys or delegations are not those of now, CONFLICT for a wrong version.
         """
-        if root is not None:
-            following = check_root(root, self._version)
-            write_file(self._metadata_path(f"{following.signed.version}.root"), encode_metadata(following))
-            self._version = replace(self._version, root=following)
-        if targets is None:
-            return self.serial
-        return self._commit({"targets": check_targets(targets, self._version)})
+        # Both are checked before either is written: a refused pair leaves nothing behind.
+        next_root = None if root is None else check_root(root, self._state)
+        next_targets = None if targets is None else check_targets(targets, self._state)
+        if next_root is not None:
+            write_file(self._metadata_path(f"{next_root.signed.version}.root"), encode_metadata(next_root))
+            self._state = replace(self._state, root=next_root)
+        return self.serial if next_targets is None else self._commit({"targets": next_targets})
 
     def publish_channel(self, document: ChannelDocument) -> int:
         """Sign a channel's next document with the rollout role; answers the new serial.
@@ -200,7 +198,7 @@ class Repository:
         data = msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n"
         path = f"channels/{document.channel}.json"
         target = make_target(path, data)
-        role = deepcopy(self._version.roles["rollout"])
+        role = deepcopy(self._state.roles["rollout"])
         role.signed.targets[path] = target
         self._advance(role, self._lifetimes.rollout)
         self._write_target(path, target, data)
@@ -209,56 +207,32 @@ class Repository:
     def refresh(self, *, force: bool = False) -> bool:
         """Sign the online roles again once half of their life is over; answers whether anything was signed."""
         now = datetime.now(UTC)
-        version = self._version
+        state = self._state
 
         def due(role: Metadata[Any], lifetime: timedelta) -> bool:
             return force or role.signed.expires - now < lifetime / 2
 
         changed: dict[str, Metadata[Targets]] = {}
-        rollout = version.roles["rollout"]
+        rollout = state.roles["rollout"]
         if due(rollout, self._lifetimes.rollout):
             changed["rollout"] = deepcopy(rollout)
             self._advance(changed["rollout"], self._lifetimes.rollout)
-        if changed or due(version.snapshot, self._lifetimes.snapshot):
+        if changed or due(state.snapshot, self._lifetimes.snapshot):
             self._commit(changed)
             return True
-        if due(version.timestamp, self._lifetimes.timestamp):
-            self._write_timestamp(version)
+        if due(state.timestamp, self._lifetimes.timestamp):
+            self._write_timestamp(state)
             return True
         return False
 
     # -- checks of an operator's role -------------------------------------------------------------------------------
-
-    def _verify_role(self, name: str, data: bytes, version: int) -> Metadata[Targets]:
-        if len(data) > METADATA_SIZE_BYTES_MAX:
-            raise MeshError(Code.TOO_LARGE, f"The role is larger than {METADATA_SIZE_BYTES_MAX} bytes.")
-        try:
-            role = Metadata[Targets].from_bytes(data)
-            self._version.targets.signed.verify_delegate(name, role.signed_bytes, role.signatures)
-        except UnsignedMetadataError as error:
-            raise MeshError(
-                Code.UNTRUSTED,
-                f"The role {name} is not signed by a key that the targets role delegates to; use that team's key.",
-            ) from error
-        except (RepositoryError, DeserializationError, ValueError) as error:
-            raise MeshError(Code.UNTRUSTED, f"The role {name} is malformed.") from error
-        if not isinstance(role.signed, Targets) or role.signed.delegations is not None:
-            raise MeshError(Code.UNTRUSTED, f"The role {name} must be a targets role without delegations.")
-        if role.signed.version != version + 1:
-            raise MeshError(
-                Code.CONFLICT,
-                f"The role {name} is at version {version}; sign version {version + 1}, not {role.signed.version}.",
-            )
-        if role.signed.is_expired():
-            raise MeshError(Code.UNTRUSTED, f"The role {name} has expired already; sign it again.")
-        return role
 
     def _added_targets(self, role: Targets, current: Targets) -> dict[str, TargetFile]:
         for path, target in current.targets.items():
             if role.targets.get(path) != target:
                 raise MeshError(Code.UNTRUSTED, f"{path} was published already and must stay as it is.")
         added = {path: target for path, target in role.targets.items() if path not in current.targets}
-        delegations = self._version.targets.signed.delegations
+        delegations = self._state.targets.signed.delegations
         for path in added:
             model, release = parse_models_path(path)
             first = next(iter(delegations.get_roles_for_target(path)), None) if delegations else None
@@ -294,9 +268,9 @@ class Repository:
 
     def _commit(self, changed: Mapping[str, Metadata[Targets]]) -> int:
         """Write changed roles, then a snapshot that names them, then the timestamp that makes it all visible."""
-        targets = changed.get("targets", self._version.targets)
-        roles = {name: changed.get(name, role) for name, role in self._version.roles.items()}
-        snapshot = deepcopy(self._version.snapshot)
+        targets = changed.get("targets", self._state.targets)
+        roles = {name: changed.get(name, role) for name, role in self._state.roles.items()}
+        snapshot = deepcopy(self._state.snapshot)
         for name, role in changed.items():
             data = encode_metadata(role)
             if len(data) > METADATA_SIZE_BYTES_MAX:
@@ -305,19 +279,19 @@ class Repository:
             snapshot.signed.meta[f"{name}.json"] = MetaFile.from_data(role.signed.version, data, ["sha256"])
         self._advance(snapshot, self._lifetimes.snapshot)
         write_file(self._metadata_path(f"{snapshot.signed.version}.snapshot"), encode_metadata(snapshot))
-        self._write_timestamp(replace(self._version, snapshot=snapshot, targets=targets, roles=roles))
+        self._write_timestamp(replace(self._state, snapshot=snapshot, targets=targets, roles=roles))
         self._prune(["snapshot", *changed])
         return self.serial
 
-    def _write_timestamp(self, version: Version) -> None:
-        timestamp = deepcopy(version.timestamp)
-        snapshot = version.snapshot
+    def _write_timestamp(self, state: RepositoryState) -> None:
+        timestamp = deepcopy(state.timestamp)
+        snapshot = state.snapshot
         timestamp.signed.snapshot_meta = MetaFile.from_data(
             snapshot.signed.version, encode_metadata(snapshot), ["sha256"]
         )
         self._advance(timestamp, self._lifetimes.timestamp)
         write_file(self._metadata_path("timestamp"), encode_metadata(timestamp))
-        self._version = replace(version, timestamp=timestamp)
+        self._state = replace(state, timestamp=timestamp)
 
     def _advance(self, role: Metadata[Any], lifetime: timedelta) -> None:
         role.signed.version += 1
@@ -336,7 +310,7 @@ class Repository:
         return self.folder / "metadata" / f"{name}.json"
 
     def _models_roles(self) -> dict[str, Metadata[Targets]]:
-        return {name: role for name, role in self._version.roles.items() if name.startswith("models-")}
+        return {name: role for name, role in self._state.roles.items() if name.startswith("models-")}
 
     def _prune(self, names: Sequence[str]) -> None:
         """Forget versions of a role that no reader can still be about to ask for, and channel documents likewise."""
@@ -346,7 +320,7 @@ class Repository:
                 files[version].unlink(missing_ok=True)
         if "rollout" not in names:
             return
-        for path, target in self._version.roles["rollout"].signed.targets.items():
+        for path, target in self._state.roles["rollout"].signed.targets.items():
             present = self.folder / target_file_path(path, target.hashes["sha256"])
             documents = [
                 file for file in self._glob("targets/channels", f"*.{path.rpartition('/')[2]}") if file != present

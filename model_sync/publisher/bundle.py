@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
-from model_sync.golden import GOLDEN_FILE, VECTORS_MAX, pack_vectors, read_vectors
+from model_sync.publisher.golden import GOLDEN_FILE, VECTORS_MAX, pack_vectors, read_vectors
 from nearcast.errors import Code, MeshError
 from nearcast.store.manifest import (
     CHUNK_SIZE_BYTES,

@@ -17,12 +17,12 @@ from tuf.api.exceptions import DownloadHTTPError, RepositoryError
 from tuf.api.metadata import Metadata, TargetFile, Targets  # type: ignore[attr-defined]
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig  # type: ignore[attr-defined]
 
-from model_sync.bundle import pass_gate, read_bundle, verify_bundle
-from model_sync.control_client import ControlClient
-from model_sync.keys import load_key
-from model_sync.layout import METADATA_SIZE_BYTES_MAX, blob_path, make_target, models_path
-from model_sync.layout import parse_models_path as parse_path
-from model_sync.repository import Lifetimes
+from model_sync.publisher.bundle import pass_gate, read_bundle, verify_bundle
+from model_sync.publisher.control_client import ControlClient
+from model_sync.repository.layout import METADATA_SIZE_BYTES_MAX, blob_path, make_target, models_path
+from model_sync.repository.layout import parse_models_path as parse_path
+from model_sync.repository.repository import Lifetimes
+from model_sync.repository.signing_key import load_key
 from nearcast.errors import Code, MeshError
 from nearcast.store.manifest import Manifest
 

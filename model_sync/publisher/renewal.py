@@ -15,11 +15,11 @@ from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp  # type: ignore[attr-defined]
 from tuf.api.serialization import DeserializationError
 
-from model_sync.control_client import ControlClient
-from model_sync.durable import write_file
-from model_sync.keys import load_key
-from model_sync.layout import encode_metadata
-from model_sync.repository import Lifetimes
+from model_sync.publisher.control_client import ControlClient
+from model_sync.repository.layout import encode_metadata
+from model_sync.repository.repository import Lifetimes
+from model_sync.repository.signing_key import load_key
+from nearcast.durable import write_file
 from nearcast.errors import Code, MeshError
 
 

@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Protocol
 
-from model_sync.config import SyncLimits
-from model_sync.durable import move_file
-from model_sync.layout import blob_path
+from model_sync.controller.config import SyncLimits
+from model_sync.repository.layout import blob_path
+from nearcast.durable import move_file
 from nearcast.errors import Code, MeshError
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")

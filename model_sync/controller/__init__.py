@@ -1,0 +1,1 @@
+"""The sync process: the control API before the repository, enrolment, and the directory of nodes."""

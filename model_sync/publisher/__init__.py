@@ -1,0 +1,1 @@
+"""What an operator does, with keys that never leave the operator: make bundles, sign, push, renew."""

@@ -1,0 +1,1 @@
+"""The static files that every node reads: TUF metadata, channel documents, manifests, blobs."""
