@@ -21,9 +21,9 @@ import numpy.typing as npt
 import onnx
 
 from model_sync.agent.status import AgentStatus, read_status
-from model_sync.bundle import create_bundle, read_spec
-from model_sync.control_client import connect
-from model_sync.publish import Pushed, push
+from model_sync.publisher.bundle import create_bundle, read_spec
+from model_sync.publisher.control_client import connect
+from model_sync.publisher.push import Pushed, push
 from nearcast.cli.demo import file_types
 from nearcast.cli.demo.bundles import write_sources
 from nearcast.cli.demo.samples import FILES, load_digits
