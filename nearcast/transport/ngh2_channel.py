@@ -22,7 +22,8 @@ from nearcast.transport.tls_stream import TlsStream
 VerifyPeer: TypeAlias = Callable[[Mapping[str, Any]], object]
 """Takes the server's certificate as `ssl.SSLSocket.getpeercert()` gives it; raises MeshError to refuse the server."""
 
-_ATTEMPTS_MAX = 3
+_ATTEMPTS_MAX = 5
+_REFUSED_PAUSE_S = 0.01
 _METHODS_MAX = 256
 _CLOSE_TIMEOUT_S = 0.5
 
@@ -84,6 +85,7 @@ class Ngh2Channel:
                 # The server has not looked at it (its count of streams lags behind, or it is going away).
                 if not call.is_refused or attempt + 1 == _ATTEMPTS_MAX:
                     raise
+                await asyncio.sleep(min(_REFUSED_PAUSE_S * 2**attempt, max(0.0, ends_at - time.monotonic())))
         raise CallError(Code.UNAVAILABLE, f"{self.address} is going away; ask another node.", retry_after_ms=100)
 
     async def close(self) -> None:
