@@ -13,7 +13,7 @@ from pathlib import Path
 from nearcast import telemetry
 from nearcast.errors import Code, MeshError
 from nearcast.identity import Identity, load_identity, server_tls
-from nearcast.runtime import Shutdown, announce, require_tls
+from nearcast.runtime import Shutdown, announce
 from nearcast.store import Store
 from nearcast.transport.grpc import make_server
 from nearcast.transport.mesh import join_methods, mesh_methods
@@ -27,6 +27,7 @@ from router.control import ControlLink, find_control
 from router.directory import Announcer, DirectoryReader
 from router.explain import explain_route
 from router.policy import Policy
+from router.renewal import Renewal
 from router.router import Router
 from router.splits import StoreSplits
 from router.targets import ChannelFactory, NodeView, TargetSet
@@ -94,6 +95,9 @@ class RouterApp:
             )
         link = ControlLink(url, self.identity)
         self._closers.push_async_callback(link.close)
+        renewal = Renewal(self.identity, control=url, registry=self._telemetry.registry)
+        renewal.start()
+        self._closers.push_async_callback(renewal.close)
         return link
 
     async def _follow_nodes(self, link: ControlLink | None) -> None:
@@ -140,7 +144,6 @@ class RouterApp:
     async def _serve(
         self, name: str, address: str, methods: Methods, identity: Identity | None, *, require_client: bool
     ) -> None:
-        require_tls(address, identity is not None)
         server = make_server(
             self._config.transport, methods, address=address, identity=identity, require_client=require_client
         )

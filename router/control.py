@@ -28,12 +28,19 @@ class Control(Protocol):
 
 
 class ControlLink:
-    """mTLS connections to the sync process. Made on demand; lives on one event loop."""
+    """mTLS connections to the sync process. Made on demand; lives on one event loop.
+
+    The controller looks at the certificate with which a connection was opened. So a renewed one needs new connections;
+    the former are closed at the renewal after that, when nothing can be in flight on them any more.
+    """
 
     def __init__(self, url: str, identity: Identity) -> None:
         self._url = url.rstrip("/")
         self._identity = identity
         self._session: aiohttp.ClientSession | None = None
+        self._former: aiohttp.ClientSession | None = None
+        self._is_stale = False
+        identity.on_reload(self, ControlLink._mark_stale)
 
     async def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Send a JSON request; answers the JSON object of the reply.
@@ -43,7 +50,7 @@ class ControlLink:
         """
         import aiohttp
 
-        session = self._open()
+        session = await self._open()
         try:
             async with session.request(method, self._url + path, json=body, allow_redirects=False) as response:
                 data = await response.content.read(ANSWER_SIZE_BYTES_MAX + 1)
@@ -60,13 +67,22 @@ class ControlLink:
 
     async def close(self) -> None:
         """Close the connections."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        sessions, self._session, self._former = (self._session, self._former), None, None
+        for session in sessions:
+            if session is not None:
+                await session.close()
 
-    def _open(self) -> aiohttp.ClientSession:
+    def _mark_stale(self) -> None:
+        self._is_stale = True
+
+    async def _open(self) -> aiohttp.ClientSession:
         import aiohttp
 
+        if self._is_stale:
+            self._is_stale = False
+            last, self._former, self._session = self._former, self._session, None
+            if last is not None:
+                await last.close()
         if self._session is None:
             tls = client_tls(self._identity, ca=self._identity.ca, alpn=("http/1.1",))
             self._session = aiohttp.ClientSession(

@@ -19,7 +19,7 @@ from nearcast.config import load_config
 from nearcast.errors import Code, MeshError
 from nearcast.identity import Identity, join, load_identity, server_tls
 from nearcast.load import Tier
-from nearcast.runtime import Shutdown, announce, require_tls
+from nearcast.runtime import Shutdown, announce
 from nearcast.serving import ModelHost
 from nearcast.serving.control import ControlSocket
 from nearcast.store import Store
@@ -37,6 +37,7 @@ from router.directory import Announcer, DirectoryReader
 from router.explain import explain_route
 from router.policy import Policy
 from router.policy.config import PolicyConfig
+from router.renewal import Renewal
 from router.router import Router
 from router.splits import StoreSplits
 from router.targets import ChannelFactory, TargetSet
@@ -208,6 +209,9 @@ class ServingNode:
             closers.push_async_callback(self._link.close)
             if self._find_targets:
                 await self._follow_nodes(self._link, self.identity)
+            renewal = Renewal(self.identity, registry=self._telemetry.registry)
+            renewal.start()
+            closers.push_async_callback(renewal.close)
         closers.push_async_callback(self._close_listeners)
         await self._listen_for_clients()
         if self.identity is not None:
@@ -253,7 +257,6 @@ class ServingNode:
     async def _listen_for_clients(self) -> None:
         listen, router = self.config.listen, self.router
         shown = self.identity if listen.tls else None
-        require_tls(listen.grpc, shown is not None)
         counts = Statistics()
         methods = oip_methods(
             router, router, server_name=self.name, trusted=False, statistics=counts, report=router.catalogue

@@ -87,15 +87,17 @@ def join(token: str, folder: Path, *, clock: Clock = SYSTEM_CLOCK) -> Identity:
     return load_identity(folder)
 
 
-def renew(folder: Path) -> Identity:
+def renew(folder: Path, *, control: str = "") -> Identity:
     """Replace the certificate in `folder` by a fresh one for the same key. Blocks.
+
+    `control` is the controller's URL, if it is not the one that the folder names.
 
     Raises:
         MeshError: UNAVAILABLE if the controller cannot be reached (try again later), UNAUTHENTICATED if the present
             certificate has expired or the node was removed (join again).
     """
     identity = load_identity(folder)
-    control = _read_control(folder)
+    control = control or _read_control(folder)
     key_pem = identity.key.read_bytes()
     ca = read_certificate(identity.ca)
     context = client_tls(identity, ca=identity.ca, alpn=("http/1.1",))

@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 
 from nearcast.errors import Code, MeshError
 from nearcast.identity import ROLES, Identity, client_tls, require_role, server_tls
+from nearcast.runtime import require_tls
 from nearcast.transport.seam import DEFAULT_LIMITS, Channel, Limits, Methods, Server
 
 Kind: TypeAlias = Literal["ngh2", "grpcio"]
@@ -24,19 +25,21 @@ def make_server(
     identity: Identity | None = None,
     require_client: bool = False,
 ) -> Server:
-    """A server that is not started yet.
+    """A server that is not started yet. It follows `identity.reload()`.
 
     Args:
         kind: "ngh2" or "grpcio".
         methods: what it answers.
         address: `host:port` (port 0: the system chooses) or `unix:/path`.
         limits: bounds.
-        identity: whose certificate to show; None serves without TLS.
+        identity: whose certificate to show; None serves without TLS, on loopback and Unix sockets alone.
         require_client: only peers with a certificate of the mesh are let in.
 
     Raises:
-        MeshError: INVALID_REQUEST for an unknown kind; UNAUTHENTICATED if the identity's files cannot be used.
+        MeshError: INVALID_REQUEST for an unknown kind, and for an address that other machines can reach without an
+            identity; UNAUTHENTICATED if the identity's files cannot be used.
     """
+    require_tls(address, identity is not None)
     if require_client and identity is None:
         raise MeshError(
             Code.INVALID_REQUEST, "Client certificates can only be required on a listener with an identity."
@@ -63,7 +66,7 @@ def make_channel(
     ca: Path | None = None,
     roles: Collection[str] = ROLES,
 ) -> Channel:
-    """A channel that connects at its first call.
+    """A channel that connects at its first call. It follows `identity.reload()`.
 
     Args:
         kind: "ngh2" or "grpcio".
@@ -87,8 +90,12 @@ def make_channel(
     if kind == "grpcio":
         from nearcast.transport.grpcio_channel import GrpcioChannel, channel_credentials
 
-        credentials = None if trusted is None else channel_credentials(identity, trusted)
-        return GrpcioChannel(address, limits=limits, credentials=credentials)
+        if trusted is None:
+            return GrpcioChannel(address, limits=limits)
+        channel = GrpcioChannel(address, limits=limits, credentials=channel_credentials(identity, trusted))
+        if identity is not None:
+            identity.on_reload(channel, lambda used: used.reconnect(channel_credentials(identity, trusted)))
+        return channel
     raise _unknown(kind)
 
 

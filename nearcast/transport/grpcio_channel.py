@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +22,8 @@ TLS_SERVER_NAME = "localhost"
 _METHODS_MAX = 256
 # A call that met the server's limit of streams before the client knew the limit.
 _REFUSED = "RST_STREAM with error code 7"
-_ATTEMPTS_MAX = 3
+_ATTEMPTS_MAX = 8
+_REFUSED_PAUSE_S = 0.01
 # What grpcio says when a call never reached a method.
 _NOT_SENT = (
     _REFUSED.lower(),
@@ -47,23 +50,9 @@ class GrpcioChannel:
     ) -> None:
         self._address = address
         self._limits = limits
-        options: list[tuple[str, Any]] = [
-            ("grpc.max_receive_message_length", limits.message_size_bytes_max),
-            ("grpc.max_send_message_length", -1),
-            ("grpc.max_metadata_size", limits.metadata_size_bytes_max),
-            ("grpc.min_reconnect_backoff_ms", int(limits.connect_timeout_s * 1000)),
-            ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.max_reconnect_backoff_ms", 2000),
-            # Channels of one process that dial the same address would otherwise share a connection.
-            ("grpc.use_local_subchannel_pool", 1),
-            ("grpc.enable_http_proxy", 0),
-        ]
-        if credentials is None:
-            self._channel = grpc.aio.insecure_channel(address, options=options)
-        else:
-            options.append(("grpc.ssl_target_name_override", TLS_SERVER_NAME))
-            self._channel = grpc.aio.secure_channel(address, credentials, options=options)
+        self._channel = self._make_channel(credentials)
         self._methods: dict[str, Any] = {}
+        self._retired: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
     async def unary(
@@ -77,26 +66,70 @@ class GrpcioChannel:
             raise CallError(Code.DEADLINE, "The deadline passed before the call could be sent.")
         for name, value in metadata:
             status.require_metadata_value(name, value)
-        callable_ = self._methods.get(method)
-        if callable_ is None:
-            if len(self._methods) >= _METHODS_MAX:
-                self._methods.clear()
-            callable_ = self._methods[method] = self._channel.unary_unary(method)
         message = b"".join(body)
         for attempt in range(_ATTEMPTS_MAX):
-            call = callable_(message, timeout=deadline - time.monotonic(), metadata=tuple(metadata))
+            call = self._callable(method)(message, timeout=deadline - time.monotonic(), metadata=tuple(metadata))
             try:
                 return Reply((await call,), _text_pairs(await call.trailing_metadata()))
             except grpc.aio.AioRpcError as error:
                 if _REFUSED not in (error.details() or "") or attempt + 1 == _ATTEMPTS_MAX:
                     raise _error(error) from error
+                # Refused before it ran: more streams were opened than the server's settings, not yet here, allow.
+                pause_s = random.uniform(0, _REFUSED_PAUSE_S * 2**attempt)
+                await asyncio.sleep(min(pause_s, max(0.0, deadline - time.monotonic())))
             except grpc.aio.UsageError as error:
                 raise CallError(Code.UNAVAILABLE, f"The channel to {self._address} is closed.") from error
         raise AssertionError
 
+    def reconnect(self, credentials: grpc.ChannelCredentials) -> None:
+        """Connect anew, with other credentials, at the next call; calls in flight end on the former connection."""
+        if self._is_closed:
+            return
+        former, self._channel = self._channel, self._make_channel(credentials)
+        self._methods.clear()
+        task = asyncio.get_running_loop().create_task(_retire(former, self._limits.call_timeout_s_max))
+        self._retired.add(task)
+        task.add_done_callback(self._retired.discard)
+
     async def close(self) -> None:
         self._is_closed = True
         await self._channel.close()
+        for task in self._retired:
+            task.cancel()
+        await asyncio.gather(*self._retired, return_exceptions=True)
+
+    def _make_channel(self, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+        limits = self._limits
+        options: list[tuple[str, Any]] = [
+            ("grpc.max_receive_message_length", limits.message_size_bytes_max),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_metadata_size", limits.metadata_size_bytes_max),
+            ("grpc.min_reconnect_backoff_ms", int(limits.connect_timeout_s * 1000)),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 2000),
+            # Channels of one process that dial the same address would otherwise share a connection.
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.enable_http_proxy", 0),
+        ]
+        if credentials is None:
+            return grpc.aio.insecure_channel(self._address, options=options)
+        options.append(("grpc.ssl_target_name_override", TLS_SERVER_NAME))
+        return grpc.aio.secure_channel(self._address, credentials, options=options)
+
+    def _callable(self, method: str) -> Any:
+        found = self._methods.get(method)
+        if found is None:
+            if len(self._methods) >= _METHODS_MAX:
+                self._methods.clear()
+            found = self._methods[method] = self._channel.unary_unary(method)
+        return found
+
+
+async def _retire(channel: grpc.aio.Channel, grace_s: float) -> None:
+    try:
+        await channel.close(grace_s)
+    finally:
+        await channel.close()
 
 
 def _error(error: grpc.aio.AioRpcError) -> CallError:

@@ -101,16 +101,33 @@ class GrpcioServer:
 
 
 def server_credentials(identity: Identity, *, require_client: bool) -> grpc.ServerCredentials:
-    """A node's identity in grpcio's form.
+    """A node's identity in grpcio's form. It follows `identity.reload()`.
 
     Raises:
         MeshError: UNAUTHENTICATED if its files cannot be read.
     """
+    shown = _Shown(_configuration(identity))
+    identity.on_reload(shown, lambda used: used.show(_configuration(identity)))
+    return grpc.dynamic_ssl_server_credentials(shown.current, shown.fetch, require_client_authentication=require_client)
+
+
+class _Shown:
+    """The certificate that grpcio shows; it asks before every handshake, from a thread of its own."""
+
+    def __init__(self, configuration: grpc.ServerCertificateConfiguration) -> None:
+        self.current = configuration
+
+    def show(self, configuration: grpc.ServerCertificateConfiguration) -> None:
+        self.current = configuration
+
+    def fetch(self) -> grpc.ServerCertificateConfiguration:
+        return self.current
+
+
+def _configuration(identity: Identity) -> grpc.ServerCertificateConfiguration:
     try:
         pair = (identity.key.read_bytes(), identity.certificate.read_bytes())
-        return grpc.ssl_server_credentials(
-            [pair], root_certificates=identity.ca.read_bytes(), require_client_auth=require_client
-        )
+        return grpc.ssl_server_certificate_configuration([pair], root_certificates=identity.ca.read_bytes())
     except OSError as error:
         raise MeshError(Code.UNAUTHENTICATED, f"The identity's files cannot be read: {error}.") from error
 
