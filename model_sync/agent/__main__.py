@@ -25,15 +25,16 @@ async def serve(config: AgentConfig, shutdown: Shutdown) -> int:
     """Run the agent until the process is to end."""
     from model_sync.agent.app import Agent
 
-    agent = Agent(config)
-    watch = asyncio.create_task(_end_with_parent(shutdown, os.getppid()))
+    agent, parent = Agent(config), os.getppid()
+    watch = asyncio.create_task(_end_with_parent(shutdown, parent))
     try:
         await agent.start()
         announce("agent", node=config.node, status=str(agent.status_path))
         await shutdown.wait()
     finally:
         watch.cancel()
-        await agent.close()
+        # A node that died may have died of the version on trial: only its living word makes this end an orderly one.
+        await agent.close(orderly=os.getppid() == parent)
     return ExitCode.OK
 
 

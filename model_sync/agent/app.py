@@ -109,8 +109,8 @@ class Agent:
         if self.config.control and self.config.hint_wait_s > 0:
             self._listen()
 
-    async def close(self) -> None:
-        """Stop at once; every state is on the disk."""
+    async def close(self, *, orderly: bool = False) -> None:
+        """Stop at once; every state is on the disk. `orderly`: by order, not because the node has gone."""
         if self._hint is not None:
             await asyncio.to_thread(self._hint.close)
         if self._loop_task is not None:
@@ -119,7 +119,7 @@ class Agent:
             with suppress(asyncio.CancelledError):
                 await self._loop_task
         for shell in self._shells.values():
-            await shell.close()
+            await shell.close(orderly=orderly)
         for pool in (self._checker, self._workers):
             pool.shutdown(wait=True, cancel_futures=True)
         self._source.close()

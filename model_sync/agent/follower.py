@@ -54,5 +54,5 @@ class Follower:
         """What to report."""
         return ModelStatus(state="FOLLOW", error=self._error, **pointer_fields(self._pointer))
 
-    async def close(self) -> None:
+    async def close(self, *, orderly: bool) -> None:
         """Nothing runs here."""

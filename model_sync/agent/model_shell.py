@@ -130,9 +130,13 @@ class ModelShell:
             **pointer_fields(machine.pointer),
         )
 
-    async def close(self) -> None:
-        """Stop all work; what was done is on the disk."""
-        self._machine = None
+    async def close(self, *, orderly: bool) -> None:
+        """Stop all work; what was done is on the disk. An `orderly` end is not held against a version on trial."""
+        machine, self._machine = self._machine, None
+        if machine is not None and orderly:
+            with suppress(OSError):
+                for instruction in machine.leave():
+                    self._carry_out(instruction)
         if self._timer is not None:
             self._timer.cancel()
         for job in list(self._tasks):

@@ -112,6 +112,14 @@ class Replica:
             return []
         return self._actions[action](now, event)
 
+    def leave(self) -> list[Instruction]:
+        """The agent ends by order: the start that follows is no sign against the version on trial."""
+        memory = self.memory
+        if memory.goal is None or memory.state not in (State.GATE, *_ON_TRIAL):
+            return []
+        self.memory = replace(memory, boots=memory.boots - 1)
+        return [Remember(self.memory)]
+
     # Boot.
 
     def _on_resume(self, now: float, event: Event) -> list[Instruction]:

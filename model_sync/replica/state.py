@@ -91,7 +91,8 @@ class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         gated: manifest digests of the installed releases that passed the gate, by release in decimal.
         goal, slot: what is being installed or tried, and as what.
         previous: pointer to return to; present from ACTIVATE until COMMIT or the end of ROLLBACK.
-        boots: starts of the agent, or silent probations, since the goal was activated.
+        boots: starts of the agent, or silent probations, since the goal was activated; those after an orderly end do
+            not count.
     """
 
     model: ModelName

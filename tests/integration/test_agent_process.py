@@ -149,6 +149,20 @@ def test_three_boots_in_probation_go_back(tmp_path: Path, publisher: Publisher, 
     require_sound(config_store(quick), {1})
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_orderly_restarts_in_probation_are_no_sign_against_a_release(
+    tmp_path: Path, publisher: Publisher, origin: Origin
+) -> None:
+    config = make_config(tmp_path, publisher, origin, probation_s=20.0)
+    for _ in range(4):
+        agent = AgentProcess(config, tmp_path)
+        agent.ready()
+        agent.wait_for("release 1 is on probation", "PROBATION", stable=1)
+        assert agent.end(signal.SIGTERM) == 0
+    require_sound(config_store(config), {1})
+
+
 def test_the_agent_ends_with_its_parent(tmp_path: Path, publisher: Publisher, origin: Origin) -> None:
     config = make_config(tmp_path, publisher, origin)
     (tmp_path / "agent.toml").write_text(

@@ -266,6 +266,24 @@ def test_boots_in_probation_are_counted() -> None:
     assert driver.machine.pointer == Pointer(stable=1, intent=2)
 
 
+def test_an_orderly_end_in_probation_is_not_counted() -> None:
+    driver = Driver()
+    driver.install(want(1, 1))
+    assert driver.machine.leave() == [], "nothing is on trial"
+    driver.intend(want(2, 2))
+    driver.run_to(State.PROBATION)
+    for boot in range(5):
+        (remembered,) = driver.machine.leave()
+        assert isinstance(remembered, Remember)
+        driver = Driver(remembered.memory, driver.machine.pointer, driver.machine.installed)
+        assert driver.machine.state is State.ACTIVATE, f"boot {boot}"
+    for _ in range(2):
+        driver = Driver(driver.machine.memory, driver.machine.pointer, driver.machine.installed)
+        assert driver.machine.state is State.ACTIVATE
+    driver = Driver(driver.machine.memory, driver.machine.pointer, driver.machine.installed)
+    assert driver.machine.state is State.ROLLBACK, "the third end without a word counts, whatever came before"
+
+
 def test_a_signed_rollback_is_not_on_trial() -> None:
     driver = Driver()
     driver.install(want(1, 1))
