@@ -64,6 +64,7 @@ class RequestHead:
     metadata: Mapping[str, str] = ()  # type: ignore[assignment]
     problem: MeshError | None = None
     is_grpc: bool = False
+    size_bytes: int = 0
 
 
 def read_request(fields: Iterable[tuple[bytes, bytes]], *, size_bytes_max: int, count_max: int) -> RequestHead:
@@ -94,7 +95,8 @@ def read_request(fields: Iterable[tuple[bytes, bytes]], *, size_bytes_max: int, 
         head.problem = error
     head.metadata = metadata
     head.is_grpc = head.is_grpc and is_post
-    if size_bytes + count * FIELD_OVERHEAD_BYTES > size_bytes_max or count > count_max:
+    head.size_bytes = size_bytes + count * FIELD_OVERHEAD_BYTES
+    if head.size_bytes > size_bytes_max or count > count_max:
         head.problem = MeshError(
             Code.INVALID_REQUEST, f"The metadata is over the limit of {size_bytes_max} bytes or {count_max} entries."
         )

@@ -31,13 +31,14 @@ from nearcast.transport.ngh2_connection import (
     Ngh2Connection,
 )
 from nearcast.transport.ngh2_framing import MessageReader, whole_message
-from nearcast.transport.ngh2_headers import RequestHead, read_request, write_error, write_http_error
+from nearcast.transport.ngh2_headers import Fields, RequestHead, read_request, write_error, write_http_error
 from nearcast.transport.ngh2_stream import ServerStream
 from nearcast.transport.seam import Call, Limits, Methods
 
 _log = logging.getLogger(__name__)
 _DRAIN_PING = b"nc-drain"
 _NO_ERROR = 0
+_REMEMBERED_SIZE_BYTES_MAX = 1024
 # A union would be built anew for each event.
 _ENDED = (StreamReset, StreamClosed)
 
@@ -67,7 +68,9 @@ class ServerConnection(Ngh2Connection):
     """One client's connection."""
 
     __slots__ = (
+        "_fields",
         "_half_closed",
+        "_head",
         "_is_greeted",
         "_notice_heard",
         "_opened_at",
@@ -93,6 +96,9 @@ class ServerConnection(Ngh2Connection):
         self._stalled_since: float | None = None
         self._swept_sent_bytes = 0
         self._notice_heard: asyncio.Future[None] | None = None
+        # Clients repeat themselves: the last call's fields, and what they said.
+        self._fields: Fields = ()
+        self._head = RequestHead()
 
     def settings(self) -> Mapping[int, int]:
         limits = self.limits
@@ -156,9 +162,13 @@ class ServerConnection(Ngh2Connection):
     def _open(self, event: RequestReceived) -> None:
         limits = self.limits
         stream_id = event.stream_id
-        head = read_request(
-            event.headers, size_bytes_max=limits.metadata_size_bytes_max, count_max=limits.metadata_count_max
-        )
+        head = self._head
+        if event.headers != self._fields:
+            head = read_request(
+                event.headers, size_bytes_max=limits.metadata_size_bytes_max, count_max=limits.metadata_count_max
+            )
+            if head.problem is None and head.size_bytes <= _REMEMBERED_SIZE_BYTES_MAX:
+                self._fields, self._head = event.headers, head
         deadline = None if head.timeout_s is None else time.monotonic() + head.timeout_s
         call = Call(method=head.path, metadata=head.metadata, deadline=deadline, identity=self.identity, peer=self.peer)
         stream = ServerStream(self, stream_id, call, head.encoding)
