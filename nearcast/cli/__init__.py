@@ -31,7 +31,7 @@ class Entry:
 
 SUBCOMMANDS: Mapping[str, Entry] = {
     "demo": Entry("nearcast.cli.demo", "Run the whole mesh on this machine: real models, real traffic."),
-    "up": Entry("nearcast.cli.up", "Run the mesh of a configuration file as one process tree."),
+    "up": Entry("nearcast.cli.up", "Run a whole mesh on this machine as one process tree."),
     "edge": Entry("nearcast.cli.edge", "Run an edge node."),
     "cloud": Entry("nearcast.cli.cloud", "Run a cloud core."),
     "router": Entry("nearcast.cli.router", "Run a stand-alone router."),
@@ -39,8 +39,8 @@ SUBCOMMANDS: Mapping[str, Entry] = {
     "infer": Entry("nearcast.cli.infer", "Send one request."),
     "bench": Entry("nearcast.cli.bench", "Load a target and print its percentiles."),
     "bundle": Entry("nearcast.cli.bundle", "Create, verify and inspect model bundles."),
-    "models": Entry("nearcast.cli.models", "List and fetch models."),
-    "keys": Entry("nearcast.cli.keys", "Make, rotate and revoke signing keys."),
+    "models": Entry("nearcast.cli.models", "List the models of a store or of a running node."),
+    "keys": Entry("nearcast.cli.keys", "Make and renew the keys of a mesh."),
     "push": Entry("nearcast.cli.push", "Sign a bundle and publish it to a channel."),
     "rollout": Entry("nearcast.cli.rollout", "Start, watch, promote or stop a rollout."),
     "rollback": Entry("nearcast.cli.rollback", "Return a model to an earlier version."),
@@ -96,5 +96,6 @@ def main() -> None:
     """Answer inference requests next to the device, and fall back to the cloud when needed.
 
     Exit codes: 0 fine, 1 a check said no, 2 or 64 wrong usage, 65 not trusted, 66 not found, 69 not reachable,
-    70 internal error, 75 try again later, 77 not allowed, 78 wrong configuration, 130 interrupted.
+    70 internal error, 75 not now (in conflict, busy, too late), 77 not allowed, 78 wrong configuration,
+    130 interrupted.
     """

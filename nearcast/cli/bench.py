@@ -6,16 +6,19 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from nearcast.cli.listing import json_option, print_json, print_table
 
 if TYPE_CHECKING:
     from nearcast.client import AsyncClient
     from nearcast.handler import ModelMetadata, Tensors
 
 IN_FLIGHT_MAX = 4096
+QUANTILES = (50, 95, 99)
 
 
 @dataclass(slots=True)
@@ -37,14 +40,19 @@ class Outcome:
 @click.command()
 @click.argument("model")
 @click.option(
-    "--target", "targets", multiple=True, default=("127.0.0.1:8001",), help="gRPC address of a node; repeatable."
+    "--target",
+    "targets",
+    multiple=True,
+    default=("127.0.0.1:8001",),
+    show_default=True,
+    help="gRPC address of a node; repeatable.",
 )
 @click.option(
     "--rate", type=click.FloatRange(min=0, min_open=True), default=100.0, show_default=True, help="Per second."
 )
 @click.option("--duration-s", type=click.FloatRange(min=0, min_open=True, max=3600), default=5.0, show_default=True)
 @click.option("--deadline-ms", type=click.FloatRange(min=0, min_open=True), default=1000.0, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def command(
     model: str, targets: Sequence[str], rate: float, duration_s: float, deadline_ms: float, as_json: bool
 ) -> None:
@@ -54,7 +62,7 @@ def command(
     """
     outcome = asyncio.run(_run(model, targets, rate, duration_s, deadline_ms))
     if as_json:
-        _print_json(outcome)
+        print_json(report_of(outcome))
     else:
         _print_table(outcome)
     if not outcome.latencies_ms:
@@ -111,23 +119,25 @@ def make_inputs(metadata: ModelMetadata) -> Tensors:
     return inputs
 
 
-def _print_json(outcome: Outcome) -> None:
-    import json
-
-    report = asdict(outcome) | {f"p{q}_ms": outcome.quantile_ms(q / 100) for q in (50, 95, 99)}
-    report["answered"] = len(report.pop("latencies_ms"))
-    click.echo(json.dumps(report, indent=1))
+def report_of(outcome: Outcome) -> dict[str, Any]:
+    """The outcome for other programs."""
+    return {
+        "seconds": outcome.seconds,
+        "answered": len(outcome.latencies_ms),
+        **{f"p{q}_ms": outcome.quantile_ms(q / 100) for q in QUANTILES},
+        "served_by": outcome.served_by,
+        "versions": outcome.versions,
+        "failures": outcome.failures,
+    }
 
 
 def _print_table(outcome: Outcome) -> None:
-    from nearcast.cli.operator_options import print_table
-
     answered, failed = len(outcome.latencies_ms), sum(outcome.failures.values())
     rows = [
         ["answered", f"{answered} ({answered / outcome.seconds:.1f}/s)"],
         ["failed", ", ".join(f"{code} {n}" for code, n in outcome.failures.most_common()) if failed else "0"],
-        *([f"p{q}", f"{outcome.quantile_ms(q / 100):.2f} ms"] for q in (50, 95, 99)),
+        *([f"p{q}", f"{outcome.quantile_ms(q / 100):.2f} ms"] for q in QUANTILES),
         ["served by", ", ".join(f"{node} {n}" for node, n in outcome.served_by.most_common())],
         ["versions", ", ".join(f"{version} {n}" for version, n in outcome.versions.most_common())],
     ]
-    print_table(["", ""], rows, empty="")
+    print_table(["", ""], rows)

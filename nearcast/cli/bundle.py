@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nearcast.cli.operator_options import json_option, print_json, print_table
+from nearcast.cli.listing import json_option, print_json, print_table
 
 if TYPE_CHECKING:
     from nearcast.store.manifest import Manifest
@@ -32,7 +32,7 @@ def create(spec: Path, out: Path, source: Path | None) -> None:
     click.echo(f"{manifest.name} release {manifest.release} ({manifest.semver}): {_size(manifest)} in {out}")
 
 
-@command.command()
+@command.command(short_help="Check every byte of a bundle and let it pass its gate.")
 @click.argument("folder", type=FOLDER)
 @json_option
 def verify(folder: Path, as_json: bool) -> None:
@@ -47,7 +47,7 @@ def verify(folder: Path, as_json: bool) -> None:
         print_json({"name": manifest.name, "release": manifest.release, "gate": msgspec.to_builtins(measured)})
     else:
         click.echo(f"{manifest.name} release {manifest.release} is whole and passes its gate.")
-        click.echo(f"{measured.vectors} golden vectors, p50 {measured.p50_us:g} us, loaded in {measured.load_ms:g} ms")
+        click.echo(f"golden vectors: {measured.vectors}, p50 {measured.p50_us:g} us, loaded in {measured.load_ms:g} ms")
 
 
 @command.command()
@@ -75,7 +75,7 @@ def inspect(folder: Path, as_json: bool) -> None:
         "description": manifest.description,
         "properties": msgspec.json.encode(manifest.properties).decode() if manifest.properties else "",
     }
-    print_table(["what", "value"], [[key, value] for key, value in shown.items() if value], empty="")
+    print_table(["what", "value"], [[key, value] for key, value in shown.items() if value])
     click.echo()
     tensors = [("input", tensor) for tensor in manifest.inputs] + [("output", tensor) for tensor in manifest.outputs]
     print_table(

@@ -9,7 +9,9 @@ from pathlib import Path
 import click
 import msgspec
 
-from nearcast.config import ConfigError, Row, load_config
+from nearcast.cli.listing import json_option, print_json, print_table
+from nearcast.cli.process_options import settings_options
+from nearcast.config import ConfigError, load_config
 
 APPS = {
     "edge": ("edge_node.config", "EdgeConfig"),
@@ -26,17 +28,15 @@ def command() -> None:
 
 @command.command()
 @click.option("--app", type=click.Choice(sorted(APPS)), required=True, help="Whose settings.")
-@click.option("--config", "path", type=click.Path(path_type=Path, dir_okay=False), help="A TOML file.")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one value; repeatable.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@settings_options
+@json_option
 def show(app: str, path: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Print all settings of APP: defaults, file, environment (NEARCAST_SECTION__KEY) and --set, strongest last."""
     rows = load_config(_config_type(app), path=path, overrides=overrides).rows()
     if as_json:
-        listing = [{"key": row.key, "value": _plain(row.value), "origin": row.origin} for row in rows]
-        click.echo(msgspec.json.format(msgspec.json.encode(listing), indent=2).decode())
+        print_json([{"key": row.key, "value": _plain(row.value), "origin": row.origin} for row in rows])
     else:
-        _print_table(app, rows)
+        print_table(["key", "value", "origin"], [[row.key, _text(row.value), row.origin] for row in rows])
 
 
 def _config_type(app: str) -> type[msgspec.Struct]:
@@ -53,17 +53,5 @@ def _plain(value: object) -> object:
     return msgspec.to_builtins(value, enc_hook=str)
 
 
-def _print_table(app: str, rows: list[Row]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=f"Settings of {app}", title_justify="left")
-    table.add_column("key", no_wrap=True)
-    table.add_column("value", overflow="fold")
-    table.add_column("origin", overflow="fold")
-    for row in rows:
-        value = row.value if isinstance(row.value, str) else msgspec.json.encode(_plain(row.value)).decode()
-        style = "dim" if row.origin == "default" else ""
-        table.add_row(row.key, Text(value), Text(row.origin), style=style)
-    Console().print(table)
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else msgspec.json.encode(_plain(value)).decode()

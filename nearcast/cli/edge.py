@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 
+from nearcast.cli.process_options import join_option, settings_options
+
 
 @click.command()
-@click.option("--config", "path", type=click.Path(path_type=Path, dir_okay=False), help="A TOML file.")
-@click.option("--join", "token", default="", metavar="TOKEN", help="Join the mesh; from `nearcast nodes invite`.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting; repeatable.")
+@settings_options
+@join_option
 def command(path: Path | None, token: str, overrides: tuple[str, ...]) -> None:
     """Run an edge node: models, router and devices in one process.
 
@@ -20,6 +21,6 @@ def command(path: Path | None, token: str, overrides: tuple[str, ...]) -> None:
     """
     from edge_node.app import run
     from edge_node.config import EdgeConfig
-    from router.serving_node import read_config
+    from nearcast.config import load_config
 
-    sys.exit(run(read_config(EdgeConfig, path, overrides), token=token))
+    sys.exit(run(load_config(EdgeConfig, path=path, overrides=overrides).value, token=token))

@@ -7,11 +7,13 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from nearcast.cli.listing import json_option, print_table
 from nearcast.errors import Code, MeshError
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ class Answer:
 @click.option("--version", "release", default="", help="A release or a semver; empty = what the channel serves.")
 @click.option("--deadline-ms", type=click.FloatRange(min=0, min_open=True), default=10_000.0, show_default=True)
 @click.option("--parameter", "parameters", multiple=True, metavar="NAME=JSON", help="A request parameter; repeatable.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON with all elements.")
+@json_option
 def command(
     model: str,
     inputs: tuple[str, ...],
@@ -54,15 +56,17 @@ def command(
     parameters: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    r"""Send one request to MODEL and print the answer.
+    """Send one request to MODEL and print the answer.
+
+    INPUT is one of
 
     \b
-    INPUT is one of
       name=@file.npy              a NumPy file
       name=@file.bin:FP32:1,64    raw little-endian bytes with datatype and shape
       name=[[1, 2], [3, 4]]       JSON; the model says the datatype
+
     URL is grpc://host:port, http://host:port or mqtt://host:port/tenant/device.
-    """
+    """  # noqa: D301 (click looks for a real backspace)
     settings = dict(_split_parameter(text) for text in parameters)
     answer = asyncio.run(_ask(url, model, release, inputs, settings, deadline_ms))
     if as_json:
@@ -138,7 +142,7 @@ async def _ask_http(
                 latency_ms = (time.monotonic() - started) * 1e3
                 said = reply.headers
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise MeshError(Code.UNAVAILABLE, f"{url} cannot be reached: {str(error) or 'no answer in time'}.") from error
+        raise MeshError(Code.UNAVAILABLE, f"{url} cannot be reached: {_reason(error)}.") from error
     return Answer(
         model=found["model_name"],
         version=found.get("model_version", ""),
@@ -147,6 +151,20 @@ async def _ask_http(
         tier=said.get("nc-tier", ""),
         latency_ms=latency_ms,
     )
+
+
+def _reason(error: Exception) -> str:
+    import aiohttp
+
+    match error:
+        case aiohttp.ClientConnectorError():
+            return error.os_error.strerror or str(error.os_error)
+        case aiohttp.ClientResponseError() if error.status == HTTPStatus.BAD_REQUEST:
+            return "what listens there does not speak HTTP"
+        case TimeoutError():
+            return "no answer in time"
+        case _:
+            return str(error) or type(error).__name__
 
 
 async def _ask_mqtt(
@@ -296,15 +314,13 @@ def _as_json(answer: Answer) -> dict[str, Any]:
 
 
 def _print(answer: Answer) -> None:
-    from nearcast.cli.operator_options import print_table
-
     rows = []
     for name, array in answer.outputs.items():
         tensor = _tensor(array)
         shown = ", ".join(_short(value) for value in tensor["data"][:SHOWN_ELEMENTS_MAX])
         more = f", … ({array.size} in all)" if array.size > SHOWN_ELEMENTS_MAX else ""
         rows.append([name, tensor["datatype"], ",".join(map(str, tensor["shape"])), shown + more])
-    print_table(["output", "datatype", "shape", "data"], rows, empty="no outputs")
+    print_table(["output", "datatype", "shape", "data"], rows)
     place = " ".join(part for part in (answer.served_by, f"({answer.tier})" if answer.tier else "") if part)
     click.echo(f"{answer.model} version {answer.version}, {place or 'server'}, {answer.latency_ms:.1f} ms")
 

@@ -14,7 +14,7 @@ def command() -> None:
     """Make and renew the keys of a mesh."""
 
 
-@command.command()
+@command.command(short_help="Make all keys of a new mesh.")
 @home_option
 @click.option("--team", default="core", show_default=True, help="The team that may publish models.")
 def init(home: Path, team: str) -> None:
@@ -27,7 +27,7 @@ def init(home: Path, team: str) -> None:
     click.echo(f"Next: nearcast sync --home {home / 'sync'}")
 
 
-@command.command()
+@command.command(short_help="Replace an operator's expired certificate.")
 @home_option
 def renew(home: Path) -> None:
     """Give the operator of HOME a new certificate after the old one expired; needs HOME/sync on this machine."""
@@ -37,7 +37,7 @@ def renew(home: Path) -> None:
     click.echo(f"{identity.uri} has a new certificate for 7 days; commands renew it while it holds.")
 
 
-@command.command()
+@command.command(short_help="Sign the offline roles for another term.")
 @operator_options
 def extend(home: Path, control: str) -> None:
     """Sign root, targets and models roles for another term; due before 90 days without a push are over."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
+
+from nearcast.cli.listing import json_option, print_json, print_table, printable
 
 
 @click.group("models")
@@ -14,21 +15,21 @@ def command() -> None:
     """List the models of a store or of a running node."""
 
 
-@command.command("list")
+@command.command("list", short_help="List models and their versions.")
 @click.option("--store", type=click.Path(path_type=Path, file_okay=False, exists=True), help="A node's store folder.")
 @click.option(
     "--socket", "socket_path", type=click.Path(path_type=Path), help="A running node's control socket (host.sock)."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@json_option
 def list_models(store: Path | None, socket_path: Path | None, as_json: bool) -> None:
     """List models and their versions, from the disk (--store) or from a running node (--socket)."""
     if (store is None) == (socket_path is None):
         raise click.UsageError("Give either --store FOLDER or --socket PATH.")
     rows = _from_store(store) if store is not None else _from_socket(Path(str(socket_path)))
     if as_json:
-        click.echo(json.dumps({"models": rows}, indent=1))
+        print_json({"models": rows})
     else:
-        _print_table(rows, running=store is None)
+        _print(rows, running=store is None)
 
 
 def _from_store(root: Path) -> list[dict[str, Any]]:
@@ -68,26 +69,24 @@ def _from_socket(path: Path) -> list[dict[str, Any]]:
     return models
 
 
-def _print_table(rows: list[dict[str, Any]], *, running: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    columns = ["model", "release", "semver"]
-    columns += ["state", "requests", "errors", "p50 µs", "p99 µs"] if running else ["serves as", "engine", "size"]
-    table = Table(*columns)
-    for row in rows:
-        for version in row["versions"]:
-            head = [row["model"], str(version["release"]), version.get("semver", "")]
-            table.add_row(*head, *(_running_cells(version) if running else _stored_cells(version)))
-    console = Console()
-    if not rows:
-        console.print("There are no models here.")
-        return
-    console.print(table)
+def _print(rows: list[dict[str, Any]], *, running: bool) -> None:
+    counts = ["requests", "errors", "p50 µs", "p99 µs"]
+    columns = ["model", "release", "semver"] + (["state", *counts] if running else ["serves as", "engine", "size"])
+    cells = _running_cells if running else _stored_cells
+    print_table(
+        columns,
+        [
+            [row["model"], str(version["release"]), version.get("semver", ""), *cells(version)]
+            for row in rows
+            for version in row["versions"]
+        ],
+        empty="There are no models here.",
+        right=["release", "size", *counts],
+    )
     for row in rows:
         problems = [row.get("problem", ""), *(version.get("error", "") for version in row["versions"])]
         for problem in filter(None, problems):
-            console.print(f"{row['model']}: {problem}", markup=False)
+            click.echo(f"{row['model']}: {printable(problem)}")
 
 
 def _running_cells(version: dict[str, Any]) -> list[str]:

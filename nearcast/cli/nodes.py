@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import click
 
-from nearcast.cli.operator_options import json_option, operator_options, print_json, print_table
+from nearcast.cli.listing import json_option, print_json, print_table
+from nearcast.cli.operator_options import operator_options
 
 
 @click.group()
@@ -15,7 +17,7 @@ def command() -> None:
     """List, invite and remove nodes."""
 
 
-@command.command("list")
+@command.command("list", short_help="Show every enrolled node.")
 @operator_options
 @json_option
 def list_nodes(home: Path, control: str, as_json: bool) -> None:
@@ -34,7 +36,7 @@ def list_nodes(home: Path, control: str, as_json: bool) -> None:
     )
 
 
-@command.command()
+@command.command(short_help="Print a token with which a node can join once.")
 @click.argument("name")
 @click.option("--role", type=click.Choice(["edge", "cloud", "router", "operator"]), default="edge", show_default=True)
 @click.option("--ttl-s", type=float, default=3600.0, show_default=True, help="How long the token holds.")
@@ -52,7 +54,7 @@ def invite(name: str, role: str, ttl_s: float, home: Path, control: str, as_json
         click.echo(answer["token"])
 
 
-@command.command()
+@command.command(short_help="Revoke what a node was given.")
 @click.argument("name")
 @operator_options
 @json_option
@@ -61,7 +63,7 @@ def remove(name: str, home: Path, control: str, as_json: bool) -> None:
     from model_sync.publisher.control_client import connect
 
     with connect(home, control) as client:
-        answer = client.call("DELETE", f"/v1/nodes/{name}")
+        answer = client.call("DELETE", f"/v1/nodes/{quote(name, safe='')}")
     if as_json:
         print_json(answer)
     else:

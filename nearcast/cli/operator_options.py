@@ -1,9 +1,8 @@
-"""What the commands of an operator share: where the keys are, where the controller is, and how a listing is printed."""
+"""What the commands of an operator share: where the keys are, where the controller is, and which channel is meant."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,25 +33,16 @@ def operator_options(function: F) -> F:
     return home_option(control(function))
 
 
-def json_option(function: F) -> F:
-    """Add `--json`."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
+def channel_option(function: F) -> F:
+    """Add `--channel`."""
+    return click.option(
+        "--channel",
+        default="stable",
+        show_default=True,
+        help="Which channel; edge nodes follow `stable`, cloud cores `cloud`.",
+    )(function)
 
 
-def print_json(value: Any) -> None:
-    """Print a value for other programs."""
-    click.echo(json.dumps(value, indent=2, default=str))
-
-
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, empty: str) -> None:
-    """Print rows for people; `empty` says what to do when there are none."""
-    if not rows:
-        click.echo(empty)
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        table.add_row(*row)
-    Console(soft_wrap=True).print(table)
+def reason_option(function: F) -> F:
+    """Add `--reason`."""
+    return click.option("--reason", default="", help="Why; signed into the channel document for all to read.")(function)

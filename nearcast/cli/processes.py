@@ -127,7 +127,7 @@ class Process:
 
     def _last_words(self) -> str:
         text = self.log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace").strip()
-        return text.splitlines()[-1] if text else "its log is empty."
+        return text.splitlines()[-1].removeprefix("nearcast: ") if text else "its log is empty."
 
     async def _discard_output(self) -> None:
         assert self.child is not None

@@ -10,19 +10,24 @@ from typing import Any
 
 import click
 
-from nearcast.cli.operator_options import json_option, operator_options, print_json
+from nearcast.cli.listing import json_option, print_json
+from nearcast.cli.operator_options import channel_option, operator_options, reason_option
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--channel", default="stable", show_default=True, help="The channel to point to the release.")
-@click.option("--share", type=click.FloatRange(0, 1, min_open=True), help="Start a trial with this share of requests.")
+@channel_option
+@click.option("--share", type=click.FloatRange(0, 1, min_open=True), help="Try it on this share of the requests.")
 @click.option(
-    "--wave", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Share of the nodes."
+    "--wave",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Share of the nodes that try it.",
 )
 @click.option("--team", default="", help="Whose key signs; default: the only one there is.")
 @click.option("--rollback-ok", type=int, multiple=True, help="Allow a return to this release too; repeatable.")
-@click.option("--reason", default="", help="Goes into the channel document.")
+@reason_option
 @operator_options
 @json_option
 def command(

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import click
 
-from nearcast.cli.operator_options import json_option, operator_options, print_json
+from nearcast.cli.listing import json_option, print_json
+from nearcast.cli.operator_options import channel_option, operator_options, reason_option
 
 
 @click.command()
 @click.argument("model")
 @click.option("--to", "release", type=int, required=True, metavar="VERSION", help="The release to return to.")
-@click.option("--channel", default="stable", show_default=True)
-@click.option("--reason", default="", help="Goes into the channel document.")
+@channel_option
+@reason_option
 @operator_options
 @json_option
 def command(model: str, release: int, channel: str, reason: str, home: Path, control: str, as_json: bool) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import click
 
-from nearcast.cli.operator_options import json_option, operator_options, print_json, print_table
+from nearcast.cli.listing import json_option, print_json, print_table
+from nearcast.cli.operator_options import channel_option, operator_options, reason_option
+from nearcast.errors import Code, MeshError
+
+SHARE = click.FloatRange(0, 1, min_open=True)
 
 
 @click.group()
@@ -15,13 +21,15 @@ def command() -> None:
     """Start, watch, promote or stop the trial of a release."""
 
 
-@command.command()
+@command.command(short_help="Try a release on a share of the requests.")
 @click.argument("model")
 @click.option("--release", type=int, required=True, help="The published release to try.")
-@click.option("--channel", default="stable", show_default=True)
-@click.option("--share", type=click.FloatRange(0, 1, min_open=True), default=0.1, show_default=True)
-@click.option("--wave", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
-@click.option("--reason", default="")
+@channel_option
+@click.option(
+    "--share", type=SHARE, default=0.1, show_default=True, help="Share of the requests that the candidate answers."
+)
+@click.option("--wave", type=SHARE, default=1.0, show_default=True, help="Share of the nodes that install it.")
+@reason_option
 @operator_options
 @json_option
 def start(
@@ -46,8 +54,8 @@ def start(
 
 @command.command()
 @click.argument("model")
-@click.option("--channel", default="stable", show_default=True)
-@click.option("--reason", default="")
+@channel_option
+@reason_option
 @operator_options
 @json_option
 def promote(model: str, channel: str, reason: str, home: Path, control: str, as_json: bool) -> None:
@@ -58,8 +66,8 @@ def promote(model: str, channel: str, reason: str, home: Path, control: str, as_
 
 @command.command()
 @click.argument("model")
-@click.option("--channel", default="stable", show_default=True)
-@click.option("--reason", default="")
+@channel_option
+@reason_option
 @operator_options
 @json_option
 def stop(model: str, channel: str, reason: str, home: Path, control: str, as_json: bool) -> None:
@@ -69,37 +77,51 @@ def stop(model: str, channel: str, reason: str, home: Path, control: str, as_jso
 
 
 @command.command()
-@click.option("--channel", default="stable", show_default=True)
+@click.argument("model", default="")
+@channel_option
 @operator_options
 @json_option
-def status(channel: str, home: Path, control: str, as_json: bool) -> None:
-    """Show what a channel serves and what the nodes say they have."""
+def status(model: str, channel: str, home: Path, control: str, as_json: bool) -> None:
+    """Show what a channel serves, all models or MODEL, and how many nodes say they have it."""
     from model_sync.publisher.control_client import connect
 
     with connect(home, control) as client:
-        document = client.call("GET", f"/v1/channels/{channel}")
+        document = client.call("GET", f"/v1/channels/{quote(channel, safe='')}")
         nodes = client.call("GET", "/v1/nodes")["nodes"]
+    if model:
+        document["rollouts"] = [rollout for rollout in document["rollouts"] if rollout["model"] == model]
+        if not document["rollouts"]:
+            raise MeshError(Code.MODEL_NOT_FOUND, f"Channel {channel} serves no {model}; see: nearcast rollout status.")
     if as_json:
-        print_json({"channel": document, "nodes": [{"name": n["name"], "models": n["models"]} for n in nodes]})
+        print_json({"channel": document, "nodes": [_holding(node, model) for node in nodes]})
         return
     click.echo(f"channel {channel}, intent {document['intent']}")
     print_table(
-        ["model", "stable", "candidate", "share", "wave", "note"],
-        [_row(rollout) for rollout in document["rollouts"]],
+        ["model", "stable", "candidate", "share", "wave", "nodes", "note"],
+        [_row(rollout, nodes) for rollout in document["rollouts"]],
         empty="No models yet.",
+        right=["stable", "candidate", "share", "wave"],
     )
 
 
-def _row(rollout: dict[str, Any]) -> list[str]:
+def _holding(node: dict[str, Any], model: str) -> dict[str, Any]:
+    models = {name: releases for name, releases in node["models"].items() if model in ("", name)}
+    return {"name": node["name"], "models": models}
+
+
+def _row(rollout: dict[str, Any], nodes: list[dict[str, Any]]) -> list[str]:
     candidate = rollout.get("candidate")
     notes = ["rolled back"] if rollout.get("rollback") else []
     notes += [rollout["reason"]] if rollout.get("reason") else []
+    # A node's own word, as it last gave it.
+    loaded = Counter(str(release) for node in nodes for release in node["models"].get(rollout["model"], ()))
     return [
         rollout["model"],
         str(rollout["stable"]["release"]),
         str(candidate["release"]) if candidate else "-",
         f"{rollout.get('share', 0.0):.0%}" if candidate else "-",
         f"{rollout.get('wave', 1.0):.0%}" if candidate else "-",
+        ", ".join(f"{release} on {count}" for release, count in sorted(loaded.items())) or "-",
         "; ".join(notes),
     ]
 

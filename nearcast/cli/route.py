@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlencode
@@ -11,6 +11,7 @@ from urllib.request import urlopen
 
 import click
 
+from nearcast.cli.listing import json_option, print_json, print_table, printable
 from nearcast.errors import Code, MeshError
 
 TIMEOUT_S = 5.0
@@ -22,7 +23,7 @@ def command() -> None:
     """Explain routing decisions."""
 
 
-@command.command()
+@command.command(short_help="Ask a router where a request would go now.")
 @click.argument("model")
 @click.option(
     "--address",
@@ -34,7 +35,7 @@ def command() -> None:
 @click.option("--size", default=0, metavar="BYTES", help="Size of the request.")
 @click.option("--deadline-ms", type=float, help="Time that the request has.")
 @click.option("--principal", default="", help="Whose request it is; decides about a candidate.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def explain(
     model: str, address: str, release: str, size: int, deadline_ms: float | None, principal: str, as_json: bool
 ) -> None:
@@ -44,7 +45,7 @@ def explain(
         query["deadline_ms"] = str(deadline_ms)
     answer = _ask(address, {name: value for name, value in query.items() if value})
     if as_json:
-        click.echo(json.dumps(answer, indent=1))
+        print_json(answer)
     else:
         _print(answer)
 
@@ -58,11 +59,14 @@ def _ask(address: str, query: dict[str, str]) -> dict[str, Any]:
             data = reply.read(ANSWER_SIZE_BYTES_MAX)
     except HTTPError as error:
         raise _said(error) from error
-    except (URLError, OSError) as error:
+    except (URLError, OSError, HTTPException) as error:
         raise MeshError(
-            Code.UNAVAILABLE, f"Nobody answers at {address}; give --address of a router's metrics listener."
+            Code.UNAVAILABLE, f"No metrics listener answers at {address}; `nearcast nodes list` shows where they are."
         ) from error
-    answer: dict[str, Any] = json.loads(data)
+    try:
+        answer: dict[str, Any] = json.loads(data)
+    except ValueError as error:
+        raise MeshError(Code.INVALID_REQUEST, f"What listens at {address} does not explain routes.") from error
     return answer
 
 
@@ -71,33 +75,28 @@ def _said(error: HTTPError) -> MeshError:
         answer = json.loads(error.read(ANSWER_SIZE_BYTES_MAX))
         return MeshError(Code(answer["code"]), str(answer["error"]))
     except (ValueError, KeyError, TypeError):
-        return MeshError(Code.INVALID_REQUEST, f"The listener does not explain routes (status {error.code}).")
+        return MeshError(
+            Code.INVALID_REQUEST, "This listener does not explain routes; give --address of a metrics listener."
+        )
 
 
 def _print(answer: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    # A pipe gets whole lines, whatever the width of nobody's terminal.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     if answer["decision"] == "send":
         hedge = answer["hedge_after_ms"]
         after = "no hedge" if hedge is None else f"hedge after {hedge:.1f} ms"
-        console.print(
-            f"{answer['model']} → [bold]{answer['target']}[/bold] as release {answer['answers_as'] or '-'}"
-            f" ({answer['reason']}; {after})"
-        )
+        release = answer["answers_as"] or "-"
+        click.echo(f"{answer['model']} → {answer['target']} as release {release} ({answer['reason']}; {after})")
     else:
-        console.print(f"{answer['model']} → refused: [bold]{answer['code']}[/bold] {answer['message']}")
-    table = Table(box=None, pad_edge=False)
-    table.add_column("target")
-    table.add_column("tier")
-    table.add_column("release", justify="right")
-    for name in ("rtt", "transfer", "wait", "service", "t50", "t95", "cost"):
-        table.add_column(f"{name} ms", justify="right")
-    table.add_column("load", justify="right")
-    table.add_column("verdict")
-    for row in answer["candidates"]:
-        times = (f"{row[name + '_ms']:.2f}" for name in ("rtt", "transfer", "wait", "service", "t50", "t95", "cost"))
-        table.add_row(row["target"], row["tier"], row["version"], *times, f"{row['load']:.1f}", row["verdict"])
-    console.print(table)
+        click.echo(printable(f"{answer['model']} → refused: {answer['code']} {answer['message']}"))
+    times = ("rtt", "transfer", "wait", "service", "t50", "t95", "cost")
+    numbers = [*(f"{name} ms" for name in times), "load"]
+    rows = [
+        [
+            *(row["target"], row["tier"], row["version"]),
+            *(f"{row[name + '_ms']:.2f}" for name in times),
+            *(f"{row['load']:.1f}", row["verdict"]),
+        ]
+        for row in answer["candidates"]
+    ]
+    if rows:
+        print_table(["target", "tier", "release", *numbers, "verdict"], rows, right=["release", *numbers])

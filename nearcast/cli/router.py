@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 
+from nearcast.cli.process_options import join_option, settings_options
+
 
 @click.command()
-@click.option("--config", "path", type=click.Path(path_type=Path, dir_okay=False), help="A TOML file.")
-@click.option("--join", "token", default="", metavar="TOKEN", help="Join the mesh; from `nearcast nodes invite`.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting; repeatable.")
+@settings_options
+@join_option
 def command(path: Path | None, token: str, overrides: tuple[str, ...]) -> None:
     """Run a stand-alone router: it holds no models and sends each request to the node that can answer in time.
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 
+from nearcast.cli.process_options import settings_options
+
 
 @click.command()
 @click.option("--home", type=click.Path(path_type=Path, file_okay=False), help="Folder sync/ of `nearcast keys init`.")
-@click.option("--config", "path", type=click.Path(path_type=Path, dir_okay=False), help="A TOML file.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting; repeatable.")
+@settings_options
 def command(home: Path | None, path: Path | None, overrides: tuple[str, ...]) -> None:
     """Run the controller: repository, rollouts, enrolment and node directory behind one HTTPS listener.
 

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nearcast.cli.listing import json_option, print_json, print_table
+from nearcast.cli.process_options import settings_options
+
 if TYPE_CHECKING:
     from nearcast.cli.processes import Mesh, MeshConfig
     from nearcast.runtime import Shutdown
@@ -16,19 +19,20 @@ STOP_S = 25.0
 
 
 @click.command()
-@click.option("--config", "path", type=click.Path(path_type=Path, dir_okay=False), help="A TOML file, mesh.toml.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting; repeatable.")
-@click.option("--json", "as_json", is_flag=True, help="Print the addresses as JSON when all is ready.")
+@settings_options
+@json_option
 def command(path: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Run a whole mesh: controller, broker, cloud cores, edge nodes, routers, as one tree of processes.
 
-    Keys, models and logs lie in its data_dir and are used again at the next start. Ctrl-C ends all of it.
+    Keys, models and logs lie in its data_dir and are used again at the next start. The first edge node takes the
+    ports 8000 to 8002; with --set first_ports=false it takes free ones, too. When all is ready the addresses are
+    printed. Ctrl-C ends all of it.
     """
     from nearcast.cli.processes import MeshConfig
+    from nearcast.config import load_config
     from nearcast.runtime import run
-    from router.serving_node import read_config
 
-    config = read_config(MeshConfig, path, overrides)
+    config = load_config(MeshConfig, path=path, overrides=overrides).value
     sys.exit(run(lambda shutdown: _serve(config, shutdown, as_json=as_json), drain_s=STOP_S))
 
 
@@ -57,14 +61,12 @@ async def _serve(config: MeshConfig, shutdown: Shutdown, *, as_json: bool) -> in
 
 
 def _show(mesh: Mesh, *, as_json: bool) -> None:
-    from nearcast.cli.operator_options import print_json, print_table
-
     if as_json:
         print_json({"home": str(mesh.operator_home), "addresses": mesh.addresses})
         sys.stdout.flush()
         return
     rows = [[name, "  ".join(f"{k}={v}" for k, v in sorted(places.items()))] for name, places in mesh.addresses.items()]
-    print_table(["process", "addresses"], rows, empty="")
+    print_table(["process", "addresses"], rows)
     click.echo(
         f"\nOperate it:  export NEARCAST_HOME={mesh.operator_home}\nLogs:        {mesh.logs}\nCtrl-C ends all of it."
     )

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
+import threading
 import types
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -11,6 +14,8 @@ from click.testing import CliRunner
 
 import nearcast
 from nearcast.cli import SUBCOMMANDS, Entry, LazyGroup, main
+from nearcast.cli.bench import Outcome, report_of
+from nearcast.cli.listing import print_table
 from nearcast.errors import Code, MeshError
 from nearcast.runtime import ExitCode
 
@@ -41,6 +46,66 @@ def test_every_command_explains_itself(name: str) -> None:
     result = CliRunner().invoke(main, [name, "--help"])
     assert result.exit_code == 0, result.output
     assert result.output.startswith("Usage: ")
+
+
+def leaves() -> list[list[str]]:
+    """Every command that does something, as its words on the command line."""
+    found = []
+    for name in existing():
+        command = main.get_command(click.Context(main), name)
+        below = sorted(command.commands) if isinstance(command, click.Group) else []
+        found += [[name, word] for word in below] or [[name]]
+    return found
+
+
+@pytest.mark.parametrize("words", leaves(), ids=" ".join)
+def test_every_option_says_what_it_is_for(words: list[str]) -> None:
+    command = main
+    for word in words:
+        command = command.get_command(click.Context(command), word)
+    silent = [
+        option.name
+        for option in command.params
+        if isinstance(option, click.Option) and not option.help and not option.show_default
+    ]
+    assert silent == []
+    assert "\\b" not in CliRunner().invoke(main, [*words, "--help"]).output
+
+
+def test_a_listing_shows_hostile_cells_whole_and_harmless(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(["what", "n"], [["[/canary] \x1b[31m", "1"], ["x" * 300, "22"]], right=["n"])
+    heading, hostile, long = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["what", "n"]
+    assert hostile.startswith("[/canary] \N{REPLACEMENT CHARACTER}[31m")
+    assert hostile.endswith("   1")
+    assert long == "x" * 300 + "  22"
+    print_table(["what"], [], empty="Nothing yet; make one.")
+    assert capsys.readouterr().out == "Nothing yet; make one.\n"
+
+
+def test_a_bench_report_is_json() -> None:
+    outcome = Outcome(seconds=2.0, latencies_ms=[1.0, 2.0, 9.0], served_by=Counter({"edge-1": 3}))
+    report = json.loads(json.dumps(report_of(outcome)))
+    assert report["answered"] == 3
+    assert report["served_by"] == {"edge-1": 3}
+    assert (report["p50_ms"], report["p99_ms"]) == (2.0, 9.0)
+
+
+def test_a_listener_that_does_not_speak_http_is_said_to_explain_no_routes() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with server.accept()[0] as peer:
+                peer.recv(1024)
+                peer.sendall(b"\x00\x00\x18\x04\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        result = CliRunner().invoke(main, ["route", "explain", "digits", "--address", address])
+        thread.join()
+    assert result.exit_code == ExitCode.UNAVAILABLE
+    assert address in result.stderr
 
 
 def test_help_lists_what_exists_in_the_order_of_the_table() -> None:
