@@ -19,6 +19,14 @@ def fleet(tmp_path_factory):
         fleet.stop()
 
 
+@pytest.fixture(autouse=True)
+def no_trial_is_left(request):
+    """A test that fails in the middle of a trial does not fail the next one."""
+    yield
+    if "fleet" in request.fixturenames:
+        request.getfixturevalue("fleet").end_trial()
+
+
 @pytest.fixture
 def figure(request):
     """Call it with what was measured; it is printed at the end of the run."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -28,13 +30,15 @@ from nearcast.cli.demo import file_types
 from nearcast.cli.demo.bundles import write_sources
 from nearcast.cli.demo.samples import FILES, load_digits
 from nearcast.cli.demo.traffic import Answer, Traffic
-from nearcast.cli.processes import Mesh
+from nearcast.cli.processes import Mesh, MeshConfig
 
 WAIT_S = 20.0
 POLL_S = 0.02
 COMMAND_TIMEOUT_S = 30.0
 EDGES = ("edge-1", "edge-2")
 EDGE_MODELS = ("digits", "magika", "wake_word")
+CONFIG = MeshConfig(edges=len(EDGES), first_ports=False, edge_settings=("agent.probation_s=1",))
+"""Nodes are killed and started again here faster than a probation of 5 s: a healthy release must have passed before."""
 T = TypeVar("T")
 
 
@@ -60,12 +64,12 @@ class Fleet:
         # The children ask the kernel to end them with this thread, so it lives as long as they do.
         self._thread = threading.Thread(target=self._loop.run_forever, name="mesh")
         self._thread.start()
-        self._newest = 2
+        self._newest, self._tried = 2, False
         self.mesh: Mesh
 
     def start(self) -> None:
         """Start all processes, publish the demo's first releases, wait until the nodes hold them."""
-        self.mesh = self._run(Mesh.start(self.folder / "mesh", edges=len(EDGES), cloud=1, router=1))
+        self.mesh = self._run(Mesh.start(self.folder / "mesh", config=CONFIG))
         for name, spec in write_sources(self.folder / "sources").items():
             create_bundle(read_spec(spec), spec.parent, self.bundles / name)
         for name in ("digits-1", "magika-1", "wake-word-1"):
@@ -74,6 +78,7 @@ class Fleet:
         for node in EDGES:
             for model in EDGE_MODELS:
                 self.until(lambda node=node, model=model: self.is_hot(node, model), f"{model} on {node}")
+            self.until(lambda node=node: self.is_settled(node), f"the end of the probations on {node}")
         self.until(lambda: self.is_hot("cloud-1", "digits_large"), "digits_large on cloud-1")
         self.until_routed()
 
@@ -102,13 +107,21 @@ class Fleet:
         """Send a signal."""
         self._loop.call_soon_threadsafe(self.mesh.kill, name, number)
 
-    def restart(self, name: str) -> None:
-        """Start a process again that has ended; wait until it holds its models and the others know it."""
+    def restart(self, name: str, *, routed: bool = True) -> None:
+        """Start a process again that has ended; wait until it holds its models and (`routed`) the others know it."""
         self._run(self.mesh.restart(name))
         if name in EDGES:
             for model in EDGE_MODELS:
                 self.until(lambda model=model: self.is_hot(name, model), f"{model} on {name} after its restart")
-            self.until_routed()
+            self.until(lambda: self.is_settled(name), f"the end of the probations on {name}")
+            if routed:
+                self.until_routed()
+
+    def is_settled(self, name: str) -> bool:
+        """Whether the agent of a node is there and has no release on trial."""
+        agent = self.agent(name)
+        settled = all(model.state == "IDLE" for model in agent.models.values())
+        return settled and set(EDGE_MODELS) <= set(agent.models) and Path(f"/proc/{agent.pid}").exists()
 
     def until_ended(self, name: str, timeout_s: float) -> int:
         """Wait for the end of a process; returns its exit code."""
@@ -118,24 +131,27 @@ class Fleet:
 
     def until_routed(self) -> None:
         """Wait until the stand-alone router knows both edge nodes as places for every model."""
-        for model in EDGE_MODELS:
-            self.until(
-                lambda model=model: set(EDGES) <= set(self.candidates("router-1", model)), f"both edges for {model}"
-            )
+        try:
+            self.until(lambda: all(set(EDGES) <= set(self.candidates("router-1", m)) for m in EDGE_MODELS), "routes")
+        except AssertionError as error:
+            terms = {
+                m: [(t["target"], t["version"], t["verdict"]) for t in self.terms("router-1", m)] for m in EDGE_MODELS
+            }
+            raise AssertionError(f"{error}; the router sees {terms}") from None
+
+    def terms(self, name: str, model: str) -> list[dict[str, Any]]:
+        """How a router judges each target for a model now."""
+        said = ask_http(f"http://{self.address(name, 'metrics')}/v2/nearcast/route?{urlencode({'model': model})}")
+        return said.body.get("candidates", []) if said.status == 200 else []
 
     def candidates(self, name: str, model: str) -> dict[str, float]:
         """The nodes that a router could send a request to now, each with the load that the router sees on it."""
-        said = ask_http(f"http://{self.address(name, 'metrics')}/v2/nearcast/route?{urlencode({'model': model})}")
-        terms = said.body.get("candidates", []) if said.status == 200 else []
+        terms = self.terms(name, model)
         return {term["target"]: term["load"] for term in terms if term["verdict"] in ("chosen", "feasible", "hot")}
 
-    def is_hot(self, name: str, model: str, version: str = "") -> bool:
-        """Whether a node itself holds a model (or one version of it), warm."""
-        said = ask_http(f"http://{self.address(name, 'http')}/v2/repository/index", b"{}")
-        return said.status == 200 and any(
-            entry["name"] == model and entry["state"] == "READY" and version in ("", entry.get("version", ""))
-            for entry in said.body
-        )
+    def is_hot(self, name: str, model: str) -> bool:
+        """Whether a node itself, and not only another one that it knows, could answer for a model now."""
+        return name in self.candidates(name, model)
 
     def agent(self, name: str) -> AgentStatus:
         """What the agent of a node says about itself."""
@@ -152,6 +168,7 @@ class Fleet:
 
     def push(self, bundle: Path, *, channel: str, share: float | None = None) -> Pushed:
         """Publish a bundle."""
+        self._tried |= share is not None
         with connect(self.operator) as client:
             return push(bundle, client, self.operator / "operator", channel=channel, share=share)
 
@@ -184,12 +201,39 @@ class Fleet:
             wish = {"channel": "stable", "model": model, "action": "rollback", "release": release}
             return client.call("POST", "/v1/rollouts", wish)["serial"]
 
+    def end_trial(self) -> None:
+        """Leave no candidate behind, whatever happened to the test that started it."""
+        if self._tried:
+            self._tried = False
+            with connect(self.operator) as client:
+                rollouts = client.call("GET", "/v1/channels/stable")["rollouts"]
+            if any(rollout["model"] == "digits" and rollout.get("candidate") for rollout in rollouts):
+                self.roll_back()
+                self.until_candidate(None)
+
     def until_candidate(self, release: int | None, *nodes: str) -> None:
         """Wait until the pointers of these nodes (default: all of the channel) name this candidate, or none."""
         names = nodes or (*EDGES, "router-1")
         self.until(
-            lambda: {self.agent(name).models["digits"].candidate for name in names} == {release},
-            f"candidate {release} on {', '.join(names)}",
+            lambda: {self.candidate(name) for name in names} == {release}, f"candidate {release} on {', '.join(names)}"
+        )
+
+    def candidate(self, name: str) -> int | None:
+        """The candidate of digits in a node's pointer as its agent reports it; -1 while a new agent reports nothing."""
+        models = self.agent(name).models
+        return models["digits"].candidate if "digits" in models else -1
+
+    @property
+    def repository(self) -> Path:
+        """The folder that the sync process serves."""
+        return self.operator / "sync" / "repository"
+
+    def new_agent(self, name: str) -> None:
+        """End the agent of a node; the node starts another one, which looks at the repository at once."""
+        before = self.agent(name).pid
+        os.kill(before, signal.SIGTERM)
+        self.until(
+            lambda: self.agent(name).pid != before and self.agent(name).checked_at > 0, "a new agent's first look"
         )
 
     # Waiting.
@@ -208,8 +252,6 @@ class Fleet:
 
 def nearcast(*arguments: str, home: Path | None = None, timeout_s: float = COMMAND_TIMEOUT_S) -> Any:
     """Run the command line as a person would."""
-    import os
-
     environ = {**os.environ, **({"NEARCAST_HOME": str(home)} if home else {})}
     return subprocess.run(
         [sys.executable, "-m", "nearcast", *arguments],
