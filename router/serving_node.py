@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import msgspec
 
 from nearcast.clock import SYSTEM_CLOCK
-from nearcast.config import load_config
 from nearcast.errors import Code, MeshError
-from nearcast.identity import Identity, join, load_identity, server_tls
+from nearcast.identity import Identity, join, load_identity, read_token, server_tls
 from nearcast.load import Tier
-from nearcast.runtime import Shutdown, announce
+from nearcast.runtime import Shutdown, announce, run_in_daemon
 from nearcast.serving import ModelHost
 from nearcast.serving.control import ControlSocket
 from nearcast.store import Store
@@ -42,7 +40,6 @@ from router.router import Router
 from router.splits import StoreSplits
 from router.targets import ChannelFactory, TargetSet
 
-C = TypeVar("C", bound=msgspec.Struct)
 AGENT_NICE = 10
 _log = get_logger("nearcast.node")
 
@@ -120,13 +117,15 @@ class WatchedHost(ModelHost):
 async def load_or_join(folder: Path, token: str, role: str) -> Identity | None:
     """The identity in `folder`; made by joining with `token` if there is none yet; None without either.
 
+    `token` is what stood on the command line: see `read_token`.
+
     Raises:
         MeshError: if the identity cannot be read, is of another role, or the token does not open the door.
     """
     if (folder / "node.pem").exists():
         identity = load_identity(folder)
     elif token:
-        identity = await asyncio.to_thread(join, token, folder)
+        identity = await run_in_daemon(lambda: join(read_token(token), folder), name="join")
     else:
         return None
     if identity.role != role:
@@ -326,22 +325,3 @@ class ServingNode:
             if version.residency == "hot":
                 out.setdefault(version.model, []).append(version.version)
         return out
-
-
-def load_arguments(kind: type[C], program: str) -> tuple[C, str]:
-    """The configuration and the join token of a node's command line: `--config`, `--join`, `--set`."""
-    parser = argparse.ArgumentParser(prog=program)
-    parser.add_argument("--config", type=Path, help="TOML file")
-    parser.add_argument("--join", default="", metavar="TOKEN", help="join the mesh with this token")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
-    chosen = parser.parse_args()
-    return read_config(kind, chosen.config, chosen.set), chosen.join
-
-
-def read_config(kind: type[C], path: Path | None, overrides: Sequence[str]) -> C:
-    """The layered configuration of a node.
-
-    Raises:
-        ConfigError: for an unknown key or a value that does not fit.
-    """
-    return load_config(kind, path=path, overrides=overrides).value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import errno
@@ -127,13 +126,3 @@ def load_sync_config(
     settings = {key: value for key, value in environ.items() if key != "NEARCAST_HOME"}
     chosen = [*overrides, *([f"home={home}"] if home else [])]
     return load_config(SyncConfig, path=path, environ=settings, overrides=chosen).value
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m model_sync`."""
-    parser = argparse.ArgumentParser(prog="python -m model_sync", description="Run the sync process.")
-    parser.add_argument("--home", type=Path, help="folder with the keys of the sync process")
-    parser.add_argument("--config", type=Path, help="TOML file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
-    chosen = parser.parse_args(arguments)
-    return run_sync(load_sync_config(chosen.config, chosen.set, home=chosen.home))

@@ -40,7 +40,15 @@ class Sync:
         self.folder = folder
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "model_sync", "--home", str(self.home / "sync"), "--set=telemetry.level=error"]
+        command = [
+            sys.executable,
+            "-m",
+            "nearcast",
+            "sync",
+            "--home",
+            str(self.home / "sync"),
+            "--set=telemetry.level=error",
+        ]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         assert select.select([self.process.stdout], [], [], READY_S)[0], "the sync process did not get ready"

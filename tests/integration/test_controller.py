@@ -52,7 +52,15 @@ class Sync:
         self.start()
 
     def start(self, *settings: str) -> None:
-        command = [sys.executable, "-m", "model_sync", "--home", str(self.home / "sync"), "--set=telemetry.level=error"]
+        command = [
+            sys.executable,
+            "-m",
+            "nearcast",
+            "sync",
+            "--home",
+            str(self.home / "sync"),
+            "--set=telemetry.level=error",
+        ]
         self.process = subprocess.Popen(
             [*command, *(f"--set={setting}" for setting in settings)], stdout=subprocess.PIPE, text=True
         )
@@ -487,7 +495,7 @@ def test_a_restart_keeps_state_and_port(tmp_path: Path) -> None:
         join(open_token, tmp_path / "waiting")
         assert read(sync, tmp_path / "client", models_path("affine", 1), "channels/main.json") == before
         second = subprocess.run(
-            [sys.executable, "-m", "model_sync", "--home", str(sync.home / "sync")],
+            [sys.executable, "-m", "nearcast", "sync", "--home", str(sync.home / "sync")],
             capture_output=True, text=True, timeout=READY_S, check=False,
         )  # fmt: skip
         assert second.returncode == 75
