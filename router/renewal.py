@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
-import threading
 from dataclasses import dataclass
-from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Gauge
 
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import MeshError
 from nearcast.identity import Identity, Validity, renew
+from nearcast.runtime import run_in_daemon
 from nearcast.telemetry import get_logger
 
 _log = get_logger(__name__)
@@ -112,7 +110,8 @@ class Renewal:
     async def _renew(self, failures: int) -> bool:
         """Try once; whether it worked. Of n failures in a row the log shows about log2(n)."""
         try:
-            await _renew_in_thread(self._identity.certificate.parent, self._control)
+            folder = self._identity.certificate.parent
+            await run_in_daemon(lambda: renew(folder, control=self._control), name="renew-certificate")
             self._identity.reload()
             self._validity = self._identity.validity()
         except (MeshError, OSError) as error:
@@ -123,29 +122,3 @@ class Renewal:
         self._ends_at.set(self._validity.ends_at)
         _log.info("certificate_renewed", failures=failures)
         return True
-
-
-async def _renew_in_thread(folder: Path, control: str) -> None:
-    """Renew beside the loop, on a thread that the end of the process does not wait for, as it would for an executor."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
-
-    def tell(error: Exception | None) -> None:
-        if done.done():
-            return
-        if error is None:
-            done.set_result(None)
-        else:
-            done.set_exception(error)
-
-    def work() -> None:
-        problem: Exception | None = None
-        try:
-            renew(folder, control=control)
-        except Exception as error:  # noqa: BLE001 (it is raised where the result is awaited)
-            problem = error
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(tell, problem)
-
-    threading.Thread(target=work, name="renew-certificate", daemon=True).start()
-    await done

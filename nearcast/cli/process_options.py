@@ -23,5 +23,10 @@ def settings_options(function: F) -> F:
 def join_option(function: F) -> F:
     """Add `--join`."""
     return click.option(
-        "--join", "token", default="", metavar="TOKEN", help="Join the mesh once; from `nearcast nodes invite`."
+        "--join",
+        "token",
+        default="",
+        metavar="TOKEN",
+        help="Join the mesh once, with a token from `nearcast nodes invite`: @FILE that holds it, - to read it from"
+        " standard input, or the token itself, which other users of this machine then see in the list of processes.",
     )(function)

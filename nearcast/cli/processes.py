@@ -62,8 +62,8 @@ class Process:
     child: asyncio.subprocess.Process | None = None
     _drain: asyncio.Task[None] | None = None
 
-    async def start(self, *extra: str) -> None:
-        """Start it and wait for its ready line.
+    async def start(self, *extra: str, line: str = "") -> None:
+        """Start it, give it a line on standard input if there is one, and wait for its ready line.
 
         Raises:
             MeshError: UNAVAILABLE with the end of its log if it ends or stays silent.
@@ -74,12 +74,15 @@ class Process:
         with self.log.open("ab") as log:
             self.child = await asyncio.create_subprocess_exec(
                 *command,
-                stdin=asyncio.subprocess.DEVNULL,
+                stdin=asyncio.subprocess.PIPE if line else asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
                 start_new_session=True,
                 limit=LINE_SIZE_BYTES_MAX,
             )
+        if self.child.stdin is not None:
+            self.child.stdin.write(line.encode() + b"\n")
+            self.child.stdin.close()
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 self.addresses = await self._ready()
@@ -266,7 +269,8 @@ class Mesh:
         starts = []
         for kind, name in names:
             node = self._add(name, [kind, *_settings([*self._node_settings(name), *settings[kind]])])
-            starts.append(node.start(*(("--join", tokens[name]) if name in tokens else ())))
+            # Not as an argument: everyone on this machine can see those.
+            starts.append(node.start("--join", "-", line=tokens[name]) if name in tokens else node.start())
         await _all(starts)
 
     def _node_settings(self, name: str) -> list[str]:

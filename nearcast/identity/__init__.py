@@ -5,7 +5,7 @@ from nearcast.identity.enrolment import join, renew
 from nearcast.identity.name import ROLES, make_uri, parse_uri, require_name
 from nearcast.identity.node import Identity, Validity, load_identity
 from nearcast.identity.tls import client_tls, peer_uri, reload_certificate, require_role, server_tls, tls_error
-from nearcast.identity.token import JoinToken
+from nearcast.identity.token import JoinToken, read_token
 
 __all__ = [
     "CERTIFICATE_LIFETIME_S",
@@ -21,6 +21,7 @@ __all__ = [
     "make_uri",
     "parse_uri",
     "peer_uri",
+    "read_token",
     "reload_certificate",
     "renew",
     "require_name",

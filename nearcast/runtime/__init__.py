@@ -3,6 +3,7 @@
 from nearcast.runtime.address import Address, format_address, is_loopback, listen_error, parse_address, require_tls
 from nearcast.runtime.exit import ExitCode, exit_code
 from nearcast.runtime.process import Shutdown, announce, run
+from nearcast.runtime.thread import run_in_daemon
 
 __all__ = [
     "Address",
@@ -16,4 +17,5 @@ __all__ = [
     "parse_address",
     "require_tls",
     "run",
+    "run_in_daemon",
 ]

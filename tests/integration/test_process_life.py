@@ -156,3 +156,28 @@ def test_logs_are_json_on_stderr_and_hold_what_stdlib_loggers_say() -> None:
     assert [line.count('"service": "edge"') for line in err.splitlines()] == [1, 1]
     assert '"event": "model_loaded"' in err
     assert '"event": "said so"' in err
+
+
+def test_a_daemon_call_returns_raises_and_is_not_waited_for() -> None:
+    process = start("""
+        import time
+        from nearcast.runtime import run_in_daemon
+
+        def fail():
+            raise MeshError(Code.CONFLICT, "no")
+
+        async def main(shutdown):
+            assert await run_in_daemon(lambda: 7, name="seven") == 7
+            try:
+                await run_in_daemon(fail, name="fail")
+            except MeshError as error:
+                assert error.code is Code.CONFLICT
+            waiting = asyncio.ensure_future(run_in_daemon(lambda: time.sleep(3600), name="silent"))
+            announce("x")
+            await shutdown.wait()
+            waiting.cancel()
+            return 0
+        sys.exit(run(main))
+    """)
+    code, _, err = finish(process, signal.SIGTERM)
+    assert (code, err) == (0, "")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import ssl
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from nearcast.identity import (
     make_uri,
     parse_uri,
     peer_uri,
+    read_token,
     reload_certificate,
     require_role,
     server_tls,
@@ -295,6 +297,35 @@ def test_a_token_survives_the_round_trip_and_the_newline_of_a_paste() -> None:
     text = TOKEN.encode()
     assert set(text) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_")
     assert JoinToken.decode(f" {text}\n") == TOKEN
+
+
+def test_a_token_is_read_from_where_the_command_line_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = TOKEN.encode()
+    (tmp_path / "token").write_text(f"{text}\n")
+    assert read_token(text) == text
+    assert read_token(f"@{tmp_path}/token") == text
+    for typed in (f"{text}\nnot read", text):
+        reader, writer = os.pipe()
+        os.write(writer, typed.encode())
+        os.close(writer)
+        monkeypatch.setattr("nearcast.identity.token._STANDARD_INPUT", reader)
+        assert read_token("-") == text
+        os.close(reader)
+
+
+def test_a_token_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    reader, writer = os.pipe()
+    os.close(writer)
+    monkeypatch.setattr("nearcast.identity.token._STANDARD_INPUT", reader)
+    for named, told in (("@nowhere", "nowhere"), (f"@{tmp_path}/empty", "nodes invite"), ("-", "Standard input")):
+        with pytest.raises(MeshError, match=told) as caught:
+            read_token(named)
+        assert caught.value.code is Code.INVALID_REQUEST
+    with pytest.raises(MeshError, match="cannot be read"):
+        read_token(f"@{tmp_path}/binary")
+    os.close(reader)
 
 
 @given(st.one_of(st.text(max_size=80), st.integers(1, len(TOKEN.encode()) - 1).map(lambda n: TOKEN.encode()[:n])))
