@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from edge_node.broker import Broker
 from edge_node.config import EdgeConfig
+from edge_node.mqtt.backoff import full_jitter_s
 from nearcast import telemetry
 from nearcast.errors import Code, MeshError
 from nearcast.runtime import ExitCode, Shutdown
@@ -63,7 +65,7 @@ async def broker_of(config: EdgeConfig, data_dir: Path) -> AsyncIterator[str]:
         yield config.mqtt.broker
         return
     broker = await Broker.start(data_dir / "broker", port=config.mqtt.port)
-    watch = asyncio.get_running_loop().create_task(_keep_alive(broker))
+    watch = asyncio.get_running_loop().create_task(keep_alive(broker))
     try:
         yield broker.url
     finally:
@@ -103,11 +105,22 @@ async def devices(
         await worker.drain(config.drain_s)
 
 
-async def _keep_alive(broker: Broker) -> None:
-    limits = ChildLimits()
+async def keep_alive(broker: Broker, limits: ChildLimits | None = None) -> None:
+    """Start the broker again whenever it ends; one that keeps ending is started ever more seldom."""
+    limits, generator, clock = limits or ChildLimits(), random.Random(), asyncio.get_running_loop().time
+    attempt = 0
     while True:
+        began = clock()
         code = await broker.wait()
+        attempt = 0 if clock() - began >= limits.stable_s else attempt + 1
         _log.warning("broker_ended", exit_code=code)
+        if attempt > 1:  # the first restart is at once: devices are waiting
+            await _pause(attempt, generator, limits)
         while problem := await broker.launch():
+            attempt += 1
             _log.warning("broker_not_started", problem=problem)
-            await asyncio.sleep(limits.restart_base_s)
+            await _pause(attempt, generator, limits)
+
+
+async def _pause(attempt: int, generator: random.Random, limits: ChildLimits) -> None:
+    await asyncio.sleep(full_jitter_s(attempt, generator, base_s=limits.restart_base_s, max_s=limits.restart_max_s))

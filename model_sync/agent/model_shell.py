@@ -9,7 +9,6 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 from model_sync.agent.config import AgentConfig
@@ -345,8 +344,3 @@ def replica_limits(config: AgentConfig) -> ReplicaLimits:
         error_share_max=limits.error_share_max,
         errors_min=limits.errors_min,
     )
-
-
-def store_folder(config: AgentConfig) -> Path:
-    """The agent's private folder inside the store."""
-    return Path(config.store) / ".agent"

@@ -51,11 +51,11 @@ def write_status(folder: Path, status: AgentStatus) -> None:
 
 
 def read_status(store: Path) -> AgentStatus | None:
-    """What the agent of the store at `store` last said; None if it never did."""
+    """What the agent of the store at `store` last said; None if it never did, or not to us."""
     try:
         data = (store / ".agent" / STATUS_FILE).read_bytes()
         return msgspec.json.decode(data, type=AgentStatus)
-    except (FileNotFoundError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError):
         return None
 
 

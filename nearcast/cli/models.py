@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ def list_models(store: Path | None, socket_path: Path | None, as_json: bool) -> 
     if (store is None) == (socket_path is None):
         raise click.UsageError("Give either --store FOLDER or --socket PATH.")
     rows = _from_store(store) if store is not None else _from_socket(Path(str(socket_path)))
+    agent = _agent(store) if store is not None else None
     if as_json:
-        print_json({"models": rows})
+        print_json({"models": rows} | ({"agent": agent} if agent else {}))
     else:
         _print(rows, running=store is None)
+        _print_agent(agent)
 
 
 def _from_store(root: Path) -> list[dict[str, Any]]:
@@ -62,6 +65,30 @@ def _version(store: Any, model: str, release: int, pointer: Any) -> dict[str, An
     return row | {"semver": manifest.semver, "engine": manifest.engine, "size_bytes": size_bytes}
 
 
+def _agent(store: Path) -> dict[str, Any] | None:
+    import msgspec
+
+    from model_sync.agent.status import read_status
+
+    status = read_status(store)
+    return None if status is None else msgspec.to_builtins(status)
+
+
+def _print_agent(agent: dict[str, Any] | None) -> None:
+    """What the agent last said about its work; a node that does not follow its channel says here why."""
+    if agent is None:
+        return
+    checked = f"{max(0.0, time.time() - agent['succeeded_at']):.0f} s ago" if agent["succeeded_at"] else "never"
+    click.echo(f"\nagent: channel {agent['channel']}, serial {agent['serial']}, last verified {checked}")
+    problems = [("agent", agent["error"] or agent["clock_note"])]
+    for name, model in sorted(agent["models"].items()):
+        refused = ", ".join(map(str, model["quarantined"]))
+        problems += [(name, model["error"]), (name, refused and f"refused for good: release {refused}")]
+    for name, problem in problems:
+        if problem:
+            click.echo(f"{name}: {printable(problem)}")
+
+
 def _from_socket(path: Path) -> list[dict[str, Any]]:
     from nearcast.serving.control import ControlRequest, ask
 
@@ -80,7 +107,7 @@ def _print(rows: list[dict[str, Any]], *, running: bool) -> None:
             for row in rows
             for version in row["versions"]
         ],
-        empty="There are no models here.",
+        empty="No versions are installed here.",
         right=["release", "size", *counts],
     )
     for row in rows:

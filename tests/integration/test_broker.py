@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 
 from edge_node import broker as broker_module
+from edge_node.app import keep_alive
 from edge_node.broker import Broker, BrokerLimits, find_broker, mosquitto_config
 from edge_node.mqtt.connection import Connection, ConnectionSettings
 from edge_node.mqtt.message import Message
 from nearcast.errors import Code, MeshError
+from router.child import ChildLimits
 
 KINDS = [
     pytest.param(
@@ -149,3 +151,27 @@ def test_the_configuration_is_what_the_worker_relies_on(tmp_path):
     assert "set_tcp_nodelay true" in lines
     assert "persistence true" in lines
     assert json.dumps("allow_anonymous true").strip('"') in lines
+
+
+class Mortal:
+    """A broker that ends as soon as it is up: what a damaged store makes of one."""
+
+    launches = 0
+
+    async def wait(self):
+        await asyncio.sleep(0)
+        return 1
+
+    async def launch(self):
+        self.launches += 1
+        return "" if self.launches % 2 else "it ended with 1"
+
+
+async def test_a_broker_that_keeps_ending_is_started_ever_more_seldom():
+    broker = Mortal()
+    watch = asyncio.create_task(keep_alive(broker, ChildLimits(restart_base_s=0.05, restart_max_s=10.0)))
+    await asyncio.sleep(0.5)
+    assert not watch.done()
+    watch.cancel()
+    await asyncio.gather(watch, return_exceptions=True)
+    assert 1 <= broker.launches < 25  # waits double from 50 ms on; without them there are thousands

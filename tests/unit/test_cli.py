@@ -13,11 +13,13 @@ import pytest
 from click.testing import CliRunner
 
 import nearcast
+from model_sync.agent.status import AgentStatus, ModelStatus, write_status
 from nearcast.cli import SUBCOMMANDS, Entry, LazyGroup, main
 from nearcast.cli.bench import Outcome, report_of
 from nearcast.cli.listing import print_table
 from nearcast.errors import Code, MeshError
 from nearcast.runtime import ExitCode
+from nearcast.store import Pointer, Store
 
 CLI_FOLDER = Path(nearcast.__file__).parent / "cli"
 
@@ -170,3 +172,19 @@ def test_config_show_refuses_what_load_would_refuse() -> None:
     assert result.exit_code == ExitCode.CONFIG
     assert "`adress`" in result.stderr
     assert "`address`" in result.stderr
+
+
+def test_a_store_shows_why_its_agent_does_not_follow(tmp_path: Path) -> None:
+    Store(tmp_path).write_pointer("digits", Pointer(stable=1))
+    (tmp_path / ".agent").mkdir()
+    model = ModelStatus(state="IDLE", error="Release 2 does not pass its gate.", quarantined=(2,))
+    status = AgentStatus(node="edge-1", channel="stable", mode="install", error="No answer.", models={"digits": model})
+    write_status(tmp_path / ".agent", status)
+    arguments = ["models", "list", "--store", str(tmp_path)]
+    shown = CliRunner().invoke(main, arguments).output
+    assert "channel stable, serial 0, last verified never" in shown
+    assert "agent: No answer." in shown
+    assert "digits: Release 2 does not pass its gate." in shown
+    assert "digits: refused for good: release 2" in shown
+    listed = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).output)
+    assert listed["agent"]["models"]["digits"]["quarantined"] == [2]
