@@ -16,7 +16,7 @@ from nearcast.identity import Identity, load_identity, server_tls
 from nearcast.runtime import Shutdown, announce
 from nearcast.store import Store
 from nearcast.transport.grpc import make_server
-from nearcast.transport.mesh import join_methods, mesh_methods
+from nearcast.transport.mesh import Members, join_methods, mesh_methods
 from nearcast.transport.oip import oip_methods
 from nearcast.transport.rest import RestServer
 from nearcast.transport.seam import Methods, Server
@@ -58,6 +58,7 @@ class RouterApp:
             limits=config.limits,
         )
         self.targets = TargetSet(self.router, ChannelFactory(config.transport, self.identity), config=config.probe)
+        self._members = Members()
         self._listeners: list[Server | RestServer] = []
         self._closers = AsyncExitStack()
 
@@ -75,7 +76,12 @@ class RouterApp:
         await self._follow_nodes(link)
         await self._listen()
         if link is not None:
-            announcer = Announcer(link, addresses=self.addresses, interval_s=self._config.probe.announce_ms / 1e3)
+            announcer = Announcer(
+                link,
+                addresses=self.addresses,
+                heed_removed=self._members.remove_only,
+                interval_s=self._config.probe.announce_ms / 1e3,
+            )
             await announcer.start()
             self._closers.push_async_callback(announcer.close)
         self._start_agent()
@@ -134,7 +140,7 @@ class RouterApp:
                 oip_methods(router, router, server_name="nearcast", trusted=True, statistics=counts),
                 mesh_methods(router.report_self),
             )
-            await self._serve("mesh", listen.mesh, mesh, self.identity, require_client=True)
+            await self._serve("mesh", listen.mesh, self._members.guard(mesh), self.identity, require_client=True)
         if listen.metrics:
             self.addresses["metrics"] = await self._telemetry.serve_metrics(
                 listen.metrics, routes=(explain_route(router),)

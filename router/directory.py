@@ -87,6 +87,7 @@ class Announcer:
         control: the link to the control API.
         addresses: listeners by name: grpc, http, mesh, metrics, mqtt.
         models: what this node holds, as JSON; read at each word.
+        heed_removed: told with each answer which names were removed from the mesh.
         interval_s: pause between two words.
     """
 
@@ -96,11 +97,13 @@ class Announcer:
         *,
         addresses: Mapping[str, str],
         models: Callable[[], Mapping[str, Any]] = dict,
+        heed_removed: Callable[[list[str]], None] = lambda _: None,
         interval_s: float = 5.0,
     ) -> None:
         self._control = control
         self._addresses = {name: address for name, address in addresses.items() if address}
         self._models = models
+        self._heed_removed = heed_removed
         self._interval_s = interval_s
         self._task: asyncio.Task[None] | None = None
         self._away = 0
@@ -125,12 +128,14 @@ class Announcer:
     async def _speak(self) -> None:
         body = {"addresses": self._addresses, "models": dict(self._models())}
         try:
-            await self._control.call("POST", "/v1/nodes/self", body)
-        except MeshError as error:
+            answer = await self._control.call("POST", "/v1/nodes/self", body)
+            removed = msgspec.convert(answer.get("removed", []), list[str])
+        except (MeshError, msgspec.ValidationError) as error:
             self._away += 1
             if self._away == 1:
-                _log.warning("announcement_failed", error=error.message)
+                _log.warning("announcement_failed", error=str(error))
             return
+        self._heed_removed(removed)
         if self._away:
             _log.info("announcement_heard")
         self._away = 0

@@ -23,7 +23,7 @@ from nearcast.serving.control import ControlSocket
 from nearcast.store import Store
 from nearcast.telemetry import Telemetry, TelemetryConfig, get_logger
 from nearcast.transport.grpc import make_server
-from nearcast.transport.mesh import join_methods, mesh_methods
+from nearcast.transport.mesh import Members, join_methods, mesh_methods
 from nearcast.transport.oip import oip_methods
 from nearcast.transport.rest import RestServer
 from nearcast.transport.seam import Server
@@ -177,6 +177,7 @@ class ServingNode:
             clock=SYSTEM_CLOCK,
             registry=registry,
         )
+        self._members = Members()
         self._link: ControlLink | None = None
         self._agent: Child | None = None
         self._listeners: list[Server | RestServer] = []
@@ -232,7 +233,13 @@ class ServingNode:
         self.addresses |= more
         if self._link is not None:
             interval_s = self.config.probe.announce_ms / 1e3
-            announcer = Announcer(self._link, addresses=self.addresses, models=self._models, interval_s=interval_s)
+            announcer = Announcer(
+                self._link,
+                addresses=self.addresses,
+                models=self._models,
+                heed_removed=self._members.remove_only,
+                interval_s=interval_s,
+            )
             await announcer.start()
             self._closers.push_async_callback(announcer.close)
         announce(self.name, **self.addresses)
@@ -277,7 +284,7 @@ class ServingNode:
         """For other nodes: requests that are decided already, and the question how this node is."""
         listen, report = self.config.listen, self.host.report
         inference = oip_methods(self.router, self.host, server_name=self.name, trusted=True, report=report)
-        methods = join_methods(inference, mesh_methods(report))
+        methods = self._members.guard(join_methods(inference, mesh_methods(report)))
         server = make_server(listen.transport, methods, address=listen.mesh, identity=identity, require_client=True)
         await self._open("mesh", server)
 

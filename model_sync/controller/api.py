@@ -269,7 +269,7 @@ class Controller:
         role, name = self._require(request, NODE_ROLES)
         announcement = await self._body(request, Announcement)
         self._nodes.announce(self._clock.monotonic(), name, role, announcement)
-        return web.json_response({"name": name, "role": role})
+        return web.json_response({"name": name, "role": role, "removed": self._enrolment.removed()})
 
     async def _remove_node(self, request: web.Request) -> web.Response:
         _, operator = self._require(request, ("operator",))

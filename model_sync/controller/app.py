@@ -110,8 +110,8 @@ async def _keep_fresh(
         if shutdown.requested:
             return
         try:
-            await controller.refresh()
             reload_certificate(tls, fresh_identity(home, authority))
+            await controller.refresh()
         except (OSError, MeshError):
             # A full disk must not end the process: what is signed still holds, and the next round tries again.
             _log.exception("refresh_failed")

@@ -21,6 +21,8 @@ from nearcast.identity import require_name
 
 CERTIFICATES_PER_NAME_MAX = 8
 """Certificates of one name that are honoured at the same time: the newest ones, through renewals."""
+REMOVED_MAX = 10_000
+"""Removed names that are told to nodes, those whose certificates last longest first."""
 KEEP_SPENT_S = 30 * 86_400.0
 """How long a spent or expired invitation is remembered, only to give a clear answer."""
 
@@ -33,6 +35,7 @@ CREATE TABLE IF NOT EXISTS members (name TEXT PRIMARY KEY, role TEXT NOT NULL, e
 CREATE TABLE IF NOT EXISTS certificates (
     sha256 TEXT PRIMARY KEY, name TEXT NOT NULL, issued_at REAL NOT NULL, expires_at REAL NOT NULL
 );
+CREATE TABLE IF NOT EXISTS removed (name TEXT PRIMARY KEY, until REAL NOT NULL);
 """
 
 
@@ -128,6 +131,7 @@ class EnrolmentAuthority:
                 raise MeshError(Code.FORBIDDEN, "The invitation has expired; ask for another: nearcast nodes invite.")
             certificate = issuer.issue(csr, name=name, role=role, lifetime_s=self._lifetime_s)
             database.execute("UPDATE invites SET used_at = ? WHERE secret_sha256 = ?", (now, _sha256(secret.encode())))
+            database.execute("DELETE FROM removed WHERE name = ?", (name,))
             self._record(database, name, role, certificate, now, self._lifetime_s)
         return certificate, root_version
 
@@ -163,12 +167,26 @@ class EnrolmentAuthority:
         Raises:
             MeshError: MODEL_NOT_FOUND if there is neither.
         """
+        now = self._clock()
         with self._transaction() as database:
+            database.execute("DELETE FROM removed WHERE until <= ?", (now,))
+            database.execute(
+                "INSERT OR REPLACE INTO removed SELECT name, MAX(expires_at) FROM certificates "
+                "WHERE name = ? AND expires_at > ? GROUP BY name",
+                (name, now),
+            )
             removed = database.execute("DELETE FROM members WHERE name = ?", (name,)).rowcount
             removed += database.execute("DELETE FROM invites WHERE name = ? AND used_at IS NULL", (name,)).rowcount
             database.execute("DELETE FROM certificates WHERE name = ?", (name,))
             if not removed:
                 raise MeshError(Code.MODEL_NOT_FOUND, f"No node is named {name}; see: nearcast nodes list.")
+
+    def removed(self) -> list[str]:
+        """Names that were removed, and not enrolled again, while a certificate of theirs has not expired yet."""
+        rows = self._database.execute(
+            "SELECT name FROM removed WHERE until > ? ORDER BY until DESC LIMIT ?", (self._clock(), REMOVED_MAX)
+        )
+        return sorted(name for (name,) in rows)
 
     def members(self) -> list[Member]:
         """Everyone who is enrolled, by name."""

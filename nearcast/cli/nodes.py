@@ -59,7 +59,10 @@ def invite(name: str, role: str, ttl_s: float, home: Path, control: str, as_json
 @operator_options
 @json_option
 def remove(name: str, home: Path, control: str, as_json: bool) -> None:
-    """Revoke what NAME was given: its certificates and its open invitation. The name is free again."""
+    """Revoke what NAME was given: its certificates and its open invitation. The name is free again.
+
+    The controller refuses it at once, other nodes when they next hear from the controller.
+    """
     from model_sync.publisher.control_client import connect
 
     with connect(home, control) as client:
@@ -67,7 +70,7 @@ def remove(name: str, home: Path, control: str, as_json: bool) -> None:
     if as_json:
         print_json(answer)
     else:
-        click.echo(f"{name} is removed; the controller no longer accepts its certificate.")
+        click.echo(f"{name} is removed: the controller refuses it now, other nodes within seconds.")
 
 
 def _row(node: dict[str, Any]) -> list[str]:

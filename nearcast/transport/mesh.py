@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Awaitable, Collection
+
+from nearcast.errors import Code, MeshError
 from nearcast.identity.name import parse_uri
-from nearcast.transport.seam import Call, Methods, Reply
+from nearcast.transport.seam import Call, Methods, Reply, StreamMethod, UnaryMethod
 from nearcast.transport.service import Report
 from nearcast.wire.report import encode_report
 
@@ -35,3 +38,45 @@ def join_methods(*parts: Methods) -> Methods:
     if len(unary) + len(stream) != sum(len(part.unary) + len(part.stream) for part in parts):
         raise ValueError("two parts offer the same method path")
     return Methods(unary=unary, stream=stream)
+
+
+class Members:
+    """Who may call a mesh listener: every identity of the mesh, but for the names that were removed from it."""
+
+    def __init__(self) -> None:
+        self._removed: frozenset[str] = frozenset()
+
+    def remove_only(self, names: Collection[str]) -> None:
+        """Refuse exactly these names from now on, also on connections that are open."""
+        self._removed = frozenset(names)
+
+    def guard(self, methods: Methods) -> Methods:
+        """The same methods, for members alone; others get FORBIDDEN."""
+        return Methods(
+            unary={path: self._unary(method) for path, method in methods.unary.items()},
+            stream={path: self._stream(method) for path, method in methods.stream.items()},
+        )
+
+    def _unary(self, method: UnaryMethod) -> UnaryMethod:
+        # No coroutine of its own: this is on the way of every forwarded request.
+        def guarded(body: bytes, call: Call) -> Awaitable[Reply]:
+            if self._removed:
+                self._require(call)
+            return method(body, call)
+
+        return guarded
+
+    def _stream(self, method: StreamMethod) -> StreamMethod:
+        def guarded(bodies: AsyncIterator[bytes], call: Call) -> AsyncIterator[Reply]:
+            if self._removed:
+                self._require(call)
+            return method(bodies, call)
+
+        return guarded
+
+    def _require(self, call: Call) -> None:
+        role, name = parse_uri(call.identity)
+        if name in self._removed:
+            raise MeshError(
+                Code.FORBIDDEN, f"The {role} {name!r} was removed from the mesh; it must join again to be answered."
+            )

@@ -129,3 +129,22 @@ def test_open_invitations_are_bounded(mesh: Mesh) -> None:
     assert code_of(caught) is Code.OVERLOADED
     mesh.clock.advance(61.0)
     mesh.enrolment.invite("one-more", "edge", 60.0, 1)
+
+
+def test_removed_names_are_told_while_a_certificate_of_theirs_lasts(mesh: Mesh) -> None:
+    for name in ("e1", "e2", "e3"):
+        mesh.join(name)
+    mesh.enrolment.invite("e4", "edge", 60.0, 1)
+    assert mesh.enrolment.removed() == []
+    mesh.clock.advance(DAY_S)
+    for name in ("e2", "e1", "e4"):
+        mesh.enrolment.remove(name)
+    mesh.enrolment.close()
+    mesh.open()
+    assert mesh.enrolment.removed() == ["e1", "e2"]
+    mesh.join("e2")
+    assert mesh.enrolment.removed() == ["e1"]
+    mesh.clock.advance(6 * DAY_S - 1)
+    assert mesh.enrolment.removed() == ["e1"]
+    mesh.clock.advance(1)
+    assert mesh.enrolment.removed() == []

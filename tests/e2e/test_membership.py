@@ -1,14 +1,19 @@
-"""A node gets its token by standard input or by a file: command lines are for everyone on the machine to see."""
+"""Joining and leaving: a token never stands in a command line, and who was removed is not answered any more."""
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from model_sync.publisher.control_client import connect
 from nearcast.cli.processes import Mesh
+from nearcast.errors import Code, MeshError
 from nearcast.identity import load_identity
+from nearcast.transport.grpc import make_channel
+from nearcast.transport.mesh import REPORT
 
 WAIT_S = 40.0
 TOKEN_START = b"eyJ"  # base64 of a JSON object
@@ -39,4 +44,31 @@ async def test_no_token_stands_in_a_command_line(tmp_path: Path) -> None:
             process.communicate(timeout=WAIT_S)
             (tmp_path / "token").unlink(missing_ok=True)
     finally:
+        await mesh.stop()
+
+
+async def test_a_removed_node_is_refused_by_the_others(tmp_path: Path) -> None:
+    mesh = await Mesh.start(tmp_path, edges=0, cloud=2, router=1)
+    channels = {}
+    try:
+        removed = load_identity(mesh.data_dir / "cloud-2" / "identity")
+        for name in ("cloud-1", "router-1"):
+            channels[name] = make_channel("ngh2", mesh.addresses[name]["mesh"], identity=removed)
+            await channels[name].unary(REPORT, (b"",))
+        with connect(mesh.operator_home) as client:
+            client.call("DELETE", "/v1/nodes/cloud-2")
+        ends_at = time.monotonic() + WAIT_S
+        for channel in channels.values():
+            code = None
+            while code is None and time.monotonic() < ends_at:
+                try:
+                    await channel.unary(REPORT, (b"",))
+                    await asyncio.sleep(0.1)
+                except MeshError as error:
+                    code = error.code
+                    assert "removed from the mesh" in error.message
+            assert code is Code.FORBIDDEN
+    finally:
+        for channel in channels.values():
+            await channel.close()
         await mesh.stop()
