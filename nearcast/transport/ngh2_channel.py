@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,8 @@ from nearcast.transport.tls_stream import TlsStream
 VerifyPeer: TypeAlias = Callable[[Mapping[str, Any]], object]
 """Takes the server's certificate as `ssl.SSLSocket.getpeercert()` gives it; raises MeshError to refuse the server."""
 
-_ATTEMPTS_MAX = 5
+_ATTEMPTS_MAX = 8
+_CONNECTIONS_MAX = 3
 _REFUSED_PAUSE_S = 0.01
 _METHODS_MAX = 256
 _CLOSE_TIMEOUT_S = 0.5
@@ -82,10 +84,13 @@ class Ngh2Channel:
                 connection.abandon(call)
                 raise
             except CallError:
-                # The server has not looked at it (its count of streams lags behind, or it is going away).
-                if not call.is_refused or attempt + 1 == _ATTEMPTS_MAX:
+                # The server has not looked at it: its count of streams lags behind, or it is going away.
+                attempts_max = _ATTEMPTS_MAX if connection.is_usable else _CONNECTIONS_MAX
+                if not call.is_refused or attempt + 1 >= attempts_max:
                     raise
-                await asyncio.sleep(min(_REFUSED_PAUSE_S * 2**attempt, max(0.0, ends_at - time.monotonic())))
+                if connection.is_usable:
+                    pause_s = random.uniform(0, _REFUSED_PAUSE_S * 2**attempt)
+                    await asyncio.sleep(min(pause_s, max(0.0, ends_at - time.monotonic())))
         raise CallError(Code.UNAVAILABLE, f"{self.address} is going away; ask another node.", retry_after_ms=100)
 
     async def close(self) -> None:
