@@ -171,7 +171,7 @@ class Router:
         exchange = Exchange(
             self.policy,
             self._now,
-            lambda send: self._call(send, request, context),
+            lambda send: self._call(send, request, context, named=bool(facts.version)),
             facts,
             context.deadline,
             self.statistics,
@@ -310,7 +310,10 @@ class Router:
             return split.stable, (split.last_good,)
         return split.stable, ()
 
-    def _call(self, send: Send, request: InferRequest, context: RequestContext) -> Awaitable[InferResponse]:
+    def _call(
+        self, send: Send, request: InferRequest, context: RequestContext, *, named: bool
+    ) -> Awaitable[InferResponse]:
+        """One attempt. Where no pointer has `named` a version, the node's own pointer does: a trial never leaks."""
         node = self._nodes.get(send.target)
         if node is None:
             raise MeshError(Code.UNAVAILABLE, "The target has just left the mesh; try again.", sent=False)
@@ -323,7 +326,7 @@ class Router:
                 idempotency_key=context.idempotency_key,
                 trace=context.trace,
                 forwarded=node is not self._local,
-                version=send.version,
+                version=send.version if named else "",
             )
         return node.infer(request, context)
 

@@ -288,6 +288,17 @@ async def test_split_by_pointer(bench: Bench, tmp_path: Path) -> None:
     assert (await router.infer(request(), context())).version == "2"
 
 
+async def test_without_a_pointer_the_nodes_own_decides_so_that_a_trial_never_leaks(bench: Bench) -> None:
+    # A stand-alone router whose agent has not synced yet sees both releases hot; the node's stable one is the first.
+    host = TinyHost("a", versions=("1", "2"))
+    router, _ = await bench.router(await bench.node(host))
+    assert router.policy.newest("digits") == "2"
+    answers = {(await router.infer(request(), context())).version for _ in range(20)}
+    assert answers == {"1"}
+    assert {seen.version for _, seen in host.seen} == {""}
+    assert all(seen.forwarded for _, seen in host.seen)
+
+
 async def test_a_target_that_hangs_without_a_word_is_given_up(bench: Bench) -> None:
     view, child = await bench.process("a", delay_ms=0)
     host = TinyHost("b", delay_s=0.05)
