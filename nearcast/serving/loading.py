@@ -24,12 +24,16 @@ WARM_UP_TIME_S = 0.05
 class WarmUp:
     """What warming taught: batch-1 model times, the elements of the inputs they hold for, and a new sequence's time.
 
+    `busy_p99_us` is the processor time of a run where one thread does all of it: what the loop would lag by, whatever
+    else the machine was doing while the version was loaded.
+
     Without data that the model accepts, `runs` is 0 and the times are unknown.
     """
 
     runs: int = 0
     p50_us: float = 0.0
     p99_us: float = 0.0
+    busy_p99_us: float = 0.0
     elements: int = 1
     sequence_us: float = 0.0
 
@@ -56,7 +60,7 @@ def load_version(store: Store, model: str, release: int, threads: int) -> Loaded
     engine = load_engine(manifest, folder, threads=threads)
     try:
         vectors = [read_tensors(folder, vector.inputs) for vector in manifest.golden]
-        warm_up = warm(engine, manifest, vectors)
+        warm_up = warm(engine, manifest, vectors, threads)
     except BaseException as error:
         engine.close()
         if isinstance(error, OSError):
@@ -65,7 +69,7 @@ def load_version(store: Store, model: str, release: int, threads: int) -> Loaded
     return Loaded(manifest=manifest, engine=engine, warm_up=warm_up, load_s=time.perf_counter() - started)
 
 
-def warm(engine: LoadedModel, manifest: Manifest, vectors: list[dict[str, Any]]) -> WarmUp:
+def warm(engine: LoadedModel, manifest: Manifest, vectors: list[dict[str, Any]], threads: int) -> WarmUp:
     """Run the vectors, or zeros, until times are stable: at most `WARM_UP_TIME_S`, the first run not counted.
 
     Raises:
@@ -82,20 +86,25 @@ def warm(engine: LoadedModel, manifest: Manifest, vectors: list[dict[str, Any]])
             raise
         _LOG.warning("%s release %d could not be warmed with zeros", manifest.name, manifest.release)
         return WarmUp(sequence_us=sequence_us)
+    busy_s = time.thread_time if threads == 1 else time.perf_counter
     times: list[float] = []
+    busy: list[float] = []
     until = time.perf_counter() + WARM_UP_TIME_S
     for tensors in itertools.cycle(inputs):
-        before = time.perf_counter()
+        before, busy_before = time.perf_counter(), busy_s()
         runner.run(tensors)
         after = time.perf_counter()
         times.append((after - before) * 1e6)
+        busy.append((busy_s() - busy_before) * 1e6)
         if len(times) >= WARM_UP_RUNS_MAX or (after > until and len(times) >= WARM_UP_RUNS_MIN):
             break
     times.sort()
+    busy.sort()
     return WarmUp(
         runs=len(times),
         p50_us=times[len(times) // 2],
         p99_us=times[int(0.98 * (len(times) - 1))],
+        busy_p99_us=busy[int(0.98 * (len(busy) - 1))],
         elements=max(1, min(sum(array.size for array in each.values()) for each in inputs)),
         sequence_us=sequence_us,
     )

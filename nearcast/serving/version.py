@@ -54,7 +54,7 @@ class HotVersion:
         self.stateful = loaded.manifest.stateful == "hidden"
         self.in_flight = 0
         warm_up = loaded.warm_up
-        self.inline = warm_up.runs > 0 and warm_up.p99_us <= limits.inline_us_max
+        self.inline = warm_up.runs > 0 and warm_up.busy_p99_us <= limits.inline_us_max
         self.sequences = Sequences(
             self.title,
             loaded.engine,
@@ -65,7 +65,7 @@ class HotVersion:
             clock=clock,
         )
         self._inline_elements_max = (
-            int(warm_up.elements * limits.inline_us_max / max(1.0, warm_up.p99_us)) if self.inline else 0
+            int(warm_up.elements * limits.inline_us_max / max(1.0, warm_up.busy_p99_us)) if self.inline else 0
         )
         self._limits = limits
         self._executor = executor
