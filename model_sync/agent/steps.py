@@ -15,8 +15,7 @@ from model_sync.trust.vouching import require_digest
 from nearcast.durable import write_file
 from nearcast.errors import Code, MeshError
 from nearcast.store import Manifest, Store, decode_manifest
-
-MANIFEST_FILE = "manifest.json"
+from nearcast.store.manifest import MANIFEST_FILE
 
 
 class DiskFullError(MeshError):

@@ -15,6 +15,7 @@ from model_sync.publisher.golden import GOLDEN_FILE, VECTORS_MAX, pack_vectors, 
 from nearcast.errors import Code, MeshError
 from nearcast.store.manifest import (
     CHUNK_SIZE_BYTES,
+    MANIFEST_FILE,
     MANIFEST_SIZE_BYTES_MAX,
     File,
     FileName,
@@ -26,11 +27,10 @@ from nearcast.store.manifest import (
 )
 
 if TYPE_CHECKING:
-    from nearcast.serving.gate import GateResult
+    from nearcast.serving.gate_child import GateResult
 
-MANIFEST_FILE = "manifest.json"
-SUFFIXES = {"onnxruntime": (".onnx", ".ort"), "litert": (".tflite",)}
-"""Formats that hold no code, by engine."""
+SUFFIXES = {"onnxruntime": (".onnx",), "litert": (".tflite",)}
+"""File names of the formats that hold no code, by engine; the gate looks at the bytes."""
 
 
 class BundleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -208,7 +208,7 @@ def pass_gate(folder: Path) -> GateResult:
     Raises:
         MeshError: UNTRUSTED if the model does not load, crashes, is too slow or answers otherwise than it must.
     """
-    from nearcast.serving.gate import run_gate
+    from nearcast.serving.gate_child import run_gate
 
     result = run_gate(folder)
     if not result.ok:

@@ -1,14 +1,12 @@
 """The last check before a version may serve: format, load, golden vectors, latency; in a child process with limits.
 
-`python -m nearcast.serving.gate FOLDER` is the child: it prints one JSON object and exits with 0 or 1. `run_gate`
-starts it; a child that crashes, hangs or eats memory has refused the version just as well.
+`python -m nearcast.serving.gate FOLDER` is the child: it prints one JSON object and exits with 0 or 1.
+`nearcast.serving.gate_child` starts it; a child that crashes, hangs or eats memory has refused the version as well.
 """
 
 from __future__ import annotations
 
-import os
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -22,63 +20,13 @@ from nearcast.errors import Code, MeshError
 from nearcast.handler import Tensors
 from nearcast.serving.engines import LoadedModel, Runner, load_engine
 from nearcast.serving.formats import require_format
+from nearcast.serving.gate_child import GateLimits, GateResult
 from nearcast.serving.golden import difference, read_tensors
 from nearcast.serving.joining import join, split
 from nearcast.serving.signature import Signature
-from nearcast.store.manifest import Manifest, decode_manifest
+from nearcast.store.manifest import MANIFEST_FILE, Manifest, decode_manifest
 
 RUNS_PER_VECTOR = 5
-_OUTPUT_CHARS_MAX = 2000
-_SIGNALS = {-9: "was killed (out of memory?)", -11: "crashed", -6: "aborted", -24: "used too much CPU time"}
-
-
-class GateLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the child may use. `address_space_bytes_max` counts reserved memory too, so it must be generous."""
-
-    timeout_s: float = 90.0
-    cpu_s_max: int = 60
-    address_space_bytes_max: int = 4 * 1024**3
-    file_size_bytes_max: int = 1024 * 1024
-    threads: int = 1
-
-
-class GateResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The verdict. `p50_us` is the median golden run; `vectors` how many were checked; `load_ms` the time to load."""
-
-    ok: bool
-    error: str = ""
-    p50_us: float = 0.0
-    load_ms: float = 0.0
-    vectors: int = 0
-
-
-def run_gate(folder: Path, limits: GateLimits | None = None) -> GateResult:
-    """Check a version in a child process. Blocks for at most `timeout_s`; never raises for what the child does."""
-    limits = limits or GateLimits()
-    root = Path(__file__).resolve().parents[2]
-    environ = {
-        "PATH": os.environ.get("PATH", ""),
-        "LANG": "C.UTF-8",
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH", "")))),
-        # Thread pools of BLAS reserve address space for each core.
-        "OPENBLAS_NUM_THREADS": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "nearcast.serving.gate", str(folder), "--json"]
-    command.append(f"--limits={msgspec.json.encode(limits).decode()}")
-    try:
-        done = subprocess.run(command, capture_output=True, env=environ, timeout=limits.timeout_s, check=False)
-    except subprocess.TimeoutExpired:
-        return GateResult(ok=False, error=f"The check took longer than {limits.timeout_s:g} s.")
-    try:
-        result = msgspec.json.decode(done.stdout.strip().rsplit(b"\n", 1)[-1], type=GateResult)
-    except msgspec.DecodeError:
-        said = done.stderr.decode("utf-8", "replace").strip().rsplit("\n", 1)[-1]
-        how = _SIGNALS.get(done.returncode, f"ended with status {done.returncode}")
-        return GateResult(ok=False, error=f"The checking process {how}. {said}"[:_OUTPUT_CHARS_MAX].strip())
-    if result.ok and done.returncode != 0:
-        return GateResult(ok=False, error=f"The checking process ended with status {done.returncode}.")
-    return result
 
 
 def check(folder: Path, *, threads: int = 1) -> GateResult:
@@ -88,7 +36,7 @@ def check(folder: Path, *, threads: int = 1) -> GateResult:
         MeshError: UNTRUSTED with the reason why the version is refused.
     """
     try:
-        manifest = decode_manifest((folder / "manifest.json").read_bytes())
+        manifest = decode_manifest((folder / MANIFEST_FILE).read_bytes())
     except OSError as error:
         raise MeshError(Code.UNTRUSTED, "The folder has no readable manifest.json.") from error
     require_format(manifest, folder)

@@ -11,6 +11,7 @@ from nearcast.errors import Code, MeshError
 
 CHUNK_SIZE_BYTES = 256 * 1024
 """Unit of download and verification: what a cut connection costs at most."""
+MANIFEST_FILE = "manifest.json"
 MANIFEST_SIZE_BYTES_MAX = 4 * 1024 * 1024
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 PATH_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"

@@ -22,10 +22,9 @@ import msgspec
 
 from nearcast.durable import write_file
 from nearcast.errors import Code, MeshError
-from nearcast.store.manifest import MANIFEST_SIZE_BYTES_MAX, Manifest, decode_manifest, is_model_name
+from nearcast.store.manifest import MANIFEST_FILE, MANIFEST_SIZE_BYTES_MAX, Manifest, decode_manifest, is_model_name
 from nearcast.store.pointer import Pointer
 
-MANIFEST_FILE = "manifest.json"
 POINTER_FILE = "serving.json"
 STAGING_FOLDER = ".staging"
 POINTER_SIZE_BYTES_MAX = 64 * 1024

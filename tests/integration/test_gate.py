@@ -17,7 +17,8 @@ from onnx import TensorProto, helper
 
 from nearcast.errors import Code, MeshError
 from nearcast.serving.formats import external_locations
-from nearcast.serving.gate import GateLimits, check, run_gate
+from nearcast.serving.gate import check
+from nearcast.serving.gate_child import GateLimits, run_gate
 from tests.tiny_models import affine_model, recurrent_model, tensor, write_version
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)

@@ -69,7 +69,7 @@ def test_clips_are_quantised_steps_of_thirty_milliseconds():
 
 def test_every_bundle_of_the_demo_is_made_and_passes_the_gate(tmp_path):
     from model_sync.publisher.bundle import create_bundle, read_spec
-    from nearcast.serving.gate import run_gate
+    from nearcast.serving.gate_child import run_gate
 
     specifications = write_sources(tmp_path / "sources")
     assert set(specifications) == set(BUNDLES)
