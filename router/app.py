@@ -16,6 +16,7 @@ from nearcast.identity import Identity, load_identity, server_tls
 from nearcast.runtime import Shutdown, announce
 from nearcast.store import Store
 from nearcast.transport.grpc import make_server
+from nearcast.transport.health import health_methods
 from nearcast.transport.mesh import Members, join_methods, mesh_methods
 from nearcast.transport.oip import oip_methods
 from nearcast.transport.rest import RestServer
@@ -126,8 +127,11 @@ class RouterApp:
         listen, router = self._config.listen, self.router
         shown = self.identity if self._config.tls else None
         counts = Statistics()
-        methods = oip_methods(
-            router, router, server_name="nearcast", trusted=False, statistics=counts, report=router.catalogue
+        methods = join_methods(
+            oip_methods(
+                router, router, server_name="nearcast", trusted=False, statistics=counts, report=router.catalogue
+            ),
+            health_methods(router.is_ready),
         )
         if listen.grpc:
             await self._serve("grpc", listen.grpc, methods, shown, require_client=False)

@@ -23,6 +23,7 @@ from nearcast.serving.control import ControlSocket
 from nearcast.store import Store
 from nearcast.telemetry import Telemetry, TelemetryConfig, get_logger
 from nearcast.transport.grpc import make_server
+from nearcast.transport.health import health_methods
 from nearcast.transport.mesh import Members, join_methods, mesh_methods
 from nearcast.transport.oip import oip_methods
 from nearcast.transport.rest import RestServer
@@ -264,8 +265,11 @@ class ServingNode:
         listen, router = self.config.listen, self.router
         shown = self.identity if listen.tls else None
         counts = Statistics()
-        methods = oip_methods(
-            router, router, server_name=self.name, trusted=False, statistics=counts, report=router.catalogue
+        methods = join_methods(
+            oip_methods(
+                router, router, server_name=self.name, trusted=False, statistics=counts, report=router.catalogue
+            ),
+            health_methods(router.is_ready),
         )
         await self._open("grpc", make_server(listen.transport, methods, address=listen.grpc, identity=shown))
         tls = None if shown is None else server_tls(shown, require_client=False, alpn=("http/1.1",))
