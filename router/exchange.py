@@ -10,6 +10,8 @@ import msgspec
 from nearcast.errors import Code, MeshError
 from nearcast.handler import InferResponse
 from nearcast.telemetry import get_logger
+from nearcast.transport.seam import CallError
+from nearcast.wire.status import CODE
 from router.policy import Attempt, Outcome, Policy, RequestFacts, Send
 from router.policy.events import ABANDONED
 from router.statistics import RouterStatistics
@@ -104,7 +106,7 @@ class Exchange:
                 raise
             return winner
         except MeshError as error:
-            self._close(attempt, Outcome(error.code, error.sent, error.retry_after_ms))
+            self._close(attempt, _outcome(error))
             if (winner := await self._wait_for_hedge()) is None:
                 raise
             return winner
@@ -162,7 +164,7 @@ class Exchange:
             raise
         except MeshError as error:
             # The first send is still on its way, or has failed and says why itself.
-            self._policy.on_reply(self._now(), attempt, Outcome(error.code, error.sent, error.retry_after_ms))
+            self._policy.on_reply(self._now(), attempt, _outcome(error))
             self._statistics.count(copy.target, error.code)
             return
         except Exception:  # noqa: BLE001 - nobody awaits this task; what broke is logged and counted
@@ -189,6 +191,12 @@ class Exchange:
         if self._hedge is not None:
             await asyncio.wait({self._hedge})
         return self._winner
+
+
+def _outcome(error: MeshError) -> Outcome:
+    """What the policy learns from an error; a status that names our own code was sent by the target itself."""
+    told = isinstance(error, CallError) and any(name == CODE for name, _ in error.trailers)
+    return Outcome(error.code, error.sent, error.retry_after_ms, told=told)
 
 
 async def _spent(_: Send) -> InferResponse:

@@ -35,6 +35,7 @@ class ClientLimits:
         in_flight_max: requests at the same time; more are refused at once.
         probe_s: mean pause between two readiness probes of a node.
         probe_timeout_s: a probe that takes longer counts as unanswered.
+        probes_slow_max: unanswered probes in a row after which a node counts as lost.
         slots: requests that one node is first believed to run at the same time.
     """
 
@@ -42,6 +43,7 @@ class ClientLimits:
     in_flight_max: int = 10_000
     probe_s: float = 0.5
     probe_timeout_s: float = 1.0
+    probes_slow_max: int = 3
     slots: int = 16
 
 
@@ -247,16 +249,22 @@ class AsyncClient:
         self._policy.on_report(self._now(), address, report)
 
     async def _probe_forever(self, address: str, node: RemoteNode) -> None:
-        connecting = True
+        connecting, slow = True, 0
         while True:
             started = self._now()
             try:
                 async with asyncio.timeout(2 * self._limits.probe_timeout_s):
                     self._ready[address] = await node.is_ready(deadline=started + self._limits.probe_timeout_s)
-            except (MeshError, TimeoutError):
+            except (MeshError, TimeoutError) as error:
                 connecting = True
-                self._policy.on_probe(self._now(), address, None)
+                # One slow answer is a busy node, not a lost one; a refused connection is.
+                timed_out = isinstance(error, TimeoutError) or error.code is Code.DEADLINE
+                slow = slow + 1 if timed_out else self._limits.probes_slow_max
+                if slow >= self._limits.probes_slow_max:
+                    slow = 0
+                    self._policy.on_probe(self._now(), address, None)
             else:
+                slow = 0
                 now = self._now()
                 self._policy.on_probe(now, address, now - started, connecting=connecting)
                 connecting = False

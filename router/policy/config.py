@@ -40,7 +40,8 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         brownout_share: when more than this share of requests outlasts its hedge delay, hedging stops for that tier.
         brownout_smoothing: weight of one request in that share.
         retry_share: retries per request, on average.
-        retry_burst: retries that may be saved up; a node's death spends up to this many at once.
+        retry_burst: retries that may be saved up; a node's death spends one for each request in flight on it, and for
+            each that is sent there until the loss is seen.
         retry_per_s: retries earned per second without any traffic.
         attempts_max: sends of one request, all kinds together.
         breaker_failures: consecutive failures of a model on a target that open its breaker.
@@ -76,7 +77,7 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     brownout_share: Fraction = 0.2
     brownout_smoothing: Fraction = 0.03
     retry_share: Fraction = 0.05
-    retry_burst: NonNegative = 16.0
+    retry_burst: NonNegative = 64.0
     retry_per_s: NonNegative = 1.0
     attempts_max: Count = 3
     breaker_failures: Count = 5

@@ -20,13 +20,15 @@ FAULTS = frozenset({Code.INTERNAL, Code.UNAVAILABLE, Code.DEADLINE})
 class Outcome(msgspec.Struct, frozen=True):
     """How one attempt ended.
 
-    `code` None = answered; CANCELLED = we gave it up. `sent` tells whether the target may have executed it.
+    `code` None = answered; CANCELLED = we gave it up. `sent` tells whether the target may have executed it. `told`: the
+    target itself said so, over a connection that holds; else the channel did.
     """
 
     code: Code | None = None
     sent: bool = True
     retry_after_ms: int | None = None
     served: Served | None = None
+    told: bool = False
 
 
 ANSWERED = Outcome()

@@ -354,7 +354,8 @@ class Policy:
             self._fleet.settle(now, target)
         elif code in _MISPLACED:
             version.unserved_until = now + _MISPLACED_S
-        elif code is Code.UNAVAILABLE and target.tier != "local":
+        elif code is Code.UNAVAILABLE and target.tier != "local" and not (outcome.told and outcome.sent):
+            # A target that lives and tells of somebody else's death, behind it, is not lost itself.
             version.observe_fault()
             self.on_connection_lost(now, target.name)
         elif code is Code.UNAVAILABLE or code is Code.INTERNAL or (code is Code.DEADLINE and latency > version.base95):

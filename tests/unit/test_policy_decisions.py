@@ -205,17 +205,28 @@ class TestHedge:
 
 
 class TestRetry:
-    def test_sixteen_lost_calls_move_and_the_next_does_not(self) -> None:
+    def test_a_burst_of_lost_calls_moves_and_the_next_does_not(self) -> None:
         policy = make_policy(a="peer", b="peer")
         send = Send("a", "1")
         lost = Outcome(code=Code.UNAVAILABLE, sent=True)
-        attempts = [policy.on_sent(0.0, facts(), send) for _ in range(17)]
+        attempts = [policy.on_sent(0.0, facts(), send) for _ in range(65)]
         moved = []
         for attempt in attempts:
             policy.on_reply(0.01, attempt, lost)
             moved.append(policy.retry(0.01, facts(), attempt, lost, ("a",)))
-        assert [m.target for m in moved[:16] if m] == ["b"] * 16
-        assert moved[16] is None
+        assert [m.target for m in moved[:64] if m] == ["b"] * 64
+        assert moved[64] is None
+
+    def test_a_target_that_tells_of_a_loss_behind_it_is_not_lost(self) -> None:
+        policy = make_policy(a="peer")
+        behind = Outcome(code=Code.UNAVAILABLE, sent=True, told=True)
+        for _ in range(4):
+            policy.on_reply(0.0, policy.on_sent(0.0, facts(), Send("a", "1")), behind)
+            assert sent(policy.decide(0.0, facts())).target == "a"
+        for lost in (Outcome(code=Code.UNAVAILABLE, sent=True), Outcome(code=Code.UNAVAILABLE, sent=False, told=True)):
+            policy = make_policy(a="peer")
+            policy.on_reply(0.0, policy.on_sent(0.0, facts(), Send("a", "1")), lost)
+            assert refused(policy.decide(0.0, facts())).code is Code.UNAVAILABLE
 
     def test_what_never_left_is_free_but_bounded(self) -> None:
         policy = make_policy(a="peer", b="peer", c="peer", d="peer")
