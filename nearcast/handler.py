@@ -70,8 +70,8 @@ class InferRequest(ABC):
 class Served(msgspec.Struct, frozen=True, kw_only=True):
     """What happened to an answered request; travels as trailers.
 
-    `node` answered with `version`; it waited `queue_us` and ran `compute_us` microseconds. `in_flight` is the load that the
-    node saw at the request's arrival, itself not counted.
+    `node` answered with `version`; it waited `queue_us` and ran `compute_us` microseconds. `in_flight` is the load that
+    the node saw at the request's arrival, itself not counted.
     """
 
     node: str = ""
@@ -165,7 +165,7 @@ class InferenceHandler(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One declared input or output. `shape` uses -1 for a free axis; `datatype` is the protocol's name (FP32, BYTES, …)."""
+    """One declared input or output. `shape` uses -1 for a free axis; `datatype` is the protocol's name (FP32, …)."""
 
     name: str
     datatype: str

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import click
@@ -21,12 +20,6 @@ class Entry:
 
     module: str
     help: str
-
-    @property
-    def exists(self) -> bool:
-        """Whether the module is part of this installation."""
-        spec = find_spec(self.module)
-        return spec is not None and spec.origin is not None  # a bare folder is no module yet
 
 
 SUBCOMMANDS: Mapping[str, Entry] = {
@@ -49,7 +42,10 @@ SUBCOMMANDS: Mapping[str, Entry] = {
     "simulate": Entry("nearcast.cli.simulate", "Simulate a fleet on virtual time."),
     "config": Entry("nearcast.cli.config", "Show settings and where they come from."),
 }
-"""All subcommands, in the order of `--help`. One whose module is not there does not exist."""
+"""All subcommands, in the order of `--help`."""
+
+PACKAGES = ("nearcast", "router", "edge_node", "cloud_core", "model_sync", "simulations")
+"""What every installation holds; what else a command imports comes with an extra."""
 
 
 class LazyGroup(click.Group):
@@ -63,11 +59,11 @@ class LazyGroup(click.Group):
         self._entries = entries
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [name for name, entry in self._entries.items() if entry.exists]
+        return list(self._entries)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         entry = self._entries.get(cmd_name)
-        if entry is None or not entry.exists:
+        if entry is None:
             return None
         command = import_module(entry.module).command
         if not isinstance(command, click.Command):
@@ -88,6 +84,17 @@ class LazyGroup(click.Group):
 
             click.echo(f"nearcast: {error.message}", err=True)
             sys.exit(exit_code(error))
+        except ModuleNotFoundError as error:
+            if not error.name or error.name.partition(".")[0] in PACKAGES:
+                raise
+            from nearcast.runtime.exit import ExitCode
+
+            click.echo(
+                f"nearcast: {error.name} is not installed; install what the role needs: "
+                "pip install 'nearcast[edge]', [cloud], [router] or [sync]; [demo] has everything.",
+                err=True,
+            )
+            sys.exit(ExitCode.CONFIG)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

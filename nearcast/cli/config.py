@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -11,7 +10,7 @@ import msgspec
 
 from nearcast.cli.listing import json_option, print_json, print_table
 from nearcast.cli.process_options import settings_options
-from nearcast.config import ConfigError, load_config
+from nearcast.config import load_config
 
 APPS = {
     "edge": ("edge_node.config", "EdgeConfig"),
@@ -41,8 +40,6 @@ def show(app: str, path: Path | None, overrides: tuple[str, ...], as_json: bool)
 
 def _config_type(app: str) -> type[msgspec.Struct]:
     module, name = APPS[app]
-    if find_spec(module.partition(".")[0]) is None or find_spec(module) is None:
-        raise ConfigError(f"This installation has no {app}; install nearcast[{app}].")
     type_ = getattr(import_module(module), name)
     if not isinstance(type_, type) or not issubclass(type_, msgspec.Struct):
         raise TypeError(f"{module}.{name} is no msgspec.Struct")

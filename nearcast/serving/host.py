@@ -186,10 +186,6 @@ class ModelHost:
         """
         return self._require_slot(model).status(self._residency.statistics)
 
-    def stats(self, model: str) -> Mapping[int, VersionStatus]:
-        """The same as `status`, by release."""
-        return {each.release: each for each in self.status(model)}
-
     def report(self) -> NodeReport:
         """What routers want to know about this node now. Cheap enough for several times a second."""
         now = self._now()

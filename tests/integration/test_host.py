@@ -20,6 +20,7 @@ from nearcast.errors import Code, MeshError
 from nearcast.handler import InferenceHandler, InferRequest, ModelDirectory, RequestContext
 from nearcast.serving import HostLimits, ModelHost, residency
 from nearcast.serving.loading import Loaded, load_version
+from nearcast.serving.slots import VersionStatus
 from nearcast.store import Store
 from nearcast.wire.request import TensorRequest
 from tests.tiny_models import activate, affine_model, install, lookup_model, recurrent_model, tensor, text_model
@@ -52,6 +53,10 @@ def request(x: Any = X, *, model: str = "affine", **fields: Any) -> TensorReques
     return TensorRequest(model=model, inputs={"x": x}, **fields)
 
 
+def stats(host: ModelHost, model: str) -> dict[int, VersionStatus]:
+    return {each.release: each for each in host.status(model)}
+
+
 async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
@@ -70,7 +75,7 @@ async def test_a_request_gets_the_models_answer_and_what_happened(store: Store) 
             assert (answer.model, answer.version, answer.id) == ("affine", "1", "a")
         served = answer.served
         assert (served.node, served.tier, served.version, served.in_flight) == ("edge-1", "local", "1", 0)
-        assert host.stats("affine")[1].requests == 3
+        assert stats(host, "affine")[1].requests == 3
         metadata = await host.metadata("affine", "")
         assert metadata.versions == ("1",)
         assert metadata.platform == "onnxruntime_onnx"
@@ -114,8 +119,8 @@ async def test_wrong_inputs_are_named(store: Store, limits: HostLimits, inputs: 
         with refused(Code.INVALID_REQUEST, "has no output q; it gives y"):
             await host.infer(request(outputs=["q"]), CONTEXT)
         np.testing.assert_array_equal((await host.infer(request(outputs=["y"]), CONTEXT)).decode()["y"], 2 * X)
-        assert host.stats("affine")[1].errors == 0
-        assert host.stats("affine")[1].codes == {"INVALID_REQUEST": 2}
+        assert stats(host, "affine")[1].errors == 0
+        assert stats(host, "affine")[1].codes == {"INVALID_REQUEST": 2}
 
 
 async def test_unknown_models_and_versions_name_what_is_there(store: Store) -> None:
@@ -200,7 +205,7 @@ async def test_a_broken_candidate_leaves_stable_serving_and_says_why(store: Stor
     install(store, b"no model at all", release=2)
     activate(store, stable=1, candidate=2, share=0.5)
     async with running(store) as host:
-        status = host.stats("affine")
+        status = stats(host, "affine")
         assert (status[1].state, status[2].state) == ("hot", "failed")
         assert "ONNX Runtime cannot load model.onnx" in status[2].error
         assert str(store.root) not in status[2].error
@@ -210,7 +215,7 @@ async def test_a_broken_candidate_leaves_stable_serving_and_says_why(store: Stor
         assert (await host.infer(request(), CONTEXT)).version == "1", "a stable that cannot load must not stop service"
         activate(store, stable=9, last_good=1)
         await host.refresh("affine")
-        assert host.stats("affine")[9].error == "Release 9 of model affine is not on this node."
+        assert stats(host, "affine")[9].error == "Release 9 of model affine is not on this node."
         assert (await host.infer(request(), CONTEXT)).version == "1"
 
 
@@ -218,7 +223,7 @@ async def test_a_model_that_differs_from_its_manifest_is_refused(store: Store) -
     install(store, affine_model(), inputs=(tensor("x", "FP64", (-1, 4)),))
     activate(store, stable=1)
     async with running(store) as host:
-        assert host.stats("affine")[1].error == "The input x is FP32, but its manifest says FP64."
+        assert stats(host, "affine")[1].error == "The input x is FP32, but its manifest says FP64."
         with refused(Code.UNAVAILABLE, "could not be loaded"):
             await host.infer(request(), CONTEXT)
 
@@ -306,7 +311,7 @@ async def test_a_fallback_gives_way_when_memory_is_short(store: Store) -> None:
         await host.refresh("affine")
         assert (await host.infer(request(), CONTEXT)).version == "1"
     async with running(store, HostLimits(memory_bytes_max=size)) as host:
-        assert "more would exceed" in host.stats("affine")[1].error
+        assert "more would exceed" in stats(host, "affine")[1].error
 
 
 async def test_expired_work_is_dropped_before_it_runs(store: Store) -> None:
@@ -322,7 +327,7 @@ async def test_expired_work_is_dropped_before_it_runs(store: Store) -> None:
             await host.infer(request(np.ones((1, 256), np.float32)), late)
         assert not slow.done(), "the deadline must not wait for the engine"
         await slow
-        assert host.stats("affine")[1].codes == {"DEADLINE": 2}
+        assert stats(host, "affine")[1].codes == {"DEADLINE": 2}
 
 
 async def test_a_full_queue_refuses_with_a_hint(store: Store) -> None:
@@ -404,7 +409,7 @@ async def test_a_cancelled_request_leaves_the_queue(store: Store) -> None:
             await waiting
         assert host.report().in_flight == 1
         await slow
-        assert host.stats("affine")[1].codes == {"CANCELLED": 1}
+        assert stats(host, "affine")[1].codes == {"CANCELLED": 1}
         assert host._residency.statistics["affine", 1].batches == {"full": 1}, "what was cancelled must not run"
 
 
@@ -567,4 +572,4 @@ def wide(width: int) -> dict[str, Any]:
 
 
 def states(host: ModelHost) -> dict[int, str]:
-    return {release: status.state for release, status in host.stats("affine").items()}
+    return {release: status.state for release, status in stats(host, "affine").items()}

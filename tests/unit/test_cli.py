@@ -117,12 +117,17 @@ def test_help_lists_what_exists_in_the_order_of_the_table() -> None:
     assert "config" in existing()
 
 
-def test_a_command_whose_module_is_not_installed_does_not_exist() -> None:
-    group = LazyGroup(name="x", entries={"gone": Entry("nearcast.cli.gone_for_good", "Nothing.")})
-    assert group.list_commands(click.Context(group)) == []
-    result = CliRunner().invoke(group, ["gone"])
-    assert result.exit_code == 2
-    assert "No such command" in result.output
+def test_a_missing_extra_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "needs_an_extra.py").write_text("import no_such_library.part\n")
+    (tmp_path / "is_broken.py").write_text("import nearcast.no_such_module\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    entries = {"probe": Entry("needs_an_extra", "Probe."), "broken": Entry("is_broken", "Broken.")}
+    group = LazyGroup(name="nearcast", entries=entries)
+    result = CliRunner().invoke(group, ["probe"])
+    assert result.exit_code == ExitCode.CONFIG
+    assert result.stderr.startswith("nearcast: no_such_library is not installed; ")
+    assert "nearcast[edge]" in result.stderr
+    assert isinstance(CliRunner().invoke(group, ["broken"]).exception, ModuleNotFoundError)
 
 
 @pytest.mark.parametrize(
