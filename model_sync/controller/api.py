@@ -7,6 +7,7 @@ A client certificate is optional at the TLS level and required per route. What m
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import re
 import secrets
@@ -324,7 +325,10 @@ async def answer_errors(
         return web.json_response({"error": error.reason, "code": code}, status=error.status)
     except (ConnectionError, asyncio.CancelledError):
         raise
-    except Exception:  # noqa: BLE001 (the edge of the process: bad input must not end it)
+    except Exception as error:  # noqa: BLE001 (the edge of the process: bad input must not end it)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _log.warning("disk_full")
+            return _refusal(MeshError(Code.UNAVAILABLE, "The controller's disk is full; make room and try again."))
         _log.exception("request_failed", method=request.method, route=request.path)
         return _refusal(MeshError(Code.INTERNAL, "The controller failed on this request; its log says why."))
 

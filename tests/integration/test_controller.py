@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import json
@@ -20,10 +21,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
 from onnx import TensorProto, helper, numpy_helper
 from securesystemslib.signer import CryptoSigner
 from tuf.ngclient import Updater, UpdaterConfig
 
+from model_sync.controller.api import answer_errors
 from model_sync.controller.enrolment import certificate_sha256
 from model_sync.publisher.bundle import BundleSpec, create_bundle
 from model_sync.publisher.control_client import ControlClient, connect
@@ -543,3 +547,15 @@ def test_the_commands(sync: Sync, tmp_path: Path) -> None:
     assert "model.onnx" in run("bundle", "inspect", str(first)).stdout
     assert "overwritten" in run("keys", "init").stderr
     assert run("push", str(tmp_path)).returncode == 64
+
+
+async def test_a_full_disk_is_said_in_so_many_words() -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    answer = await answer_errors(make_mocked_request("PUT", "/v1/blobs/00"), handler)
+    assert answer.status == 503
+    assert json.loads(answer.text) == {
+        "error": "The controller's disk is full; make room and try again.",
+        "code": "UNAVAILABLE",
+    }
