@@ -32,23 +32,33 @@ def run(*, quick: bool) -> list[Row]:
     rounds, requests = (3, 4_000) if quick else (7, 20_000)
     tensor = (np.arange(SIZE_BYTES) % 251).astype(np.uint8)
     message = TensorRequest(model=MODEL, inputs={"x": tensor}).encode()
-    direct, routed, rates = [], [], []
+    direct, routed, relayed, rates = [], [], [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_identities(folder)
         with serve("benchmarks.router_node", str(folder / NODE)) as node:
             config = folder / "router.toml"
             config.write_text(make_config(folder, node["mesh"]))
-            with serve("router", "--config", str(config)) as router:
+            with (
+                serve("router", "--config", str(config)) as router,
+                serve("benchmarks.relay", node["mesh"], str(folder / "bench-router")) as relay,
+            ):
                 wait_until_routed(router["grpc"], message, tensor)
                 for _ in range(rounds):
                     direct.append(measure_p50_us(node["grpc"], message, requests))
                     routed.append(measure_p50_us(router["grpc"], message, requests))
+                    relayed.append(measure_p50_us(relay["address"], message, requests))
                     load = load_h2(router["grpc"], PATH, message, requests=requests * 3, connections=4, streams=16)
                     rates.append(load.requests_per_s)
     added = statistics.median(after - before for before, after in zip(direct, routed, strict=True))
     return [
         Row("router.hop_p50_added_us", added, "us", f"600 B, one at a time, mTLS behind the router; {_PLACES}"),
+        Row(
+            "router.relay_p50_added_us",
+            statistics.median(after - before for before, after in zip(direct, relayed, strict=True)),
+            "us",
+            "the floor: the same hop and TLS in Python, parsing nothing",
+        ),
         Row("router.direct_p50_us", statistics.median(direct), "us", _PLACES),
         Row("router.routed_p50_us", statistics.median(routed), "us", _PLACES),
         Row("router.rps", statistics.median(rates), "1/s", f"c4 m16; {_PLACES}"),
