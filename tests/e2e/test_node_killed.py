@@ -16,7 +16,7 @@ VICTIM = "edge-2"
 RATE_PER_S = 200.0
 BEFORE_S, AFTER_S = 1.0, 2.0
 IN_FLIGHT_MIN = 8
-BURST = 16
+BURST, MORE = 16, 4
 FAILED_MAX = 3
 BACK_S = 10.0
 
@@ -55,15 +55,15 @@ async def test_an_edge_node_is_killed_under_load_and_comes_back(fleet, figure, b
 
 
 async def load_the_victim(way):
-    """Bursts of heavier work until the victim has enough of it in flight; (tasks, how many)."""
-    tasks: list[asyncio.Task[str]] = []
+    """A burst of heavier work, and more until the victim has enough of it in flight; (tasks, how many)."""
+    tasks = [asyncio.create_task(attempt(way)) for _ in range(BURST)]
     until = time.monotonic() + 5.0
     while True:
-        tasks += [asyncio.create_task(attempt(way)) for _ in range(BURST)]
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(0.002)
         in_flight = way.in_flight(VICTIM)
         if in_flight >= IN_FLIGHT_MIN or time.monotonic() > until:
             return tasks, in_flight
+        tasks += [asyncio.create_task(attempt(way)) for _ in range(MORE)]
 
 
 async def attempt(way) -> str:
