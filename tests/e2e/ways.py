@@ -44,7 +44,7 @@ class OurWay:
         return Answer(model="magika", version=answer.version, served_by=answer.served_by, says="")
 
     def in_flight(self, node: str) -> int:
-        return next(t.own for t in self.client._policy.targets if t.name == self.fleet.address(node))
+        return self.client.in_flight[self.fleet.address(node)]
 
 
 @dataclass

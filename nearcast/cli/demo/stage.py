@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 COMMAND_TIMEOUT_S = 60.0
 POLL_S = 0.05
 HTTP_TIMEOUT_S = 2.0
+USABLE = frozenset({"chosen", "feasible", "hot"})
 OBSERVATIONS_MAX = 20_000
 
 
@@ -96,16 +97,16 @@ class Stage:
         return [places["grpc"] for name, places in self.mesh.addresses.items() if name.startswith("edge")]
 
     async def is_ready(self, name: str, model: str) -> bool:
-        """Whether a node itself holds a version of a model, hot."""
-        url = f"http://{self.mesh.addresses[name]['http']}/v2/repository/index"
+        """Whether a node itself, and not only another one that it knows, could answer for a model now."""
+        url = f"http://{self.mesh.addresses[name]['metrics']}/v2/nearcast/route?model={model}"
 
         def ask() -> bool:
-            request = urllib.request.Request(url, b"{}", {"content-type": "application/json"})
             try:
-                with urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_S) as response:
-                    return any(entry["name"] == model and entry["state"] == "READY" for entry in json.load(response))
+                with urllib.request.urlopen(url, timeout=HTTP_TIMEOUT_S) as response:
+                    terms = json.load(response)["candidates"]
             except OSError:
                 return False
+            return any(term["target"] == name and term["verdict"] in USABLE for term in terms)
 
         return await asyncio.to_thread(ask)
 
