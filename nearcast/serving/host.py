@@ -108,8 +108,7 @@ class ModelHost:
             if version.stateful:
                 timed = await version.sequences.run(request, context, inputs)
             elif version.runs_inline(inputs):
-                started = self._now()
-                timed = (version.engine.run(inputs), started, self._now())
+                timed = await version.run_inline(inputs, context.deadline)
             else:
                 timed = await version.submit(inputs, context.deadline)
         except MeshError as error:

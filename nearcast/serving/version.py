@@ -20,6 +20,7 @@ from nearcast.serving.loading import Loaded
 from nearcast.serving.sequences import Sequences
 from nearcast.serving.signature import Signature
 from nearcast.serving.statistics import Statistics
+from nearcast.serving.turn import Turn
 
 _LOG = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class HotVersion:
             BatchingConfig(rows_max=rows_max, queue_rows_max=limits.queue_rows_max, engines=engines)
         )
         self._engines = engines
+        self._turn = self._make_turn() if self.inline and rows_max > 1 and loaded.engine.concurrent else None
         self._ids = itertools.count()
         self._waiting: dict[int, _Waiting] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -88,6 +90,20 @@ class HotVersion:
         if not self.inline or (self._batcher.running and not self.engine.concurrent):
             return False
         return self.signature.fixed or sum(array.size for array in inputs.values()) <= self._inline_elements_max
+
+    async def run_inline(self, inputs: Tensors, deadline: float | None) -> Timed:
+        """Run on the loop: at once, or in a crowded turn together with the others that arrived in it.
+
+        Raises:
+            MeshError: what the model raised, or DEADLINE if time ran out.
+        """
+        turn = self._turn
+        if turn is None or not turn.arrive():
+            started = self._clock.monotonic()
+            return self.engine.run(inputs), started, self._clock.monotonic()
+        answer: asyncio.Future[Timed] = asyncio.get_running_loop().create_future()
+        turn.join(self.signature.key(inputs), _Waiting(inputs, self.signature.rows(inputs), deadline, answer))
+        return await answer
 
     def queue_us(self) -> float:
         """How long a request that arrives now waits, by the batch-1 time of what is before it."""
@@ -143,7 +159,21 @@ class HotVersion:
         for request_id in list(self._waiting):
             self._batcher.cancel(request_id)
             _settle(self._waiting.pop(request_id).answer, _unloaded(self.title))
+        for waiting in self._turn.take_all() if self._turn is not None else ():
+            _settle(waiting.answer, _unloaded(self.title))
         self.engine.close()
+
+    def _make_turn(self) -> Turn[_Waiting] | None:
+        """So many rows that a run stays within what the loop may lag, by the batch-1 time; None if that is one."""
+        fitting = int(self._limits.inline_us_max / max(1.0, self.warm_up.busy_p99_us))
+        rows_max = min(fitting, self._limits.batch_rows_max)
+        return Turn(self._run_turn, lambda waiting: waiting.rows, rows_max=rows_max) if rows_max > 1 else None
+
+    def _run_turn(self, batch: list[_Waiting]) -> None:
+        live = [waiting for waiting in batch if not waiting.answer.done()]
+        self.statistics.release("turn", sum(waiting.rows for waiting in live))
+        for waiting, answer in zip(live, self._run_batch(live), strict=True):
+            _settle(waiting.answer, answer)
 
     def _obey(self, instructions: Sequence[Instruction]) -> None:
         for instruction in instructions:
@@ -192,7 +222,7 @@ class HotVersion:
             _settle(waiting.answer, answer)
 
     def _run_batch(self, batch: list[_Waiting]) -> list[Timed | MeshError]:
-        """In a thread: each request gets its own answer or error."""
+        """In a thread, or for a crowded turn on the loop: each request gets its own answer or error."""
         now = self._clock.monotonic()
         answers: dict[int, Timed | MeshError] = {}
         live = [index for index, waiting in enumerate(batch) if waiting.deadline is None or waiting.deadline > now]
