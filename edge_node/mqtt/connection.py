@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import select
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -140,6 +141,8 @@ class Connection:
         Raises:
             MeshError: UNAVAILABLE if the connection is gone, INVALID_REQUEST if the message cannot be sent at all.
         """
+        if self._attached is None:  # the codec does not know: it would take the message and keep it
+            raise MeshError(Code.UNAVAILABLE, "The MQTT connection is gone.")
         try:
             info = self._client.publish(
                 message.topic, message.payload, message.qos, message.retain, _to_properties(message)
@@ -266,6 +269,17 @@ class Connection:
         except Exception as error:  # noqa: BLE001  # whatever a broker sends must not end the process
             _log.warning("unreadable MQTT packet: %s", error)
             self._lose(f"The broker sent an unreadable packet: {error}.")
+            return
+        if self._is_reset():
+            # uvloop calls us once more for an error on the socket, and never again, whatever waits to be read.
+            self._lose("The MQTT connection was reset.")
+
+    def _is_reset(self) -> bool:
+        if self._attached is None:
+            return False
+        errors = select.poll()
+        errors.register(self._attached, 0)  # an error is reported without being asked for
+        return any(events & select.POLLERR for _, events in errors.poll(0))
 
     def _want_write(self) -> None:
         if self._attached is not None:
