@@ -37,7 +37,7 @@ POLL_S = 0.02
 COMMAND_TIMEOUT_S = 30.0
 EDGES = ("edge-1", "edge-2")
 EDGE_MODELS = ("digits", "magika", "wake_word")
-CONFIG = MeshConfig(edges=len(EDGES), first_ports=False, edge_settings=("agent.probation_s=1",))
+CONFIG = MeshConfig(edges=len(EDGES), first_ports=False, edge_settings=("agent.probation_s=0.3",))
 """Nodes are killed and started again here faster than a probation of 5 s: a healthy release must have passed before."""
 T = TypeVar("T")
 

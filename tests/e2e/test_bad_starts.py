@@ -33,9 +33,8 @@ WAIT_S = 20.0
         (["--set", "listen.grcp=127.0.0.1:0"], {}, ("listen.grcp", "listen.grpc")),
         (["--config", "FILE"], {}, ("mqtt.brokr", "mqtt.broker", "edge.toml")),
         ([], {"NEARCAST_POLICY__RETRY_SHRE": "1"}, ("retry_shre", "retry_share")),
-        (["--set", "drain_s=soon"], {}, ("drain_s", "float")),
     ],
-    ids=["option", "file", "environment", "value"],
+    ids=["option", "file", "environment"],
 )
 def test_an_unknown_setting(tmp_path, monkeypatch, arguments, environ, told):
     path = tmp_path / "edge.toml"
