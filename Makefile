@@ -87,9 +87,15 @@ check: install-dev ## format, lint, types, layers, stubs
 	@$(MAKE) stubs-check
 	@echo "check: all fine"
 
+# The end-to-end tests mostly wait for processes; beside the others they cost little time of their own.
 .PHONY: test
 test: install-dev ## run the tests; ARGS="-k name" narrows them
-	@$(BIN)/pytest $(ARGS)
+	@if [ -n "$(ARGS)" ]; then exec $(BIN)/pytest $(ARGS); fi; \
+	log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
+	$(BIN)/pytest -p no:cacheprovider tests/e2e >"$$log" 2>&1 & whole=$$!; \
+	parts_failed=0; $(BIN)/pytest --ignore=tests/e2e || parts_failed=$$?; \
+	whole_failed=0; wait $$whole || whole_failed=$$?; \
+	cat "$$log"; exit $$((parts_failed || whole_failed))
 
 .PHONY: bench
 bench: install-dev ## measure everything and compare with the targets (minutes)
