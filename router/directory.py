@@ -29,6 +29,14 @@ class _Entry(msgspec.Struct, frozen=True):
     seen_s_ago: float = 0.0
 
 
+class _Listing(msgspec.Struct, frozen=True):
+    """The answer. A controller that has just started lacks nodes which it does not call removed."""
+
+    nodes: list[_Entry] = []
+    is_complete: bool = True
+    removed: frozenset[str] = frozenset()
+
+
 class DirectoryReader:
     """Makes a `TargetSet` follow the directory. Nodes of the configuration stay whatever it says."""
 
@@ -62,8 +70,7 @@ class DirectoryReader:
 
     async def _look(self) -> None:
         try:
-            answer = await self._control.call("GET", "/v1/nodes")
-            entries = msgspec.convert(answer.get("nodes", []), list[_Entry])
+            listing = msgspec.convert(await self._control.call("GET", "/v1/nodes"), _Listing)
         except (MeshError, msgspec.ValidationError) as error:
             self._away += 1
             if self._away == 1:
@@ -74,9 +81,12 @@ class DirectoryReader:
         self._away = 0
         views = {
             entry.name: NodeView(name=entry.name, role=entry.role, address=entry.addresses.get("mesh", ""))
-            for entry in entries
+            for entry in listing.nodes
             if entry.seen_s_ago <= _SEEN_S_MAX
         }
+        if not listing.is_complete:
+            kept = {view.name: view for view in self._targets.views if view.name not in listing.removed}
+            views = kept | views
         self._targets.update({**views, **self._fixed}.values())
 
 

@@ -72,7 +72,7 @@ class Controller:
         self._enrolment = enrolment
         self._authority = authority
         self._device_authority = device_authority
-        self._nodes = NodeDirectory(nodes_max=limits.nodes_max, ttl_s=limits.node_ttl_s)
+        self._nodes = NodeDirectory(nodes_max=limits.nodes_max, ttl_s=limits.node_ttl_s, began=clock.monotonic())
         self._uploads = Uploads(repository.folder, limits)
         self._limits = limits
         self._clock = clock
@@ -256,7 +256,8 @@ class Controller:
 
     async def _list_nodes(self, request: web.Request) -> web.Response:
         role, _ = self._require(request, MESH_ROLES)
-        rows = self._nodes.rows(self._clock.monotonic())
+        now = self._clock.monotonic()
+        rows = self._nodes.rows(now)
         if role == "operator" and request.query.get("all") == "1":
             live = {row["name"] for row in rows}
             rows += [
@@ -264,7 +265,9 @@ class Controller:
                 for m in self._enrolment.members()
                 if m.name not in live
             ]
-        return web.json_response({"nodes": rows})
+        if self._nodes.is_complete(now):
+            return web.json_response({"nodes": rows})
+        return web.json_response({"nodes": rows, "is_complete": False, "removed": self._enrolment.removed()})
 
     async def _announce(self, request: web.Request) -> web.Response:
         role, name = self._require(request, NODE_ROLES)

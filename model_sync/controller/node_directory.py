@@ -11,6 +11,8 @@ from nearcast.errors import Code, MeshError
 
 AddressName = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 AddressText = Annotated[str, msgspec.Meta(max_length=256)]
+SETTLING_S = 30.0
+"""Six announcements: a node that is silent for longer after the controller's start is not there."""
 
 
 class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -28,9 +30,13 @@ class _Entry:
 
 
 class NodeDirectory:
-    """At most `nodes_max` nodes, each for `ttl_s` seconds after its last word. Instants are monotonic seconds."""
+    """At most `nodes_max` nodes, each for `ttl_s` seconds after its last word. Instants are monotonic seconds.
 
-    def __init__(self, *, nodes_max: int, ttl_s: float) -> None:
+    It `began` empty: for `SETTLING_S` seconds it may lack nodes that are there and have not spoken since.
+    """
+
+    def __init__(self, *, nodes_max: int, ttl_s: float, began: float) -> None:
+        self._began = began
         self._nodes_max = nodes_max
         self._ttl_s = ttl_s
         self._entries: dict[str, _Entry] = {}
@@ -46,6 +52,10 @@ class NodeDirectory:
             if len(self._entries) >= self._nodes_max:
                 raise MeshError(Code.OVERLOADED, f"The directory is full: {self._nodes_max} nodes.")
         self._entries[name] = _Entry(role=role, announcement=announcement, seen=now)
+
+    def is_complete(self, now: float) -> bool:
+        """Whether every living node has had the time to speak."""
+        return now - self._began >= SETTLING_S
 
     def remove(self, name: str) -> None:
         """Forget a node, if it is there."""

@@ -8,15 +8,13 @@ import time
 
 import pytest
 
-from nearcast.errors import MeshError
 from tests.e2e.fleet import Traffic
-from tests.e2e.ways import DIGIT, open_way
+from tests.e2e.ways import DIGIT, load_node, open_way
 
 VICTIM = "edge-2"
 RATE_PER_S = 200.0
 BEFORE_S, AFTER_S = 1.0, 2.0
 IN_FLIGHT_MIN = 8
-BURST, MORE = 16, 4
 FAILED_MAX = 3
 BACK_S = 10.0
 
@@ -25,7 +23,7 @@ BACK_S = 10.0
 async def test_an_edge_node_is_killed_under_load_and_comes_back(fleet, figure, by):
     async with open_way(by, fleet) as way, Traffic(by, way.ask, rate_per_s=RATE_PER_S) as traffic:
         await asyncio.sleep(BEFORE_S)
-        burst, in_flight = await load_the_victim(way)
+        burst, in_flight = await load_node(way, VICTIM, at_least=IN_FLIGHT_MIN)
         killed_at = time.monotonic()
         fleet.mesh.kill(VICTIM, signal.SIGKILL)
         lost = [error for error in await asyncio.gather(*burst) if error]
@@ -52,25 +50,3 @@ async def test_an_edge_node_is_killed_under_load_and_comes_back(fleet, figure, b
         away = [s for s in traffic.samples if s.answer and killed_at + 0.1 <= s.sent_at <= away_until]
         assert away
         assert VICTIM not in {s.answer.served_by for s in away}
-
-
-async def load_the_victim(way):
-    """A burst of heavier work, and more until the victim has enough of it in flight; (tasks, how many)."""
-    tasks = [asyncio.create_task(attempt(way)) for _ in range(BURST)]
-    until = time.monotonic() + 5.0
-    while True:
-        await asyncio.sleep(0.002)
-        in_flight = way.in_flight(VICTIM)
-        if in_flight >= IN_FLIGHT_MIN or time.monotonic() > until:
-            return tasks, in_flight
-        tasks += [asyncio.create_task(attempt(way)) for _ in range(MORE)]
-
-
-async def attempt(way) -> str:
-    try:
-        await way.work()
-    except MeshError as error:
-        return str(error)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""

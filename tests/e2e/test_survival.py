@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nearcast.wire.tensors import to_raw
 from tests.e2e.fleet import Traffic, ask_http, is_html, nearcast, page
-from tests.e2e.ways import open_way
+from tests.e2e.ways import load_node, open_way
 from tests.integration.mqtt_parts import Device, user_of
 
 RATE_PER_S = 100.0
@@ -22,7 +22,11 @@ REPEAT_S = 1.0
 
 
 async def test_serving_goes_on_without_the_sync_process(fleet):
-    async with open_way("client", fleet) as way, Traffic("client", way.ask, rate_per_s=RATE_PER_S) as traffic:
+    async with (
+        open_way("client", fleet) as way,
+        Traffic("client", way.ask, rate_per_s=RATE_PER_S) as traffic,
+        Traffic("to the cloud", way.ask_far, rate_per_s=RATE_PER_S / 2) as far,
+    ):
         await asyncio.sleep(0.3)
         fleet.mesh.kill("sync", signal.SIGKILL)
         await asyncio.to_thread(fleet.until_ended, "sync", 5.0)
@@ -31,7 +35,10 @@ async def test_serving_goes_on_without_the_sync_process(fleet):
         assert "cannot be reached" in lost.stderr
         await asyncio.sleep(1.0)
         await asyncio.to_thread(fleet.restart, "sync")
+        await asyncio.sleep(2.0)  # a controller that has just started knows nobody; the nodes know each other still
     assert [s.error for s in traffic.failures] == []
+    assert [s.error for s in far.failures] == []
+    assert set(far.served_by()) == {"cloud-1"}
     assert len(traffic.samples) >= RATE_PER_S
     # The nodes find it again by themselves, and hear of the next change.
     bundle, release = await asyncio.to_thread(fleet.make_release)
@@ -75,18 +82,17 @@ def test_a_request_that_was_accepted_outlives_the_broker(fleet, figure):
 async def test_a_node_that_is_told_to_end_finishes_what_it_has(fleet, figure):
     async with open_way("client", fleet) as way, Traffic("client", way.ask, rate_per_s=2 * RATE_PER_S) as traffic:
         await asyncio.sleep(0.5)
-        work = [asyncio.create_task(way.work()) for _ in range(16)]
-        await asyncio.sleep(0.01)
-        in_flight = way.in_flight("edge-2")
+        work, in_flight = await load_node(way, "edge-2", at_least=1)
         began = time.monotonic()
         fleet.mesh.kill("edge-2", signal.SIGTERM)
         code = await asyncio.to_thread(fleet.until_ended, "edge-2", DRAIN_S_MAX)
         took = time.monotonic() - began
-        await asyncio.gather(*work)
+        lost = [error for error in await asyncio.gather(*work) if error]
         await asyncio.to_thread(fleet.restart, "edge-2")
     figure(f"{in_flight} in flight at SIGTERM, ended after {took:.2f} s, {len(traffic.failures)} failed")
     assert code == 0
     assert in_flight > 0
+    assert lost == []
     assert [s.error for s in traffic.failures] == []
 
 

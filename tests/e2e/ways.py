@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,12 +18,19 @@ from tests.e2e.fleet import Fleet, image, page
 
 DEADLINE_S = 1.0
 DIGIT = 7
+BURST, MORE = 16, 4
+LOADED_S_MAX = 5.0
 
 
 class Way(Protocol):
-    """Asks for one digit, or has magika read a page (10 ms of work); knows how much of it a node is working on."""
+    """Asks for one digit (near, or of the model that only the cloud has), or has magika read a page, 10 ms of work.
+
+    It knows how many of its requests a node is working on.
+    """
 
     async def ask(self) -> Answer: ...
+
+    async def ask_far(self) -> Answer: ...
 
     async def work(self) -> Answer: ...
 
@@ -35,16 +44,21 @@ class OurWay:
     image: npt.NDArray[np.float32]
 
     async def ask(self) -> Answer:
-        answer = await self.client.infer("digits", {"image": self.image}, deadline_ms=DEADLINE_S * 1e3)
-        says = str(int(answer.outputs["probabilities"].argmax()))
-        return Answer(model="digits", version=answer.version, served_by=answer.served_by, says=says)
+        return await self._infer("digits", "image", self.image, "probabilities")
+
+    async def ask_far(self) -> Answer:
+        return await self._infer("digits_large", "image", self.image, "probabilities")
 
     async def work(self) -> Answer:
-        answer = await self.client.infer("magika", {"bytes": page()}, deadline_ms=DEADLINE_S * 1e3)
-        return Answer(model="magika", version=answer.version, served_by=answer.served_by, says="")
+        return await self._infer("magika", "bytes", page(), "target_label")
 
     def in_flight(self, node: str) -> int:
         return self.client.in_flight[self.fleet.address(node)]
+
+    async def _infer(self, model: str, name: str, value: Any, output: str) -> Answer:
+        answer = await self.client.infer(model, {name: value}, deadline_ms=DEADLINE_S * 1e3)
+        says = str(int(answer.outputs[output].argmax()))
+        return Answer(model=model, version=answer.version, served_by=answer.served_by, says=says)
 
 
 @dataclass
@@ -55,6 +69,9 @@ class RouterWay:
 
     async def ask(self) -> Answer:
         return await self._infer("digits", "image", self.image, "FP32", "probabilities")
+
+    async def ask_far(self) -> Answer:
+        return await self._infer("digits_large", "image", self.image, "FP32", "probabilities")
 
     async def work(self) -> Answer:
         return await self._infer("magika", "bytes", page(), "INT32", "target_label")
@@ -87,3 +104,23 @@ async def open_way(name: str, fleet: Fleet, *, shown: npt.NDArray[np.float32] | 
             yield RouterWay(client, fleet, asked)
         finally:
             await client.close()
+
+
+async def load_node(way: Way, node: str, *, at_least: int) -> tuple[list[asyncio.Task[str]], int]:
+    """A burst of heavier work, and more until a node has enough of it in flight; (tasks, how many it has)."""
+    tasks = [asyncio.create_task(_attempt(way)) for _ in range(BURST)]
+    until = time.monotonic() + LOADED_S_MAX
+    while True:
+        await asyncio.sleep(0.002)
+        in_flight = way.in_flight(node)
+        if in_flight >= at_least or time.monotonic() > until:
+            return tasks, in_flight
+        tasks += [asyncio.create_task(_attempt(way)) for _ in range(MORE)]
+
+
+async def _attempt(way: Way) -> str:
+    try:
+        await way.work()
+    except Exception as error:  # of either client
+        return f"{type(error).__name__}: {error}"
+    return ""

@@ -58,6 +58,7 @@ class ControlPlane:
     def __init__(self, folder: Path) -> None:
         self.identity = load_identity(folder)
         self.nodes: list[dict[str, Any]] = []
+        self.more: dict[str, Any] = {}
         self.said: list[tuple[str, dict[str, Any]]] = []
         self._runner: web.AppRunner | None = None
         self.port = 0
@@ -79,7 +80,7 @@ class ControlPlane:
             self._runner = None
 
     async def _list(self, _: web.Request) -> web.Response:
-        return web.json_response({"nodes": self.nodes})
+        return web.json_response({"nodes": self.nodes, **self.more})
 
     async def _take(self, request: web.Request) -> web.Response:
         assert request.transport is not None
@@ -139,6 +140,32 @@ async def test_the_directory_is_followed_and_outlived(folders: Path, control: Co
         await until(lambda: len(control.said) > spoken)
     finally:
         await announcer.close()
+        await reader.close()
+        await targets.close()
+        await link.close()
+
+
+async def test_a_controller_that_has_just_started_makes_nobody_forgotten(folders: Path, control: ControlPlane) -> None:
+    router = Router(Policy(PolicyConfig()), node="r")
+    identity = load_identity(folders / "r")
+    targets = TargetSet(router, ChannelFactory("ngh2", identity))
+    link = ControlLink(await control.start(), identity)
+    control.nodes = [entry(name, "127.0.0.1:1") for name in ("a", "b", "c")]
+    reader = DirectoryReader(link, targets, interval_s=0.02)
+
+    def names() -> set[str]:
+        return {view.name for view in targets.views}
+
+    try:
+        await reader.start()
+        assert names() == {"a", "b", "c"}
+        control.nodes = [entry("d", "127.0.0.1:1")]
+        control.more = {"is_complete": False, "removed": ["c"]}
+        await until(lambda: "d" in names())
+        assert names() == {"a", "b", "d"}, "only who was removed is gone"
+        control.more = {}
+        await until(lambda: names() == {"d"})
+    finally:
         await reader.close()
         await targets.close()
         await link.close()

@@ -10,7 +10,7 @@ from nearcast.errors import Code, MeshError
 
 
 def test_a_silent_node_leaves() -> None:
-    directory = NodeDirectory(nodes_max=10, ttl_s=30.0)
+    directory = NodeDirectory(nodes_max=10, ttl_s=30.0, began=0.0)
     directory.announce(0.0, "b", "edge", Announcement(addresses={"grpc": "h:1"}))
     directory.announce(20.0, "a", "cloud", Announcement(models={"m": {"stable": 2}}))
     assert [(row["name"], row["seen_s_ago"]) for row in directory.rows(30.0)] == [("a", 10.0), ("b", 30.0)]
@@ -21,8 +21,15 @@ def test_a_silent_node_leaves() -> None:
     assert [row["name"] for row in directory.rows(31.0)] == ["b"]
 
 
+def test_a_new_directory_says_that_it_lacks_nodes() -> None:
+    directory = NodeDirectory(nodes_max=2, ttl_s=90.0, began=1000.0)
+    assert not directory.is_complete(1000.0)
+    assert not directory.is_complete(1029.0)
+    assert directory.is_complete(1030.0)
+
+
 def test_it_is_bounded_but_known_nodes_may_speak() -> None:
-    directory = NodeDirectory(nodes_max=2, ttl_s=30.0)
+    directory = NodeDirectory(nodes_max=2, ttl_s=30.0, began=0.0)
     for name in ("a", "b"):
         directory.announce(0.0, name, "edge", Announcement())
     with pytest.raises(MeshError) as caught:
