@@ -96,7 +96,7 @@ async def kill_in_flight(stage: Stage) -> None:
 
         async with (
             Traffic("nearcast", ask_client, rate_per_s=RATE_PER_S) as mine,
-            Traffic("grpc.aio, router-1", router, rate_per_s=RATE_PER_S) as theirs,
+            Traffic("grpc.aio", router, rate_per_s=RATE_PER_S) as theirs,
         ):
             await asyncio.sleep(1.0)
             in_flight, burst = 0, set[asyncio.Task[str]]()

@@ -30,7 +30,7 @@ async def play(stage: Stage) -> None:
     )
     async with (
         DigitsThroughRouter(stage, digits.disputed) as ask,
-        Traffic("grpc.aio, router-1", ask, rate_per_s=RATE_PER_S) as traffic,
+        Traffic("grpc.aio", ask, rate_per_s=RATE_PER_S) as traffic,
     ):
         took = await stage.until(
             lambda: _has_candidate(traffic), timeout_s=20.0, what="The first answer of the candidate"

@@ -33,7 +33,7 @@ def make_table(observations: list[Observation]) -> Table:
     groups: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
     for seen in observations:
         groups[seen.model, seen.version, seen.client, seen.served_by].append(seen.latency_ms)
-    table = Table(title="requests seen by the demo's clients")
+    table = Table(title="requests of the demo's clients: nearcast knows both edges, grpc.aio the router")
     for column in ("model", "version", "client", "served by"):
         table.add_column(column, no_wrap=True)
     for column in ("count", "p50 ms", "p99 ms"):
@@ -41,7 +41,7 @@ def make_table(observations: list[Observation]) -> Table:
     for key, latencies in sorted(groups.items()):
         ordered = sorted(latencies)
         p50, p99 = (ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.5, 0.99))
-        table.add_row(*key, str(len(ordered)), f"{p50:.2f}", f"{p99:.2f}")
+        table.add_row(*key, str(len(ordered)), f"{p50:.1f}", f"{p99:.1f}")
     return table
 
 
