@@ -176,7 +176,7 @@ def _field_type(
     prefix = dotted.rpartition(".")[0]
     known = [key for key, _ in _leaves(root(), "")] if root else [e.encode_name for e in msgspec.structs.fields(type_)]
     asked = dotted if root else name
-    near = difflib.get_close_matches(asked, known, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(asked, known, n=1, cutoff=0.6)
     hint = "" if not near else f" Did you mean `{near[0] if root or not prefix else f'{prefix}.{near[0]}'}`?"
     raise ConfigError(f"{place}: unknown key `{dotted}`.{hint}")
 

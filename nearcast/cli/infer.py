@@ -127,6 +127,8 @@ async def _ask_http(
     import aiohttp
 
     base = f"{url}/v2/models/{model}" + (f"/versions/{release}" if release else "")
+    from nearcast.wire.status import DEADLINE_MS
+
     try:
         timeout = aiohttp.ClientTimeout(total=deadline_ms / 1e3)
         async with aiohttp.ClientSession(timeout=timeout) as session:
@@ -136,7 +138,7 @@ async def _ask_http(
                     metadata = _metadata_of(await _json(reply))
             body = {"inputs": _json_inputs(_read_inputs(inputs, metadata)), "parameters": parameters}
             started = time.monotonic()
-            headers = {"nc-deadline-ms": f"{deadline_ms:g}"}
+            headers = {DEADLINE_MS: f"{deadline_ms:g}"}
             async with session.post(f"{base}/infer", json=body, headers=headers) as reply:
                 found = await _json(reply)
                 latency_ms = (time.monotonic() - started) * 1e3

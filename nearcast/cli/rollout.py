@@ -121,7 +121,7 @@ def _row(rollout: dict[str, Any], nodes: list[dict[str, Any]]) -> list[str]:
         str(candidate["release"]) if candidate else "-",
         f"{rollout.get('share', 0.0):.0%}" if candidate else "-",
         f"{rollout.get('wave', 1.0):.0%}" if candidate else "-",
-        ", ".join(f"{release} on {count}" for release, count in sorted(loaded.items())) or "-",
+        ", ".join(f"{release}: {count}" for release, count in sorted(loaded.items())) or "-",
         "; ".join(notes),
     ]
 

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     _Route = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-DEADLINE_MS = "nc-deadline-ms"
 JSON_SIZE = "Inference-Header-Content-Length"
 _UNIX = "unix:"
 
@@ -159,7 +158,7 @@ class RestServer:
     async def _run(self, request: web.Request) -> web.StreamResponse:
         from aiohttp import web
 
-        deadline = self._deadline(request.headers.get(DEADLINE_MS, ""))
+        deadline = self._deadline(request.headers.get(status.DEADLINE_MS, ""))
         body = await _read_body(request, self._limits.message_size_bytes_max)
         model, version = _names(request)
         json_size = _json_size(request, len(body))
@@ -191,7 +190,9 @@ class RestServer:
         except ValueError:
             value = math.nan
         if not 0 < value <= REST_LIMITS.deadline_ms_max:
-            raise MeshError(Code.INVALID_REQUEST, f"The header {DEADLINE_MS} must be a number of milliseconds above 0.")
+            raise MeshError(
+                Code.INVALID_REQUEST, f"The header {status.DEADLINE_MS} must be a number of milliseconds above 0."
+            )
         return self._clock.monotonic() + value / 1e3
 
     async def _server(self, _: web.Request) -> web.StreamResponse:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from nearcast.cli.demo import file_types, wake_word
-from nearcast.cli.demo.samples import FILES, MODELS, load_clips, load_digits
+from nearcast.cli.demo.samples import FILES, MODELS, load_clips
 
 BUNDLES = {
     "digits-1": MODELS / "digits",
@@ -28,8 +28,9 @@ def write_sources(folder: Path) -> dict[str, Path]:
         target.mkdir(parents=True, exist_ok=True)
         specifications[name] = target / "spec.toml"
         shutil.copyfile(source / f"{name}.toml", specifications[name])
-        if (model := source / f"{name}.onnx").exists():
-            shutil.copyfile(model, target / model.name)
+        for file in (source / f"{name}.onnx", source / "golden.npz"):
+            if file.exists():
+                shutil.copyfile(file, target / file.name)
     shutil.copyfile(file_types.model_folder() / "model.onnx", folder / "magika-1" / "model.onnx")
     model_file = wake_word.model_file()
     shutil.copyfile(model_file, folder / "wake-word-1" / model_file.name)
@@ -38,9 +39,6 @@ def write_sources(folder: Path) -> dict[str, Path]:
 
 
 def _write_golden(folder: Path) -> None:
-    digits = load_digits()
-    for name in ("digits-1", "digits-2", "digits-large-1"):
-        np.savez(folder / name / f"{name}.npz", in_image=digits.images)
     content = next(iter(FILES.values()))[0]
     np.savez(folder / "magika-1" / "magika-1.npz", in_bytes=file_types.extract_features(content))
     # In order on one fresh interpreter, which hears the phrase on the way.

@@ -17,6 +17,7 @@ from nearcast.cli.demo.stage import Stage
 from nearcast.cli.demo.traffic import Answer, Traffic
 from nearcast.client import AsyncClient
 from nearcast.errors import MeshError
+from nearcast.wire.status import DEADLINE_MS
 
 VICTIM = "edge-2"
 RATE_PER_S = 100.0
@@ -55,7 +56,7 @@ def ask_hopeless(stage: Stage) -> None:
     request = urllib.request.Request(
         f"http://{stage.mesh.addresses['router-1']['http']}/v2/models/magika/infer",
         msgspec.json.encode(body),
-        {"content-type": "application/json", "nc-deadline-ms": str(HOPELESS_MS)},
+        {"content-type": "application/json", DEADLINE_MS: str(HOPELESS_MS)},
     )
     began = time.monotonic()
     status, text = 200, ""

@@ -2,7 +2,8 @@
 
 `python nearcast/cli/demo/models/digits/train.py` needs the development install (scikit-learn, onnx). The same versions
 give the same bytes. Written: `digits-1.onnx` and `digits-2.onnx` (int8, for the edge), `digits-large-1.onnx` (float32,
-for the cloud), and `samples.npz`: test images with labels, and one image on which releases 1 and 2 disagree.
+for the cloud), `samples.npz`: test images with labels, and one image on which releases 1 and 2 disagree, the golden
+inputs `golden.npz`, and `seven.npy` to try by hand.
 """
 
 from __future__ import annotations
@@ -122,6 +123,8 @@ def main() -> None:
         disputed=batch[best],
         disputed_label=test_y[best],
     )
+    np.savez_compressed(HERE / "golden.npz", in_image=batch[chosen])
+    np.save(HERE / "seven.npy", batch[chosen[7]][None, :])
 
 
 if __name__ == "__main__":
