@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 import numpy.typing as npt
 import onnx
+from prometheus_client.parser import text_string_to_metric_families
 
 from model_sync.agent.status import AgentStatus, read_status
 from model_sync.publisher.bundle import create_bundle, read_spec
@@ -153,6 +155,16 @@ class Fleet:
         """Whether a node itself, and not only another one that it knows, could answer for a model now."""
         return name in self.candidates(name, model)
 
+    def counter(self, name: str, metric: str, **labels: str) -> float:
+        """A counter of a process, summed over all labels that are not given."""
+        said = ask_http(f"http://{self.address(name, 'metrics')}/metrics")
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(said.body.decode())
+            for sample in family.samples
+            if sample.name == metric and labels.items() <= sample.labels.items()
+        )
+
     def agent(self, name: str) -> AgentStatus:
         """What the agent of a node says about itself."""
         status = read_status(self.mesh.data_dir / name / "models")
@@ -179,12 +191,11 @@ class Fleet:
         """
         release, self._newest = self._newest, self._newest + 1
         source = self.folder / "sources" / f"digits-r{release}"
-        source.mkdir()
-        model = onnx.load(self.folder / "sources" / base / f"{base}.onnx")
+        shutil.copytree(self.folder / "sources" / base, source)
+        model = onnx.load(source / f"{base}.onnx")
         model.doc_string = f"release {release}" + "x" * padding
         onnx.save(model, source / f"{base}.onnx")
-        (source / f"{base}.npz").write_bytes((self.folder / "sources" / base / f"{base}.npz").read_bytes())
-        spec = (self.folder / "sources" / base / "spec.toml").read_text()
+        spec = (source / "spec.toml").read_text()
         lines = [
             f"release = {release}" if line.startswith("release =") else
             f'semver = "{release}.0.0"' if line.startswith("semver =") else line

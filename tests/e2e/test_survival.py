@@ -9,10 +9,9 @@ import sqlite3
 import time
 
 import numpy as np
-from prometheus_client.parser import text_string_to_metric_families
 
 from nearcast.wire.tensors import to_raw
-from tests.e2e.fleet import Traffic, ask_http, is_html, nearcast, page
+from tests.e2e.fleet import Traffic, is_html, nearcast, page
 from tests.e2e.ways import load_node, open_way
 from tests.integration.mqtt_parts import Device, user_of
 
@@ -60,7 +59,7 @@ async def test_a_killed_agent_is_started_again(fleet):
 
 
 def test_a_request_that_was_accepted_outlives_the_broker(fleet, figure):
-    answered = count(fleet, "nc_mqtt_requests_total", status="200")
+    answered = fleet.counter("edge-1", "nc_mqtt_requests_total", status="200")
     with Device(int(fleet.address("broker", "mqtt").rpartition(":")[2]), "survivor", session_expiry_s=60) as device:
         keys = {ask(device) for _ in range(60)}
         fleet.until(lambda: len(accepted(fleet, "pending")) >= 8, "eight accepted requests")
@@ -76,7 +75,7 @@ def test_a_request_that_was_accepted_outlives_the_broker(fleet, figure):
     for key, payloads in replies.items():
         assert len(set(payloads)) == 1, f"two different answers to {key!r}"
         assert is_html(np.frombuffer(payloads[0], "<f4"))
-    assert count(fleet, "nc_mqtt_requests_total", status="200") - answered == len(keys), "each ran once"
+    assert fleet.counter("edge-1", "nc_mqtt_requests_total", status="200") - answered == len(keys), "each ran once"
 
 
 async def test_a_node_that_is_told_to_end_finishes_what_it_has(fleet, figure):
@@ -140,14 +139,3 @@ def accepted(fleet, *states):
     finally:
         connection.close()
     return {row[0] for row in rows}
-
-
-def count(fleet, name, **labels):
-    """A counter of edge-1."""
-    said = ask_http(f"http://{fleet.address('edge-1', 'metrics')}/metrics")
-    return sum(
-        sample.value
-        for family in text_string_to_metric_families(said.body.decode())
-        for sample in family.samples
-        if sample.name == name and labels.items() <= sample.labels.items()
-    )

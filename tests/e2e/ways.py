@@ -108,17 +108,18 @@ async def open_way(name: str, fleet: Fleet, *, shown: npt.NDArray[np.float32] | 
 
 async def load_node(way: Way, node: str, *, at_least: int) -> tuple[list[asyncio.Task[str]], int]:
     """A burst of heavier work, and more until a node has enough of it in flight; (tasks, how many it has)."""
-    tasks = [asyncio.create_task(_attempt(way)) for _ in range(BURST)]
+    tasks = [asyncio.create_task(attempt(way)) for _ in range(BURST)]
     until = time.monotonic() + LOADED_S_MAX
     while True:
         await asyncio.sleep(0.002)
         in_flight = way.in_flight(node)
         if in_flight >= at_least or time.monotonic() > until:
             return tasks, in_flight
-        tasks += [asyncio.create_task(_attempt(way)) for _ in range(MORE)]
+        tasks += [asyncio.create_task(attempt(way)) for _ in range(MORE)]
 
 
-async def _attempt(way: Way) -> str:
+async def attempt(way: Way) -> str:
+    """Work once; what went wrong, or nothing."""
     try:
         await way.work()
     except Exception as error:  # of either client
