@@ -17,7 +17,7 @@ import pytest
 from edge_node.mqtt.one_request import ask
 from model_sync.publisher.bundle import create_bundle, read_spec
 from nearcast.cli.demo import wake_word
-from nearcast.cli.demo.bundles import BUNDLES
+from nearcast.cli.demo.bundles import write_sources
 from nearcast.cli.demo.samples import load_clips, load_digits
 from nearcast.errors import Code, MeshError
 from nearcast.store import Pointer, Store
@@ -28,27 +28,15 @@ pytest.importorskip("pymicro_wakeword")
 needs_mosquitto = pytest.mark.skipif(not Path("/usr/sbin/mosquitto").exists(), reason="mosquitto is not installed")
 
 
-def make_bundle(name: str, folder: Path) -> Path:
-    """A bundle of the demo, built as an operator would."""
-    source = folder / "sources" / name
-    source.mkdir(parents=True)
-    spec = source / "spec.toml"
-    shutil.copyfile(BUNDLES[name] / f"{name}.toml", spec)
-    if name.startswith("wake"):
-        shutil.copyfile(wake_word.model_file(), source / wake_word.model_file().name)
-        steps = [{"inputs": {"input_audio": step.tolist()}} for step in load_clips()["okay_nabu"]]
-        (source / f"{name}.json").write_text(json.dumps(steps))
-    else:
-        shutil.copyfile(BUNDLES[name] / f"{name}.onnx", source / f"{name}.onnx")
-        np.savez(source / f"{name}.npz", in_image=load_digits().images)
-    create_bundle(read_spec(spec), source, folder / name)
-    return folder / name
-
-
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory):
+    """Bundles of the demo, built as an operator would."""
     folder = tmp_path_factory.mktemp("bundles")
-    return {name: make_bundle(name, folder) for name in ("digits-1", "wake-word-1")}
+    specs = write_sources(folder / "sources")
+    made = {name: folder / name for name in ("digits-1", "wake-word-1")}
+    for name, out in made.items():
+        create_bundle(read_spec(specs[name]), specs[name].parent, out)
+    return made
 
 
 def install(bundles, root: Path) -> None:
