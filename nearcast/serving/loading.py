@@ -24,8 +24,8 @@ WARM_UP_TIME_S = 0.05
 class WarmUp:
     """What warming taught: batch-1 model times, the elements of the inputs they hold for, and a new sequence's time.
 
-    `busy_p99_us` is the processor time of a run where one thread does all of it: what the loop would lag by, whatever
-    else the machine was doing while the version was loaded.
+    `busy_p50_us` and `busy_p99_us` are the processor time of a run where one thread does all of it: what the loop would
+    lag by, whatever else the machine was doing while the version was loaded.
 
     Without data that the model accepts, `runs` is 0 and the times are unknown.
     """
@@ -33,6 +33,7 @@ class WarmUp:
     runs: int = 0
     p50_us: float = 0.0
     p99_us: float = 0.0
+    busy_p50_us: float = 0.0
     busy_p99_us: float = 0.0
     elements: int = 1
     sequence_us: float = 0.0
@@ -104,6 +105,7 @@ def warm(engine: LoadedModel, manifest: Manifest, vectors: list[dict[str, Any]],
         runs=len(times),
         p50_us=times[len(times) // 2],
         p99_us=times[int(0.98 * (len(times) - 1))],
+        busy_p50_us=busy[len(busy) // 2],
         busy_p99_us=busy[int(0.98 * (len(busy) - 1))],
         elements=max(1, min(sum(array.size for array in each.values()) for each in inputs)),
         sequence_us=sequence_us,

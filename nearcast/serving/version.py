@@ -165,7 +165,7 @@ class HotVersion:
 
     def _make_turn(self) -> Turn[_Waiting] | None:
         """So many rows that a run stays within what the loop may lag, by the batch-1 time; None if that is one."""
-        fitting = int(self._limits.inline_us_max / max(1.0, self.warm_up.busy_p99_us))
+        fitting = int(self._limits.inline_us_max / max(1.0, self.warm_up.busy_p50_us))
         rows_max = min(fitting, self._limits.batch_rows_max)
         return Turn(self._run_turn, lambda waiting: waiting.rows, rows_max=rows_max) if rows_max > 1 else None
 
