@@ -158,16 +158,10 @@ class AsyncClient:
                     Code.OVERLOADED, f"This client has {self._limits.in_flight_max} requests in flight; wait for some."
                 )
             self._know(model)
-            said = dict(parameters or {})
-            if sequence:
-                said["sequence_id"] = sequence
+            said = {**(parameters or {}), "sequence_id": sequence} if sequence else dict(parameters or {})
+            name = f"{self._prefix}-{next(self._ids)}"
             request = TensorRequest(
-                model=model,
-                inputs=inputs,
-                version=version,
-                id=f"{self._prefix}-{next(self._ids)}",
-                parameters=said,
-                outputs=outputs,
+                model=model, inputs=inputs, version=version, id=name, parameters=said, outputs=outputs
             )
             context = RequestContext(
                 deadline=None if deadline_ms is None else started + deadline_ms / 1e3,

@@ -18,11 +18,6 @@ class Address(NamedTuple):
     host: str
     port: int
 
-    @property
-    def is_unix(self) -> bool:
-        """Whether this names a Unix socket."""
-        return self.host.startswith(UNIX_PREFIX)
-
     def __str__(self) -> str:
         return format_address(self.host, self.port)
 

@@ -35,7 +35,6 @@ _CANCEL = 8
 _ENDED = (StreamReset, StreamClosed)
 _REFUSED_STREAM = 7
 _ENHANCE_YOUR_CALM = 11
-_INADEQUATE_SECURITY = 12
 # RST_STREAM codes, by gRPC over HTTP/2; those not listed are INTERNAL.
 _FROM_RESET = {
     _CANCEL: Code.CANCELLED,

@@ -427,21 +427,23 @@ async def test_presence_is_retained_and_the_will_speaks_for_the_dead(broker, tmp
 
 async def test_latency_and_that_nothing_is_left_behind(broker, tmp_path):
     handler = Doubler()
-    times = []
+    rounds = []
     async with serving(broker, tmp_path, handler):
         # The client blocks its own thread, not the loop of the worker: both share two cores, as a device never would.
         def run():
             with Device(broker.port, "d1") as device:
-                for _ in range(200):
-                    start = time.perf_counter()
-                    device.ask(X.tobytes())
-                    device.reply()
-                    times.append(time.perf_counter() - start)
+                for _ in range(3):
+                    times = []
+                    for _ in range(100):
+                        start = time.perf_counter()
+                        device.ask(X.tobytes())
+                        device.reply()
+                        times.append(time.perf_counter() - start)
+                    rounds.append(1000 * statistics.median(times))
 
         await asyncio.to_thread(run)
-    p50_ms = 1000 * statistics.median(times)
-    print(f"QoS 1 round trip p50 {p50_ms:.2f} ms, p99 {1000 * sorted(times)[197]:.2f} ms")
-    assert 1000 * sorted(times)[20] < 5.0  # the fastest tenth: a busy machine slows the rest, Nagle slows them all
+    print("QoS 1 round trip p50 of each round:", ", ".join(f"{p50_ms:.2f} ms" for p50_ms in rounds))
+    assert min(rounds) < 5.0  # a busy machine may spoil a round, Nagle's 44 ms would spoil them all
 
 
 def test_this_machine_has_a_broker():
