@@ -42,6 +42,11 @@ def blob_path(sha256: str) -> str:
     return f"blobs/{sha256[:2]}/{sha256}"
 
 
+def delta_path(result: str, name: str) -> str:
+    """Path of the delta index of a blob (`index.json`) or of one of its payloads (`Way.name`)."""
+    return f"deltas/{result}/{name}"
+
+
 def target_file_path(path: str, sha256: str) -> str:
     """Path of a target's file inside the repository: the digest goes before the name."""
     folder, _, name = path.rpartition("/")

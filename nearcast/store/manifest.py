@@ -62,6 +62,23 @@ class GoldenVector(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     atol: float = 1e-4
 
 
+class Encryption(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How the files of a version are sealed: AES-256-GCM with one data key, which the tenant's key wraps.
+
+    Sizes and digests in `files` are those of the sealed bytes, so that mirrors and disks never see others.
+
+    Attributes:
+        tenant: whose key wraps the data key; bound into every seal.
+        key_id: which of the tenant's keys; the first 16 hex digits of its sha256.
+        wrapped_key: the data key, sealed with the tenant's key, in base64.
+    """
+
+    algorithm: Literal["AES-256-GCM"] = "AES-256-GCM"
+    tenant: ModelName
+    key_id: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}$")]
+    wrapped_key: Annotated[str, msgspec.Meta(max_length=128)]
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One version of one model.
 
@@ -72,6 +89,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         quality: what the model's author measured, in [0, 1]; compared only between versions of one model.
         latency_budget_ms: a golden run slower than this fails the gate.
         rollback_ok: older releases to which a signed rollback may return.
+        licence: an SPDX expression.
+        sbom_file: the bill of materials among `files` (CycloneDX JSON).
+        data_sha256: digest of the data that it was trained on, as its author states it.
+        parent: the release that it was trained or converted from.
+        encryption: how the files are sealed; None = they are plain.
     """
 
     schema: Literal[1] = 1
@@ -91,6 +113,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     rollback_ok: tuple[Release, ...] = ()
     labels: tuple[str, ...] = ()
     licence: str
+    sbom_file: FileName | None = None
+    data_sha256: Sha256 | None = None
+    parent: Release | None = None
+    encryption: Encryption | None = None
     description: str = ""
     properties: dict[str, str] = {}
 
@@ -126,6 +152,7 @@ def decode_manifest(data: bytes) -> Manifest:
     if len(set(names)) != len(names):
         raise MeshError(Code.UNTRUSTED, "The manifest names a file twice.")
     used = {manifest.model_file} | {t.file for v in manifest.golden for t in (*v.inputs, *v.outputs)}
+    used |= {manifest.sbom_file} if manifest.sbom_file else set()
     if missing := used - set(names):
         raise MeshError(Code.UNTRUSTED, f"The manifest uses files that it does not list: {', '.join(sorted(missing))}.")
     for entry in manifest.files:

@@ -1,0 +1,1 @@
+"""Deltas between two files of a model: codecs, the search for the smallest, and the index that names them."""
