@@ -16,9 +16,22 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make `folder` and what it lies in, durably.
+
+    One that is there may be the work of a process that was killed before its fsync, so its name is made durable again:
+    that costs nothing if it already is.
+    """
+    missing = [place for place in (folder, *folder.parents) if not place.is_dir()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in missing or [folder]:
+        sync_folder(place.parent)
+
+
 def write_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Replace `path` by `data`: write beside it, fsync, rename, fsync the folder. Missing folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.is_dir():
+        make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:

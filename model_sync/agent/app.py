@@ -27,6 +27,7 @@ from model_sync.agent.status import AgentStatus, write_status
 from model_sync.replica.events import CheckFailed, Intended, Polled
 from model_sync.replica.state import Want
 from nearcast.clock import SYSTEM_CLOCK, Clock
+from nearcast.durable import make_folder
 from nearcast.errors import Code, MeshError
 from nearcast.identity import Identity, client_tls, load_identity
 from nearcast.store import Store
@@ -54,7 +55,8 @@ class Agent:
         self._identity_folder = Path(config.identity) if config.identity else None
         self._identity = _identity(self._identity_folder)
         self._lock: IO[bytes] | None = None
-        self._folder.mkdir(parents=True, exist_ok=True)
+        for place in (self._store.root, self._folder):
+            make_folder(place)
         self._clock = ClockFloor(self._folder / "clock.json", clock, build_time=config.build_time)
         self._checker = ThreadPoolExecutor(1, "check")
         self._workers = ThreadPoolExecutor(2, "install")

@@ -1,13 +1,13 @@
 """The one adapter around python-tuf's client: what the channel wants, verified, or a clear sentence why not.
 
-It knows one private thing of the library (7.0.1): the reference time against which metadata expires, which the library
-takes from the clock of the machine. `set_reference_time` replaces it by ours; a test pins that.
+It knows two private things of the library (7.0.1): the reference time against which metadata expires, which the library
+takes from the clock of the machine and `set_reference_time` replaces by ours; and how it writes files, which
+`DurableUpdater` makes durable. Tests pin both.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from model_sync.replica.state import Goal, Want
 from model_sync.repository.layout import custom_rollback_ok, models_path, target_file_path
 from model_sync.rollout.document import ChannelDocument, Pick, Rollout
 from model_sync.trust.vouching import TargetFacts, require_digest, vouched
-from nearcast.durable import sync_folder, write_file
+from nearcast.durable import make_folder, remove_leftovers, sync_folder, write_file
 from nearcast.errors import Code, MeshError
 from nearcast.store.manifest import MANIFEST_SIZE_BYTES_MAX, Manifest, decode_manifest
 
@@ -69,6 +69,24 @@ class TufFetcher(FetcherInterface):
             raise exceptions.DownloadError(error.message) from error
 
 
+class DurableUpdater(Updater):
+    """The library replaces its files without fsync: after a power cut a torn one would let older versions in again.
+
+    What is there already is not written again, so that a check that finds nothing new costs no write.
+    """
+
+    def _persist_file(self, filename: str, data: bytes) -> None:
+        path = Path(filename)
+        if not path.is_file() or path.read_bytes() != data:
+            write_file(path, data)
+
+    def _update_root_symlink(self) -> None:
+        link = Path(self._dir, "root.json")
+        current = f"root_history/{self._trusted_set.root.version}.root.json"
+        if not link.is_symlink() or str(link.readlink()) != current:
+            super()._update_root_symlink()
+
+
 class MetadataSource:
     """Checks the repository. Blocking, one check at a time.
 
@@ -90,8 +108,10 @@ class MetadataSource:
         self._timeout_s = timeout_s
         self._models_max = models_max
         self._fetcher = TufFetcher(source, timeout_s=timeout_s)
-        for place in (self._metadata, self._targets):
-            place.mkdir(parents=True, exist_ok=True)
+        for place in (self._metadata, self._metadata / "root_history", self._targets):
+            make_folder(place)
+            remove_leftovers(place)
+            sync_folder(place)  # a rename of a predecessor that was killed before its fsync counts from now on
 
     def check(self, now: float) -> Checked:
         """Walk the metadata and read the channel document. `now`: seconds since 1970 against which metadata expires.
@@ -121,8 +141,7 @@ class MetadataSource:
         return data
 
     def _check(self, now: float) -> Checked:
-        before = _stamps(self._metadata)
-        updater = Updater(
+        updater = DurableUpdater(
             str(self._metadata),
             f"{self._source.url}/metadata/",
             fetcher=self._fetcher,
@@ -140,7 +159,6 @@ class MetadataSource:
         data = self._small_target(target, path, CHANNEL_SIZE_BYTES_MAX)
         document = decode_channel(data, self._channel, self._models_max)
         wants = {rollout.model: self._want(updater, rollout, document.intent) for rollout in document.rollouts}
-        _sync_changed(self._metadata, before)
         self._prune({one.sha256 for want in wants.values() for one in (want.stable, want.candidate) if one})
         return Checked(serial=serial_of(updater), intent=document.intent, wants=wants)
 
@@ -264,22 +282,3 @@ def explain(error: Exception, url: str) -> MeshError:
             return MeshError(Code.UNAVAILABLE, f"The repository cannot be checked: {reason}. The node serves on.")
         case _:
             return MeshError(Code.UNTRUSTED, f"Refused the metadata of {url}: {text or 'it is malformed'}.")
-
-
-def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    found = (path for path in folder.rglob("*.json") if path.is_file())
-    return {str(path): (path.stat().st_mtime_ns, path.stat().st_ino) for path in found}
-
-
-def _sync_changed(folder: Path, before: dict[str, tuple[int, int]]) -> None:
-    """The library writes without fsync; what was verified must not fall back to older versions after a power cut."""
-    changed = [path for path, stamp in _stamps(folder).items() if before.get(path) != stamp]
-    for path in changed:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    if changed:
-        for place in {Path(path).parent for path in changed} | {folder}:
-            sync_folder(place)

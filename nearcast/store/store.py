@@ -20,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 
-from nearcast.durable import write_file
+from nearcast.durable import make_folder, write_file
 from nearcast.errors import Code, MeshError
 from nearcast.store.manifest import MANIFEST_FILE, MANIFEST_SIZE_BYTES_MAX, Manifest, decode_manifest, is_model_name
 from nearcast.store.pointer import Pointer
@@ -109,7 +109,8 @@ class Store:
     def stage_folder(self, model: str, release: int) -> Path:
         """The folder to fetch a version into; what an interrupted attempt left there is still in it."""
         folder = self._staging / _model_name(model) / _release_name(release)
-        folder.mkdir(parents=True, exist_ok=True)
+        for place in (self._staging, folder.parent, folder):
+            make_folder(place)
         return folder
 
     def discard_staged(self, model: str, release: int) -> None:
@@ -192,9 +193,8 @@ class Store:
 
     def _make_model_folder(self, model: str) -> Path:
         folder = self._model_folder(model)
-        if not folder.is_dir():
-            folder.mkdir(parents=True, exist_ok=True)
-            _sync(self.root)
+        for place in (self.root, folder):
+            make_folder(place)
         return folder
 
     def _commit_again(self, manifest: Manifest, data: bytes, staged: Path, target: Path) -> Path:
