@@ -54,9 +54,9 @@ def text_model() -> bytes:
     return _serialise([helper.make_node("Identity", ["x"], ["y"])], [], [spec], [("y", *spec[1:])])
 
 
-def lookup_model() -> bytes:
-    """y = table[x]: an index outside of 0..3 makes the engine fail."""
-    table = helper.make_tensor("t", TensorProto.FLOAT, [4], [0.0, 1.0, 2.0, 3.0])
+def lookup_model(length: int = 4) -> bytes:
+    """y = table[x]: an index outside of 0..length-1 makes the engine fail."""
+    table = helper.make_tensor("t", TensorProto.FLOAT, [length], [float(i) for i in range(length)])
     node = helper.make_node("Gather", ["t", "x"], ["y"])
     return _serialise([node], [table], [("x", TensorProto.INT64, ["n"])], [("y", TensorProto.FLOAT, ["n"])])
 

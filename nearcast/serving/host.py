@@ -19,6 +19,7 @@ from nearcast.serving.engines import PLATFORMS, Timed
 from nearcast.serving.limits import HostLimits
 from nearcast.serving.metrics import HostCollector
 from nearcast.serving.residency import Residency, unknown_model
+from nearcast.serving.shadow import Shadow
 from nearcast.serving.slots import Slot, VersionStatus
 from nearcast.store import Store
 from nearcast.store.manifest import Tensor
@@ -60,6 +61,8 @@ class ModelHost:
         self._in_flight = 0
         self._started = False
         self._closed = False
+        self._arrived = 0.0
+        self._shadow = Shadow(self._limits, self._quiet, self._now)
         self._collector = HostCollector(self._residency.statistics, self._residency.in_flight)
         if registry is not None:
             registry.register(self._collector)
@@ -87,7 +90,7 @@ class ModelHost:
             await self._residency.follow(model)
 
     async def infer(self, request: InferRequest, context: RequestContext) -> InferResponse:
-        arrived = self._now()
+        arrived = self._arrived = self._now()
         slot = self._slots.get(request.model)
         if slot is None:
             raise self._unknown(request.model)
@@ -125,6 +128,8 @@ class ModelHost:
         queue_us = int((started - arrived) * 1e6)
         compute_us = int((ended - started) * 1e6)
         statistics.answer(queue_us, compute_us)
+        if slot.pair is not None:
+            self._shadow.offer(slot.pair, version, inputs, outputs)
         if names:
             outputs = {name: outputs[name] for name in names}
         return TensorResponse(
@@ -203,9 +208,13 @@ class ModelHost:
         if self._closed:
             return
         self._closed = True
+        await self._shadow.close()
         await self._residency.close()
         if self._registry is not None:
             self._registry.unregister(self._collector)
+
+    def _quiet(self) -> bool:
+        return not self._in_flight and self._now() - self._arrived >= self._limits.shadow_quiet_s
 
     def _report_slot(self, slot: Slot, now: float) -> Iterator[VersionReport]:
         for version in slot.hot.values():

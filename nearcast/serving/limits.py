@@ -23,6 +23,10 @@ class HostLimits:
         sequences_max: open sequences of one version with hidden state.
         sequence_idle_s: a sequence without requests for this long is dropped.
         versions_max: versions whose statistics are remembered.
+        shadow_interval_s: least time between two inputs that are sampled for a version on trial.
+        shadow_queue_max: sampled inputs that wait; shadow_bytes_max: of one; shadow_wait_s: before it is dropped.
+        shadow_quiet_s: time without a request after which the node counts as idle.
+        shadow_compared_max: comparisons of one version, after which it is known well enough.
     """
 
     memory_bytes_max: int = 1024 * 1024 * 1024
@@ -36,3 +40,9 @@ class HostLimits:
     sequences_max: int = 256
     sequence_idle_s: float = 60.0
     versions_max: int = 1024
+    shadow_interval_s: float = 0.01
+    shadow_queue_max: int = 16
+    shadow_bytes_max: int = 256 * 1024
+    shadow_wait_s: float = 1.0
+    shadow_quiet_s: float = 0.002
+    shadow_compared_max: int = 10_000

@@ -37,6 +37,7 @@ class HostCollector(Collector):
         requests = CounterMetricFamily("nearcast_requests", "Requests by outcome.", labels=[*labels, "code"])
         batches = CounterMetricFamily("nearcast_batches", "Batches by release reason.", labels=[*labels, "reason"])
         rows = CounterMetricFamily("nearcast_batch_rows", "Rows that ran in batches.", labels=labels)
+        shadows = CounterMetricFamily("nearcast_shadows", "Shadowed inputs.", labels=[*labels, "outcome"])
         total = HistogramMetricFamily("nearcast_request_duration_seconds", "From arrival to answer.", labels=labels)
         compute = HistogramMetricFamily("nearcast_compute_duration_seconds", "Model time of a request.", labels=labels)
         # Triton names its counters without `_total`; as counters ours would gain it.
@@ -57,6 +58,12 @@ class HostCollector(Collector):
             for reason, count in each.batches.items():
                 batches.add_metric([*values, reason], count)
             rows.add_metric(values, each.rows)
+            for outcome, count in (
+                ("agreed", each.compared - each.disagreed),
+                ("disagreed", each.disagreed),
+                ("dropped", each.shadows_dropped),
+            ):
+                shadows.add_metric([*values, outcome], count)
             total.add_metric(values, _buckets(each.total), each.total_us / 1e6)
             compute.add_metric(values, _buckets(each.compute), each.compute_us / 1e6)
             sums = (each.answered, each.total_us, each.queue_us, each.compute_us)
@@ -65,7 +72,7 @@ class HostCollector(Collector):
         in_flight = GaugeMetricFamily("nearcast_in_flight", "Requests inside of a hot version.", labels=labels)
         for (model, release), count in self._in_flight().items():
             in_flight.add_metric([model, str(release)], count)
-        return [requests, batches, rows, total, compute, in_flight, *aliases]
+        return [requests, batches, rows, shadows, total, compute, in_flight, *aliases]
 
 
 def _buckets(counts: Sequence[int]) -> list[tuple[str, float]]:

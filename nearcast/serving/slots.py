@@ -10,6 +10,7 @@ import msgspec
 
 from nearcast.errors import Code, MeshError
 from nearcast.handler import InferRequest, RequestContext
+from nearcast.serving.shadow import Pair
 from nearcast.serving.statistics import Statistics, quantile_us
 from nearcast.serving.version import HotVersion
 from nearcast.store import Pointer
@@ -19,7 +20,11 @@ State: TypeAlias = Literal["hot", "loading", "failed", "cold"]
 
 
 class VersionStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One version as the agent and the operator see it. `errors` counts what the model failed; `codes` all errors."""
+    """One version as the agent and the operator see it. `errors` counts what the model failed; `codes` all errors.
+
+    `p50_us` and `p99_us` are of the model's time; `latency` counts answers by bucket of their whole time on this node,
+    as in `statistics`, only buckets that are used. `compared`, `disagreed`: see `shadow`.
+    """
 
     release: int
     state: State
@@ -32,6 +37,9 @@ class VersionStatus(msgspec.Struct, frozen=True, kw_only=True):
     in_flight: int = 0
     inline: bool = False
     codes: dict[str, int] = {}
+    latency: dict[str, int] = {}
+    compared: int = 0
+    disagreed: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +56,7 @@ class Slot:
     failed: dict[int, str] = field(default_factory=dict)
     problem: str = ""
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    pair: Pair | None = None
 
     def wanted(self) -> tuple[int, ...]:
         """Releases to have in memory, the most important first."""
@@ -66,6 +75,15 @@ class Slot:
             names[self.hot[release].manifest.semver] = self.hot[release]
         # A release number always wins over a semver that looks like one.
         self.by_name = names | {version.wire_version: version for version in self.hot.values()}
+        self.pair = self._pair()
+
+    def _pair(self) -> Pair | None:
+        """The version on trial and its reference: the candidate and stable, else stable and what it replaced."""
+        pointer = self.pointer
+        trial = self.hot.get(pointer.candidate or pointer.stable or 0)
+        reference = self.hot.get((pointer.stable if pointer.candidate else pointer.last_good) or 0)
+        pair = Pair(trial, reference) if trial is not None and reference is not None else None
+        return pair if pair is not None and pair.comparable else None
 
     def unused(self) -> list[HotVersion]:
         """Hot versions that the pointer no longer names and that answer nothing."""
@@ -148,6 +166,9 @@ class Slot:
             in_flight=version.in_flight if version else 0,
             inline=version.inline if version else False,
             codes={str(code): count for code, count in sorted(counted.codes.items())},
+            latency={str(bucket): count for bucket, count in enumerate(counted.total) if count},
+            compared=counted.compared,
+            disagreed=counted.disagreed,
         )
 
     def _keeping_sequence(

@@ -52,17 +52,23 @@ def quantile_us(counts: Sequence[int], q: float) -> float:
 
 
 class Statistics:
-    """One version since it was first loaded. `compute` is model time, `total` from arrival to answer, both in µs."""
+    """One version since it was first loaded. `compute` is model time, `total` from arrival to answer, both in µs.
+
+    `compared` and `disagreed` count shadowed inputs, `shadows_dropped` those that the node had no time for.
+    """
 
     __slots__ = (
         "_snapshot",
         "batches",
         "codes",
+        "compared",
         "compute",
         "compute_us",
+        "disagreed",
         "queue_us",
         "requests",
         "rows",
+        "shadows_dropped",
         "total",
         "total_us",
     )
@@ -75,6 +81,9 @@ class Statistics:
         self.queue_us = 0
         self.compute_us = 0
         self.total_us = 0
+        self.compared = 0
+        self.disagreed = 0
+        self.shadows_dropped = 0
         self.compute = [0] * _BUCKETS
         self.total = [0] * _BUCKETS
         self._snapshot: tuple[float, list[int], list[int]] = (0.0, [0] * _BUCKETS, [0] * _BUCKETS)

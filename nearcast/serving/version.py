@@ -84,6 +84,7 @@ class HotVersion:
         self._timer_at = 0.0
         self._idle: asyncio.Future[None] | None = None
         self._keep_sequences = False
+        self.is_closed = False
 
     def runs_inline(self, inputs: Tensors) -> bool:
         """Whether these inputs are answered without leaving the loop."""
@@ -154,6 +155,7 @@ class HotVersion:
 
     def close(self) -> None:
         """Unload. What still waits is refused; the engine's memory goes once the threads inside it are done."""
+        self.is_closed = True
         if self._timer is not None:
             self._timer.cancel()
         for request_id in list(self._waiting):
