@@ -22,7 +22,10 @@ from model_sync.agent.host_link import HostLink
 from model_sync.agent.http_source import HttpSource
 from model_sync.agent.journal import Journal
 from model_sync.agent.metadata import Checked, MetadataSource
+from model_sync.agent.meter import Meter
+from model_sync.agent.mirrors import Mirrors, SharedHealth
 from model_sync.agent.model_shell import ModelShell, Surroundings
+from model_sync.agent.sources import make_source
 from model_sync.agent.status import AgentStatus, write_status
 from model_sync.replica.events import CheckFailed, Intended, Polled
 from model_sync.replica.state import Want
@@ -67,6 +70,13 @@ class Agent:
         self._failures = 0
         self._hint: HintListener | None = None
         self._loop_task: asyncio.Task[None] | None = None
+        self._health = SharedHealth(1 + len(config.mirrors))
+        self._meter = Meter(
+            self._folder / "downloads.json",
+            clock,
+            bytes_per_s_max=config.limits.download_bytes_per_s_max,
+            bytes_per_day_max=config.limits.download_bytes_per_day_max,
+        )
         self._source = self._make_source()
         self._metadata: MetadataSource
         self._around: Surroundings
@@ -102,6 +112,7 @@ class Agent:
             host=HostLink(self.config.host_socket, answer_bytes_max=self.config.limits.answer_bytes_max),
             executor=self._workers,
             make_source=self._make_source,
+            meter=self._meter,
             draw=self._random.random,
             changed=self._write_status,
         )
@@ -227,10 +238,30 @@ class Agent:
         )
         self._hint.start()
 
-    def _make_source(self) -> HttpSource:
-        limits = self.config.limits
-        tls = self._tls(any_time=True)
-        return HttpSource(self.config.repository_url, tls=tls, connect_timeout_s=limits.connect_timeout_s)
+    def _make_source(self) -> Mirrors:
+        """The repository and its mirrors, for one worker."""
+        limits, repository = self.config.limits, self.config.repository_url
+        return Mirrors(
+            [
+                make_source(
+                    url,
+                    tls=self._tls(any_time=True) if url == repository else self._outer_tls,
+                    connect_timeout_s=limits.connect_timeout_s,
+                    timeout_s=limits.chunk_timeout_s,
+                    roles=("sync",) if url == repository else (),
+                )
+                for url in (repository, *self.config.mirrors)
+            ],
+            self._health,
+        )
+
+    def _outer_tls(self) -> ssl.SSLContext:
+        """For mirrors, which may be outside the mesh: they are untrusted anyway, and our certificate is not shown."""
+        context = ssl.create_default_context()
+        ca = self._identity_folder / "ca.pem" if self._identity_folder is not None else None
+        if ca is not None and ca.exists():
+            context.load_verify_locations(ca)
+        return context
 
     def _tls(self, *, any_time: bool = False) -> _MakeTls | None:
         if self._identity_folder is None:

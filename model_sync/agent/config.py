@@ -8,6 +8,7 @@ import msgspec
 
 from model_sync.rollout.transitions import MODELS_MAX
 
+MIRRORS_MAX = 16
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
 
@@ -18,6 +19,8 @@ class AgentLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         quota_bytes: what the store may occupy, staging and partial downloads included.
         free_bytes_min: what must stay free on the file system after an installation.
         connect_timeout_s, chunk_timeout_s: for a connection, and for each 256 KiB chunk or metadata file.
+        source_bytes_per_s_min: a source slower than this is left for another one, if there is another; 0 = never.
+        download_bytes_per_s_max, download_bytes_per_day_max: what the whole agent may download; 0 = unlimited.
         check_s … activate_s: deadline of each state of an installation.
         backoff_base_s, backoff_cap_s: retry after attempt n waits uniformly in [0, min(cap, base * 2**n)].
         boots_max: starts of the agent during one probation before it is judged as failed.
@@ -31,6 +34,9 @@ class AgentLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     free_bytes_min: Annotated[int, msgspec.Meta(ge=0)] = 16 * 1024**2
     connect_timeout_s: Seconds = 5.0
     chunk_timeout_s: Seconds = 30.0
+    source_bytes_per_s_min: Annotated[float, msgspec.Meta(ge=0)] = 32 * 1024
+    download_bytes_per_s_max: Annotated[float, msgspec.Meta(ge=0)] = 0
+    download_bytes_per_day_max: Annotated[int, msgspec.Meta(ge=0)] = 0
     check_s: Seconds = 60.0
     plan_s: Seconds = 10.0
     fetch_s: Seconds = 3600.0
@@ -54,7 +60,8 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     Attributes:
         node, role: whose agent this is; also the seed of the waves.
         control: URL of the sync process; "" = none: no hint, only polls of `repository`.
-        repository: URL of the static repository; "" = `{control}/repository`.
+        repository: URL of the static repository, a folder, or s3://bucket/prefix; "" = `{control}/repository`.
+        mirrors: further places of the same repository, asked when the ones before are down, slow or wrong.
         identity: folder with node.pem, node.key, ca.pem (needed for https) and root.json (the pinned TUF root).
         store: root of the store that the model host reads.
         host_socket: control socket of the model host; "" = no host to tell.
@@ -70,6 +77,7 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     role: Literal["edge", "cloud", "router"] = "edge"
     control: str = ""
     repository: str = ""
+    mirrors: Annotated[tuple[str, ...], msgspec.Meta(max_length=MIRRORS_MAX)] = ()
     identity: str = ""
     store: str = "models"
     host_socket: str = ""

@@ -12,8 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
+from model_sync.agent.source import Source, StatusError
 from nearcast.errors import Code, MeshError
 from nearcast.identity import require_role, tls_error
 
@@ -21,24 +23,24 @@ READ_SIZE_BYTES = 64 * 1024
 USER_AGENT = "nearcast-agent"
 
 
-class StatusError(MeshError):
-    """An answer other than success; `status` is the HTTP status."""
-
-    def __init__(self, url: str, status: int) -> None:
-        super().__init__(Code.UNAVAILABLE, f"{url} answered with HTTP status {status}.")
-        self.status = status
-
-
-class HttpSource:
+class HttpSource(Source):
     """One origin such as `https://sync:9443/repository`. One request at a time; `abort` may come from any thread.
 
     Args:
         url: scheme, host and a path that all requests begin with.
         tls: makes the context of a new connection; used for https alone.
         connect_timeout_s: for the connection and its handshake.
+        roles: mesh roles of which the server's certificate must name one; () = a server outside the mesh.
     """
 
-    def __init__(self, url: str, *, tls: Callable[[], ssl.SSLContext] | None, connect_timeout_s: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        tls: Callable[[], ssl.SSLContext] | None,
+        connect_timeout_s: float,
+        roles: tuple[str, ...] = ("sync",),
+    ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise MeshError(Code.INVALID_REQUEST, f"{url!r} is no http or https address of a repository.")
@@ -49,56 +51,33 @@ class HttpSource:
         self._host, self._port = parts.hostname, parts.port or (443 if self._secure else 80)
         self._prefix = parts.path.rstrip("/")
         self._tls = tls
+        self._roles = roles
         self._connect_timeout_s = connect_timeout_s
         self._connection: http.client.HTTPConnection | None = None
         self._socket: socket.socket | None = None
         self._aborted = threading.Event()
 
-    def get(self, path: str, *, start: int = 0, timeout_s: float) -> tuple[int, Iterator[bytes]]:
-        """Ask for `path` from byte `start` on.
-
-        Returns the offset of the first byte that comes (0 if the server ignores ranges) and the pieces. The timeout
-        holds for the headers and then anew for every piece; who needs a bound on the whole counts pieces and time.
-
-        Raises:
-            MeshError: UNAVAILABLE if the origin cannot be reached or is too slow, UNAUTHENTICATED if it is not of this
-                mesh, `StatusError` for any answer but success.
-        """
+    def get(
+        self, path: str, *, start: int = 0, end: int | None = None, timeout_s: float
+    ) -> tuple[int, Iterator[bytes]]:
+        """As `Source.get`."""
         self._aborted.clear()
         headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
-        if start:
-            headers["Range"] = f"bytes={start}-"
+        if start or end is not None:
+            headers["Range"] = f"bytes={start}-" if end is None else f"bytes={start}-{end - 1}"
         response = self._request(f"{self._prefix}/{path.lstrip('/')}", headers, timeout_s)
         if response.status not in (200, 206):
+            retry_s = _retry_after_s(response.getheader("Retry-After", ""))
             self._finish(response)
-            raise StatusError(f"{self.url}/{path.lstrip('/')}", response.status)
+            raise StatusError(f"{self.url}/{path.lstrip('/')}", response.status, retry_s=retry_s)
         begin = start if response.status == 206 else 0
         if response.status == 206 and not response.getheader("Content-Range", "").startswith(f"bytes {start}-"):
             self.close()
             raise MeshError(Code.UNAVAILABLE, f"{self.url} answered with another range than the one asked for.")
         return begin, self._pieces(response, timeout_s)
 
-    def read(self, path: str, *, size_bytes_max: int, timeout_s: float) -> bytes:
-        """The whole of `path`, at most `size_bytes_max` bytes, within `timeout_s` for all of it.
-
-        Raises:
-            MeshError: as `get`; UNAVAILABLE too if the answer is longer or takes longer.
-        """
-        deadline = time.monotonic() + timeout_s
-        _, pieces = self.get(path, timeout_s=timeout_s)
-        data = bytearray()
-        for piece in pieces:
-            data += piece
-            if len(data) > size_bytes_max:
-                self.close()
-                raise MeshError(Code.UNAVAILABLE, f"{self.url}/{path} is longer than {size_bytes_max} bytes.")
-            if time.monotonic() > deadline:
-                self.close()
-                raise MeshError(Code.UNAVAILABLE, f"{self.url}/{path} took longer than {timeout_s:g} s.")
-        return bytes(data)
-
     def abort(self) -> None:
-        """Break the request that runs, from another thread. The next one connects anew."""
+        """As `Source.abort`; the next request connects anew."""
         self._aborted.set()
         sock = self._socket
         if sock is not None:
@@ -106,7 +85,7 @@ class HttpSource:
                 sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Drop the connection."""
+        """As `Source.close`."""
         connection, self._connection, self._socket = self._connection, None, None
         if connection is not None:
             connection.close()
@@ -138,7 +117,8 @@ class HttpSource:
             secure = http.client.HTTPSConnection(self._host, self._port, timeout=timeout, context=self._tls())
             try:
                 secure.connect()
-                require_role(secure.sock.getpeercert(), ("sync",))
+                if self._roles:
+                    require_role(secure.sock.getpeercert(), self._roles)
             except BaseException:
                 secure.close()
                 raise
@@ -205,3 +185,13 @@ class _Explained:
         if isinstance(error, (OSError, http.client.HTTPException, ValueError)):
             self._source.close()
             raise self._source._explain(error) from error  # noqa: SLF001 (one idea in two classes)
+
+
+def _retry_after_s(header: str) -> float:
+    """Seconds of a `Retry-After` header, which holds seconds or a date; 0 if it says nothing usable."""
+    if header.isascii() and header.isdecimal() and len(header) < 10:
+        return float(header)
+    try:
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return 0.0

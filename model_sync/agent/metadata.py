@@ -20,7 +20,7 @@ from tuf.ngclient.config import UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
 from tuf.ngclient.updater import Updater
 
-from model_sync.agent.http_source import HttpSource, StatusError
+from model_sync.agent.source import Source, StatusError
 from model_sync.replica.state import Goal, Want
 from model_sync.repository.layout import custom_rollback_ok, models_path, target_file_path
 from model_sync.rollout.document import ChannelDocument, Pick, Rollout
@@ -44,7 +44,7 @@ class Checked:
 class TufFetcher(FetcherInterface):
     """Lets the library download over our connection; errors keep their sentence."""
 
-    def __init__(self, source: HttpSource, *, timeout_s: float) -> None:
+    def __init__(self, source: Source, *, timeout_s: float) -> None:
         self._source = source
         self._timeout_s = timeout_s
 
@@ -87,6 +87,21 @@ class DurableUpdater(Updater):
             super()._update_root_symlink()
 
 
+def open_updater(folder: Path, fetcher: TufFetcher, url: str, root: bytes, *, now: float) -> DurableUpdater:
+    """A TUF client on `folder` with our transport, our durability, and our time.
+
+    Args:
+        folder: its trusted metadata.
+        url: where the metadata lies; below the source of `fetcher`.
+        root: content of the pinned root.json.
+        now: seconds since 1970 against which metadata expires.
+    """
+    config = UpdaterConfig(prefix_targets_with_hash=True, app_user_agent="nearcast")
+    updater = DurableUpdater(str(folder), url, fetcher=fetcher, config=config, bootstrap=root)
+    set_reference_time(updater, now)
+    return updater
+
+
 class MetadataSource:
     """Checks the repository. Blocking, one check at a time.
 
@@ -98,7 +113,7 @@ class MetadataSource:
     """
 
     def __init__(
-        self, folder: Path, source: HttpSource, root: bytes, *, channel: str, timeout_s: float, models_max: int
+        self, folder: Path, source: Source, root: bytes, *, channel: str, timeout_s: float, models_max: int
     ) -> None:
         self._metadata = folder / "metadata"
         self._targets = folder / "targets"
@@ -141,14 +156,8 @@ class MetadataSource:
         return data
 
     def _check(self, now: float) -> Checked:
-        updater = DurableUpdater(
-            str(self._metadata),
-            f"{self._source.url}/metadata/",
-            fetcher=self._fetcher,
-            config=UpdaterConfig(prefix_targets_with_hash=True, app_user_agent="nearcast"),
-            bootstrap=self._root,
-        )
-        set_reference_time(updater, now)
+        url = f"{self._source.url}/metadata/"
+        updater = open_updater(self._metadata, self._fetcher, url, self._root, now=now)
         updater.refresh()
         path = f"channels/{self._channel}.json"
         target = updater.get_targetinfo(path)

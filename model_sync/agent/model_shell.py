@@ -14,9 +14,10 @@ from typing import TypeVar
 from model_sync.agent.config import AgentConfig
 from model_sync.agent.gate import run_gate
 from model_sync.agent.host_link import HostLink
-from model_sync.agent.http_source import HttpSource
 from model_sync.agent.journal import Journal
 from model_sync.agent.metadata import MetadataSource
+from model_sync.agent.meter import Meter
+from model_sync.agent.mirrors import Mirrors
 from model_sync.agent.status import ModelStatus, pointer_fields
 from model_sync.agent.steps import DiskFullError, Installer, installed_releases, read_manifest
 from model_sync.replica.events import Booted, Done, Event, Failed, Loaded, Sampled, Ticked
@@ -55,7 +56,8 @@ class Surroundings:
     metadata: MetadataSource
     host: HostLink
     executor: Executor
-    make_source: Callable[[], HttpSource]
+    make_source: Callable[[], Mirrors]
+    meter: Meter
     draw: Callable[[], float]
     changed: Callable[[], None]
 
@@ -233,7 +235,7 @@ class ModelShell:
         stop = self._stops[job] = threading.Event()
         limits = self._around.config.limits
         async with self._working:  # a cancelled thread may need a moment to notice
-            installer = Installer(store, data, self._source, limits=limits, stop=stop)
+            installer = Installer(store, data, self._source, pace=self._around.meter, limits=limits, stop=stop)
             try:
                 await self._in_thread(lambda: self._work(installer, step))
             finally:

@@ -9,8 +9,8 @@ import threading
 from pathlib import Path
 
 from model_sync.agent.config import AgentLimits
-from model_sync.agent.fetch import fetch_blob, verify_file
-from model_sync.agent.http_source import HttpSource
+from model_sync.agent.fetch import Download, Pace, Patience, Remote, Supply, verify_file
+from model_sync.repository.layout import blob_path
 from model_sync.trust.vouching import require_digest
 from nearcast.durable import write_file
 from nearcast.errors import Code, MeshError
@@ -30,16 +30,18 @@ class Installer:
 
     Args:
         data: bytes of the verified manifest.
+        supply: whom to ask for its files.
         stop: set from another thread to give up within one chunk.
     """
 
     def __init__(
-        self, store: Store, data: bytes, source: HttpSource, *, limits: AgentLimits, stop: threading.Event
+        self, store: Store, data: bytes, supply: Supply, *, pace: Pace, limits: AgentLimits, stop: threading.Event
     ) -> None:
         self._store = store
         self._data = data
         self._manifest: Manifest = decode_manifest(data)
-        self._source = source
+        self._supply = supply
+        self._pace = pace
         self._limits = limits
         self._stop = stop
 
@@ -85,22 +87,26 @@ class Installer:
         """Fetch what is missing into the staging folder; returns the bytes that came over the network.
 
         Raises:
-            MeshError: as `fetch_blob`; DiskFullError if the disk is full.
+            MeshError: as `Download.run`; DiskFullError if the disk is full.
         """
         staged = self._staged()
         received = 0
         try:
             for entry in self._manifest.files:
-                received += fetch_blob(
-                    self._source,
-                    entry,
-                    staged / entry.path,
-                    chunk_timeout_s=self._limits.chunk_timeout_s,
-                    stop=self._stop,
+                remote = Remote(
+                    path=blob_path(entry.sha256), size_bytes=entry.size_bytes, sha256=entry.sha256, chunks=entry.chunks
                 )
+                received += self._download(remote, staged / entry.path)
         except OSError as error:
             raise self._full(error) from error
         return received
+
+    def _download(self, remote: Remote, path: Path) -> int:
+        limits = self._limits
+        patience = Patience(chunk_timeout_s=limits.chunk_timeout_s, rate_bytes_per_s_min=limits.source_bytes_per_s_min)
+        download = Download(remote, path, self._supply, pace=self._pace, patience=patience, stop=self._stop)
+        download.run()
+        return download.received_bytes
 
     def verify(self) -> None:
         """Hash every file that is to be served.
