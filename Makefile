@@ -97,6 +97,14 @@ test: install-dev ## run the tests; ARGS="-k name" narrows them
 	whole_failed=0; wait $$whole || whole_failed=$$?; \
 	cat "$$log"; exit $$((parts_failed || whole_failed))
 
+# The suite is not ours and not in this repository: https://github.com/theupdateframework/tuf-conformance
+.PHONY: conformance
+conformance: install-dev ## run the upstream suite of TUF clients on the agent; SUITE=its checkout
+	@if [ ! -d "$(SUITE)/tuf_conformance" ]; then echo "SUITE=/path/to/a/checkout/of/tuf-conformance is missing" >&2; exit 64; fi
+	@command -v faketime >/dev/null || { echo "faketime is missing; on Debian and Ubuntu: apt-get install faketime" >&2; exit 69; }
+	@here=$$PWD; cd "$(SUITE)"; PATH="$$here/$(BIN):$$PATH" PYTHONPATH="$$here" "$$here/$(BIN)/pytest" -q -p no:asyncio \
+		-p no:cacheprovider tuf_conformance --entrypoint "$$here/$(BIN)/python $$here/tests/conformance/client.py" $(ARGS)
+
 .PHONY: bench
 bench: install-dev ## measure everything and compare with the targets (minutes)
 	@$(BIN)/python -m benchmarks $(ARGS)

@@ -92,6 +92,7 @@ def open_updater(folder: Path, fetcher: TufFetcher, url: str, root: bytes, *, no
 
     Args:
         folder: its trusted metadata.
+        fetcher: downloads.
         url: where the metadata lies; below the source of `fetcher`.
         root: content of the pinned root.json.
         now: seconds since 1970 against which metadata expires.
