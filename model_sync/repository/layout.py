@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from tuf.api.metadata import Metadata, TargetFile  # type: ignore[attr-defined]
+from tuf.api.metadata import Metadata, TargetFile, Targets  # type: ignore[attr-defined]
 from tuf.api.serialization.json import JSONSerializer
 
 from nearcast.errors import Code, MeshError
@@ -66,6 +66,12 @@ def custom_rollback_ok(target: TargetFile) -> frozenset[int]:
     if not isinstance(listed, list):
         return frozenset()
     return frozenset(entry for entry in listed if type(entry) is int and entry >= 1)
+
+
+def withdrawn_paths(role: Targets) -> frozenset[str]:
+    """Releases that a models role vouches for no longer; anything malformed withdraws nothing. It only ever grows."""
+    listed = role.unrecognized_fields.get("withdrawn")
+    return frozenset(path for path in listed if isinstance(path, str)) if isinstance(listed, list) else frozenset()
 
 
 def encode_metadata(metadata: Metadata[Any]) -> bytes:

@@ -20,6 +20,7 @@ from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]
 from tuf.api.metadata import (  # type: ignore[attr-defined]
     Metadata,
     MetaFile,
+    Root,
     TargetFile,
     Targets,
 )
@@ -34,10 +35,18 @@ from model_sync.repository.layout import (
     models_path,
     parse_models_path,
     target_file_path,
+    withdrawn_paths,
 )
-from model_sync.repository.state import RepositoryState, check_models, check_root, check_targets, read_state
-from model_sync.rollout.document import ChannelDocument
-from nearcast.durable import remove_leftovers, write_file
+from model_sync.repository.state import RepositoryState, finish_root, online_keyids, pending_timestamp, read_state
+from model_sync.repository.succession import (
+    MODELS_PREFIX,
+    check_models,
+    check_succession,
+    delegated_roles,
+    require_same_releases,
+)
+from model_sync.rollout.document import ChannelDocument, first_intent
+from nearcast.durable import move_file, remove_leftovers, write_file
 from nearcast.errors import Code, MeshError
 from nearcast.store.manifest import MANIFEST_SIZE_BYTES_MAX, Manifest, decode_manifest
 
@@ -70,12 +79,19 @@ class Published:
 class Repository:
     """One repository folder. Not safe for use from several threads at once; the controller serialises."""
 
-    def __init__(self, folder: Path, signer: CryptoSigner, *, lifetimes: Lifetimes | None = None) -> None:
+    def __init__(self, folder: Path, *signers: CryptoSigner, lifetimes: Lifetimes | None = None) -> None:
+        """Open a repository; of `signers`, the online keys at hand, the one is used that its roles trust.
+
+        Raises:
+            MeshError: UNAVAILABLE if the repository is missing or damaged, UNTRUSTED if its roles trust none of them.
+        """
         self.folder = folder
-        self._signer = signer
+        self._signers = list(signers)
         self._lifetimes = lifetimes or Lifetimes()
         remove_leftovers(folder)
-        self._state = read_state(folder, signer.public_key.keyid)
+        finish_root(folder)
+        self._state = read_state(folder)
+        self._signer = self._find_signer(self._state.root.signed, self._state.targets.signed)
 
     # -- what is published ------------------------------------------------------------------------------------------
 
@@ -88,6 +104,15 @@ class Repository:
     def root_version(self) -> int:
         """Version of the newest root."""
         return self._state.root.signed.version
+
+    @property
+    def online_keyid(self) -> str:
+        """Id of the key that signs here."""
+        return str(self._signer.public_key.keyid)
+
+    def offer_signer(self, signer: CryptoSigner) -> None:
+        """Hold another online key ready, in place of one offered before; it is used once root and targets trust it."""
+        self._signers = [self._signer, signer]
 
     def root_bytes(self, version: int | None = None) -> bytes:
         """One version of the root role, the newest by default."""
@@ -162,9 +187,10 @@ class Repository:
         """
         name = f"models-{team}"
         current = self._state.roles.get(name)
-        if current is None or name == "rollout":
+        if current is None:
             raise MeshError(Code.UNTRUSTED, f"The targets role delegates nothing to the team {team!r}.")
-        role = check_models(metadata, name, self._state)
+        role = check_models(metadata, name, self._state, self._state.targets.signed)
+        self._check_withdrawn(role.signed, current.signed)
         added = self._added_targets(role.signed, current.signed)
         for path, target in added.items():
             self._check_release(path, target, manifests)
@@ -172,19 +198,36 @@ class Repository:
             self._write_target(path, target, manifests[path])
         return self._commit({name: role})
 
-    def publish_offline(self, root: bytes | None, targets: bytes | None) -> int:
-        """Take over root and targets roles that were signed again for another term; answers the serial.
+    def publish_offline(
+        self, root: bytes | None, targets: bytes | None, models: Mapping[str, bytes] | None = None
+    ) -> int:
+        """Take over offline roles: another term, other keys, a new team; answers the new serial.
+
+        All are checked before any is written, and all become valid at once with the timestamp. If they trust another
+        online key, one that is held here, then rollout, snapshot and timestamp are signed with that key.
+
+        Args:
+            root: the next root as JSON; None = as before.
+            targets: the next targets role; None = as before.
+            models: next models roles by name, with the same releases, or with some withdrawn.
 
         Raises:
-            MeshError: UNTRUSTED if signature, keys or delegations are not those of now, CONFLICT for a wrong version.
+            MeshError: UNTRUSTED if signatures or delegations do not fit, CONFLICT for a wrong version.
         """
-        # Both are checked before either is written: a refused pair leaves nothing behind.
-        next_root = None if root is None else check_root(root, self._state)
-        next_targets = None if targets is None else check_targets(targets, self._state)
-        if next_root is not None:
-            write_file(self._metadata_path(f"{next_root.signed.version}.root"), encode_metadata(next_root))
-            self._state = replace(self._state, root=next_root)
-        return self.serial if next_targets is None else self._commit({"targets": next_targets})
+        succession = check_succession(self._state, root=root, targets=targets, models=models or {})
+        changed = dict(succession.changed)
+        for name in models or {}:
+            present = self._state.roles.get(name)
+            require_same_releases(name, changed[name].signed, present.signed if present else None)
+            if present:
+                self._check_withdrawn(changed[name].signed, present.signed)
+        next_root = succession.root or self._state.root
+        signer = self._find_signer(next_root.signed, changed.get("targets", self._state.targets).signed)
+        if signer is not self._signer:
+            changed["rollout"] = self._sign_channels_again(next_root.signed.version, signer)
+        serial = self._commit(changed, root=succession.root, signer=signer)
+        self._signer, self._signers = signer, [signer]
+        return serial
 
     def publish_channel(self, document: ChannelDocument) -> int:
         """Sign a channel's next document with the rollout role; answers the new serial.
@@ -195,14 +238,29 @@ class Repository:
         present = self.channel(document.channel)
         if document.intent != (present.intent if present else 0) + 1:
             raise MeshError(Code.CONFLICT, "The channel has changed meanwhile; read it and try again.")
+        if present is None:
+            document = msgspec.structs.replace(document, intent=first_intent(self.root_version))
+        role = deepcopy(self._state.roles["rollout"])
+        self._put_channel(role.signed, document)
+        self._advance(role, self._lifetimes.rollout, self._signer)
+        return self._commit({"rollout": role})
+
+    def _put_channel(self, role: Targets, document: ChannelDocument) -> None:
         data = msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n"
         path = f"channels/{document.channel}.json"
-        target = make_target(path, data)
+        role.targets[path] = make_target(path, data)
+        self._write_target(path, role.targets[path], data)
+
+    def _sign_channels_again(self, root_version: int, signer: CryptoSigner) -> Metadata[Targets]:
+        """Every channel as it is, under another key, with an intent that no thief of the old key can have used up."""
         role = deepcopy(self._state.roles["rollout"])
-        role.signed.targets[path] = target
-        self._advance(role, self._lifetimes.rollout)
-        self._write_target(path, target, data)
-        return self._commit({"rollout": role})
+        for path in self._channel_paths():
+            document = self.channel(path.removeprefix("channels/").removesuffix(".json"))
+            assert document is not None
+            intent = max(document.intent + 1, first_intent(root_version))
+            self._put_channel(role.signed, msgspec.structs.replace(document, intent=intent))
+        self._advance(role, self._lifetimes.rollout, signer)
+        return role
 
     def refresh(self, *, force: bool = False) -> bool:
         """Sign the online roles again once half of their life is over; answers whether anything was signed."""
@@ -216,7 +274,7 @@ class Repository:
         rollout = state.roles["rollout"]
         if due(rollout, self._lifetimes.rollout):
             changed["rollout"] = deepcopy(rollout)
-            self._advance(changed["rollout"], self._lifetimes.rollout)
+            self._advance(changed["rollout"], self._lifetimes.rollout, self._signer)
         if changed or due(state.snapshot, self._lifetimes.snapshot):
             self._commit(changed)
             return True
@@ -227,9 +285,36 @@ class Repository:
 
     # -- checks of an operator's role -------------------------------------------------------------------------------
 
+    def _find_signer(self, root: Root, targets: Targets) -> CryptoSigner:
+        trusted = online_keyids(root, targets)
+        for signer in self._signers:
+            if signer.public_key.keyid in trusted:
+                return signer
+        raise MeshError(
+            Code.UNTRUSTED,
+            "Timestamp, snapshot and rollout must trust one online key that this controller holds; none here is it.",
+        )
+
+    def _check_withdrawn(self, role: Targets, current: Targets) -> None:
+        """A withdrawn release stays withdrawn, its number is not used again, and no channel may point to it."""
+        withdrawn = withdrawn_paths(role)
+        if not withdrawn_paths(current) <= withdrawn or withdrawn & set(role.targets):
+            raise MeshError(Code.UNTRUSTED, "What was withdrawn must stay withdrawn, and cannot be published again.")
+        for name in (path.removeprefix("channels/").removesuffix(".json") for path in self._channel_paths()):
+            document = self.channel(name)
+            for rollout in document.rollouts if document else ():
+                for pick in (rollout.stable, rollout.candidate):
+                    if pick and models_path(rollout.model, pick.release) in withdrawn:
+                        raise MeshError(
+                            Code.CONFLICT,
+                            f"Channel {name} points to release {pick.release} of {rollout.model}; "
+                            "point it elsewhere first: roll back, or push a new release.",
+                        )
+
     def _added_targets(self, role: Targets, current: Targets) -> dict[str, TargetFile]:
+        withdrawn = withdrawn_paths(role)
         for path, target in current.targets.items():
-            if role.targets.get(path) != target:
+            if role.targets.get(path) != target and path not in withdrawn:
                 raise MeshError(Code.UNTRUSTED, f"{path} was published already and must stay as it is.")
         added = {path: target for path, target in role.targets.items() if path not in current.targets}
         delegations = self._state.targets.signed.delegations
@@ -239,6 +324,9 @@ class Repository:
             if first is None:
                 raise MeshError(Code.UNTRUSTED, f"No team may publish {path}.")
             published = self.releases(model)
+            gone = [number for name, number in map(parse_models_path, withdrawn) if name == model]
+            if release <= max(gone, default=0):
+                raise MeshError(Code.CONFLICT, f"Release {max(gone)} of {model} was withdrawn; number the next higher.")
             if published and release <= published[-1]:
                 raise MeshError(
                     Code.CONFLICT, f"Release {release} of {model} is not newer than the published {published[-1]}."
@@ -266,10 +354,18 @@ class Repository:
 
     # -- files ------------------------------------------------------------------------------------------------------
 
-    def _commit(self, changed: Mapping[str, Metadata[Targets]]) -> int:
+    def _commit(
+        self,
+        changed: Mapping[str, Metadata[Targets]],
+        *,
+        root: Metadata[Root] | None = None,
+        signer: CryptoSigner | None = None,
+    ) -> int:
         """Write changed roles, then a snapshot that names them, then the timestamp that makes it all visible."""
+        signer = signer or self._signer
         targets = changed.get("targets", self._state.targets)
-        roles = {name: changed.get(name, role) for name, role in self._state.roles.items()}
+        known = {**self._state.roles, **changed}
+        roles = {name: known[name] for name in delegated_roles(targets.signed)}
         snapshot = deepcopy(self._state.snapshot)
         for name, role in changed.items():
             data = encode_metadata(role)
@@ -277,26 +373,37 @@ class Repository:
                 raise MeshError(Code.TOO_LARGE, f"The role {name} would grow beyond {METADATA_SIZE_BYTES_MAX} bytes.")
             write_file(self._metadata_path(f"{role.signed.version}.{name}"), data)
             snapshot.signed.meta[f"{name}.json"] = MetaFile.from_data(role.signed.version, data, ["sha256"])
-        self._advance(snapshot, self._lifetimes.snapshot)
+        self._advance(snapshot, self._lifetimes.snapshot, signer)
         write_file(self._metadata_path(f"{snapshot.signed.version}.snapshot"), encode_metadata(snapshot))
-        self._write_timestamp(replace(self._state, snapshot=snapshot, targets=targets, roles=roles))
+        state = replace(self._state, root=root or self._state.root, snapshot=snapshot, targets=targets, roles=roles)
+        self._write_timestamp(state, root=root, signer=signer)
         self._prune(["snapshot", *changed])
         return self.serial
 
-    def _write_timestamp(self, state: RepositoryState) -> None:
+    def _write_timestamp(
+        self, state: RepositoryState, *, root: Metadata[Root] | None = None, signer: CryptoSigner | None = None
+    ) -> None:
         timestamp = deepcopy(state.timestamp)
         snapshot = state.snapshot
         timestamp.signed.snapshot_meta = MetaFile.from_data(
             snapshot.signed.version, encode_metadata(snapshot), ["sha256"]
         )
-        self._advance(timestamp, self._lifetimes.timestamp)
-        write_file(self._metadata_path("timestamp"), encode_metadata(timestamp))
+        self._advance(timestamp, self._lifetimes.timestamp, signer or self._signer)
+        place = self._metadata_path("timestamp")
+        if root is None:
+            write_file(place, encode_metadata(timestamp))
+        else:
+            # Neither may count without the other; a crash between the two is ended by `finish_root`.
+            pending = pending_timestamp(self.folder, root.signed.version)
+            write_file(pending, encode_metadata(timestamp))
+            write_file(self._metadata_path(f"{root.signed.version}.root"), encode_metadata(root))
+            move_file(pending, place)
         self._state = replace(state, timestamp=timestamp)
 
-    def _advance(self, role: Metadata[Any], lifetime: timedelta) -> None:
+    def _advance(self, role: Metadata[Any], lifetime: timedelta, signer: CryptoSigner) -> None:
         role.signed.version += 1
         role.signed.expires = (datetime.now(UTC) + lifetime).replace(microsecond=0)
-        role.sign(self._signer)
+        role.sign(signer)
 
     def _write_target(self, path: str, target: TargetFile, data: bytes) -> None:
         write_file(self.folder / target_file_path(path, target.hashes["sha256"]), data)
@@ -309,8 +416,11 @@ class Repository:
     def _metadata_path(self, name: str) -> Path:
         return self.folder / "metadata" / f"{name}.json"
 
+    def _channel_paths(self) -> list[str]:
+        return list(self._state.roles["rollout"].signed.targets)
+
     def _models_roles(self) -> dict[str, Metadata[Targets]]:
-        return {name: role for name, role in self._state.roles.items() if name.startswith("models-")}
+        return {name: role for name, role in self._state.roles.items() if name.startswith(MODELS_PREFIX)}
 
     def _prune(self, names: Sequence[str]) -> None:
         """Forget versions of a role that no reader can still be about to ask for, and channel documents likewise."""

@@ -9,6 +9,21 @@ import msgspec
 from nearcast.store.manifest import ModelName, Release, Sha256
 from nearcast.store.pointer import Share
 
+INTENTS_PER_ROOT = 2**32
+"""How many intents one root has room for."""
+
+
+def first_intent(root_version: int) -> int:
+    """The first intent that a root has room for. Who stole the online key can use up intents only until the next root:
+    channels go on from here once the key is replaced.
+    """
+    return (root_version - 1) * INTENTS_PER_ROOT + 1
+
+
+def last_intent(root_version: int) -> int:
+    """The last intent that a root has room for; nodes that know this root as the newest refuse more."""
+    return root_version * INTENTS_PER_ROOT
+
 
 class Pick(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A release that the rollout role picks; valid only if the models role vouches for the same manifest digest."""
