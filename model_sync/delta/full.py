@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 from model_sync.delta.limits import inflate
 from model_sync.delta.zstd import CompressionParameter as Parameter
 from model_sync.delta.zstd import DecompressionParameter, ZstdCompressor, ZstdDecompressor
@@ -25,8 +27,13 @@ def encode(new: bytes, *, level: int = LEVEL) -> bytes:
 
 def decode(payload: bytes, size_bytes: int) -> bytes:
     """The file, of at most `size_bytes`."""
+    return inflate_frame(payload, size_bytes).getvalue()
+
+
+def inflate_frame(frame: bytes, size_bytes_max: int) -> io.BytesIO:
+    """One frame of at most `size_bytes_max`, as `limits.inflate` gives it."""
     decompressor = ZstdDecompressor(options={DecompressionParameter.window_log_max: WINDOW_LOG_MAX})
-    return inflate(decompressor, payload, size_bytes)
+    return inflate(decompressor, frame, size_bytes_max)
 
 
 def window_log(size_bytes: int) -> int:

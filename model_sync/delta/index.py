@@ -16,8 +16,12 @@ from nearcast.store.manifest import CHUNK_SIZE_BYTES, Sha256
 INDEX_FILE = "index.json"
 INDEX_SIZE_BYTES_MAX = 1024 * 1024
 WAYS_MAX = 64
+FILE_SIZE_BYTES_MIN = 16 * 1024
+"""Smaller files have no index: asking for it would cost what it saves."""
 
-Codec: TypeAlias = Literal["zstd", "zstd-prefix", "residual-bz2", "residual-planes", "bsdiff", "chunks"]
+Codec: TypeAlias = Literal[
+    "zstd", "zstd-prefix", "residual-bz2", "residual-gaps", "residual-planes", "bsdiff", "chunks"
+]
 """`zstd` needs no base, `chunks` any base; the others exactly the base that they name."""
 
 

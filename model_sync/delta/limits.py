@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
@@ -9,6 +10,8 @@ from nearcast.errors import Code, MeshError
 
 ReadRange: TypeAlias = Callable[[int, int], bytes]
 """`read_range(start, size_bytes)` answers that part of the full blob, fetched from any source."""
+PIECE_SIZE_BYTES = 1024 * 1024
+"""What is worked on at once, so that nothing beside the old and the new file takes much memory."""
 
 
 class Decompressor(Protocol):
@@ -39,21 +42,22 @@ def refused(reason: str) -> MeshError:
     return MeshError(Code.UNTRUSTED, f"Refused a delta: {reason}; the full file is fetched instead.")
 
 
-def inflate(decompressor: Decompressor, data: bytes, size_bytes_max: int) -> bytes:
+def inflate(decompressor: Decompressor, data: bytes, size_bytes_max: int) -> io.BytesIO:
     """All of one stream, which must be all of `data`; never more memory than the bound, whatever the stream claims.
+
+    The result can be changed in place through `getbuffer()` and leaves by `getvalue()`, neither of which copies it.
 
     Raises:
         MeshError: UNTRUSTED if the stream holds more, is cut, or is followed by something.
         OSError, EOFError, ZstdError: as the decompressor.
     """
-    pieces, left = [], size_bytes_max + 1
-    while left and not decompressor.eof:
-        piece = decompressor.decompress(data, left)
+    result = io.BytesIO()
+    while not decompressor.eof and result.tell() <= size_bytes_max:
+        piece = decompressor.decompress(data, PIECE_SIZE_BYTES)
         if not piece and decompressor.needs_input:
             break
         data = b""
-        pieces.append(piece)
-        left -= len(piece)
-    if not left or not decompressor.eof or decompressor.unused_data:
+        result.write(piece)
+    if result.tell() > size_bytes_max or not decompressor.eof or decompressor.unused_data:
         raise refused("its stream holds more or less than it must")
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    return result

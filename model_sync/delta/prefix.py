@@ -34,4 +34,4 @@ def decode(payload: bytes, old: bytes, size_bytes: int) -> bytes:
     """The new file, of at most `size_bytes`."""
     options: dict[int, int] = {DecompressionParameter.window_log_max: WINDOW_LOG_MAX}
     decompressor = ZstdDecompressor(zstd_dict=ZstdDict(old, is_raw=True).as_prefix, options=options)
-    return inflate(decompressor, payload, size_bytes)
+    return inflate(decompressor, payload, size_bytes).getvalue()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection
 
-from model_sync.delta import bsdiff, chunks, full, prefix
+from model_sync.delta import bsdiff, chunks, full, planes, prefix, residual
 from model_sync.delta.index import Codec, DeltaIndex, Way
 from model_sync.delta.limits import ReadRange, refused
 from model_sync.delta.zstd import ZstdError
@@ -105,8 +105,12 @@ def apply_codec(
                 new = bsdiff.decode(payload, base, size_bytes)
             case "chunks":
                 new = chunks.decode(payload, base, size_bytes, read_range, range_size_bytes_max)
-            case _:
-                raise refused(f"the codec {codec} is unknown here")
+            case "residual-bz2":
+                new = residual.decode_bz2(payload, base, size_bytes)
+            case "residual-gaps":
+                new = residual.decode_gaps(payload, base, size_bytes)
+            case "residual-planes":
+                new = planes.decode(payload, base, size_bytes)
     except ImportError as error:
         raise MeshError(Code.UNSUPPORTED, f"The codec {codec} needs the package {error.name}.") from error
     except (OSError, EOFError, ValueError, ZstdError) as error:

@@ -6,6 +6,7 @@ if sys.version_info >= (3, 14):
     from compression.zstd import (
         CompressionParameter,
         DecompressionParameter,
+        Strategy,
         ZstdCompressor,
         ZstdDecompressor,
         ZstdDict,
@@ -15,6 +16,7 @@ else:
     from backports.zstd import (
         CompressionParameter,
         DecompressionParameter,
+        Strategy,
         ZstdCompressor,
         ZstdDecompressor,
         ZstdDict,
@@ -24,6 +26,7 @@ else:
 __all__ = [
     "CompressionParameter",
     "DecompressionParameter",
+    "Strategy",
     "ZstdCompressor",
     "ZstdDecompressor",
     "ZstdDict",
