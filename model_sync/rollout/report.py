@@ -35,6 +35,23 @@ class ReleaseReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     disagreed: Count = 0
 
 
+def counted_since(before: ReleaseReport | None, now: ReleaseReport) -> ReleaseReport:
+    """What was counted between two reports of one epoch; never negative, never more bad than there was at all."""
+    if before is None:
+        before = ReleaseReport(release=now.release)
+    requests = max(0, now.requests - before.requests)
+    compared = max(0, now.compared - before.compared)
+    latency = {key: count - before.latency.get(key, 0) for key, count in now.latency.items()}
+    return ReleaseReport(
+        release=now.release,
+        requests=requests,
+        errors=min(requests, max(0, now.errors - before.errors)),
+        latency={key: count for key, count in latency.items() if count > 0},
+        compared=compared,
+        disagreed=min(compared, max(0, now.disagreed - before.disagreed)),
+    )
+
+
 class ModelReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One model: where its replica machine is, what the pointer says, why not further (`error`), and the counters."""
 

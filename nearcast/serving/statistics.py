@@ -6,7 +6,7 @@ The histogram follows HdrHistogram's layout: eight linear sub-buckets per power 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from nearcast.errors import Code
 
@@ -49,6 +49,24 @@ def quantile_us(counts: Sequence[int], q: float) -> float:
             return start + (end - start) * max(0.0, rank - seen) / count
         seen += count
     return float(_STARTS[len(counts)])
+
+
+def quantile_of(sparse: Mapping[str, int], q: float) -> float:
+    """As `quantile_us`, of the used buckets alone by their index in decimal; what is no bucket does not count."""
+    counts = [0] * _BUCKETS
+    for bucket, count in sparse.items():
+        if bucket.isdecimal() and int(bucket) < _BUCKETS:
+            counts[int(bucket)] += count
+    return quantile_us(counts, q)
+
+
+def slower_than(sparse: Mapping[str, int], limit_us: float) -> int:
+    """How many of the durations surely took longer than the limit; the bucket that holds the limit does not count."""
+    return sum(
+        count
+        for bucket, count in sparse.items()
+        if bucket.isdecimal() and int(bucket) < _BUCKETS and bucket_start_us(int(bucket)) >= limit_us
+    )
 
 
 class Statistics:
