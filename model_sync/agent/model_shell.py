@@ -247,6 +247,8 @@ class ModelShell:
                 installer.plan()
             case State.FETCH:
                 self._received_bytes += installer.fetch()
+            case State.PATCH:
+                pass
             case State.VERIFY:
                 installer.verify()
             case _:

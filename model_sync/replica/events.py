@@ -50,11 +50,12 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The step of `job` failed."""
+    """The step of `job` failed; within `retry_s` it is of no use to try again."""
 
     job: int
     failure: Failure
     reason: str
+    retry_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

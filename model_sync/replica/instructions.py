@@ -18,11 +18,12 @@ class Remember:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Work on one step (PLAN, FETCH, VERIFY, STAGE, GATE) of a goal; answer `Done` or `Failed`."""
+    """Work on one step (PLAN … GATE) of a goal, with or without `deltas`; answer `Done` or `Failed`."""
 
     job: int
     step: State
     goal: Goal
+    deltas: bool = True
 
 
 @dataclass(frozen=True, slots=True)

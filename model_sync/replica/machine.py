@@ -28,12 +28,13 @@ from model_sync.replica.instructions import (
 from model_sync.replica.probation import Probation
 from model_sync.replica.quarantine import ban
 from model_sync.replica.reconcile import Aim, aim_of
+from model_sync.replica.spread import wait_for_turn_s
 from model_sync.replica.state import Goal, Memory, ReplicaLimits, Slot, State, Want
 from model_sync.replica.transitions import EXPIRIES, FAILURES, NEXT, TABLE, Action
 from nearcast.store.pointer import Pointer
 
 _ON_TRIAL = (State.ACTIVATE, State.PROBATION)
-_STEPS = (State.PLAN, State.FETCH, State.VERIFY, State.STAGE, State.GATE)
+_STEPS = (State.PLAN, State.FETCH, State.PATCH, State.VERIFY, State.STAGE, State.GATE)
 
 
 class Replica:
@@ -84,12 +85,14 @@ class Replica:
             Action.CONCLUDE: self._on_conclude,
             Action.RETURNED: self._on_returned,
             Action.RETRY: self._on_retry,
+            Action.TAKE_TURN: self._on_take_turn,
         }
         self._failure_actions: Mapping[Action, Callable[[float, str], list[Instruction]]] = {
             Action.HOLD: self._hold,
             Action.CLEAN: self._clean,
             Action.QUARANTINE: self._quarantine,
             Action.ROLL_BACK: self._roll_back,
+            Action.FALL_BACK: self._fall_back,
         }
         self.memory = self._adopt(memory)
 
@@ -180,7 +183,8 @@ class Replica:
             return self._rest(now)
         aim = aim_of(want, self.memory, self.pointer, self.installed, self.node)
         out: list[Instruction] = []
-        if aim.stable is not None and self._ready(aim.stable) and aim.stable.release != self.pointer.stable:
+        ready = aim.stable is not None and self._ready(aim.stable) and aim.stable.release != self.pointer.stable
+        if aim.stable is not None and ready and not (self.state is State.SPREAD and self._is_same(aim.stable)):
             return self._start(now, aim.stable, "stable", aim)
         if self._is_on_trial and self.memory.slot == "candidate":
             goal = self.memory.goal
@@ -205,7 +209,7 @@ class Replica:
 
     def _is_same(self, goal: Goal) -> bool:
         return (
-            self.state in (*_STEPS, State.HOLD)
+            self.state in (*_STEPS, State.SPREAD, State.HOLD)
             and self.memory.goal is not None
             and self.memory.goal.sha256 == goal.sha256
         )
@@ -242,7 +246,7 @@ class Replica:
         if self._is_on_trial and trial == "candidate" and self.pointer.candidate != goal.release:
             self.pointer = replace(self.pointer, candidate=None, share=0.0)  # no verdict: it is tried again later
         if self._ready(goal):
-            return out + self._activate(now)
+            return out + self._await_turn(now)
         return out + self._step(State.PLAN, now)
 
     def _stop(self) -> list[Instruction]:
@@ -254,6 +258,9 @@ class Replica:
     def _step(self, state: State, now: float) -> list[Instruction]:
         goal = self.memory.goal
         assert goal is not None
+        deltas = self.memory.delta_failed != goal.sha256
+        if state is State.PLAN and not deltas and self._limits.full_refusal and goal.release not in self.installed:
+            return self._hold(now, self._limits.full_refusal)
         self._enter(state, now)
         self._job += 1
         out: list[Instruction] = []
@@ -264,7 +271,7 @@ class Replica:
         if state is State.GATE:
             self.memory = replace(self.memory, state=State.GATE)
             out.append(Remember(self.memory))
-        return [*out, Run(self._job, state, goal)]
+        return [*out, Run(self._job, state, goal, deltas)]
 
     def _discard(self, goal: Goal) -> list[Instruction]:
         """Remove a folder that is damaged or unknown; what could fall back to it no longer does."""
@@ -283,11 +290,14 @@ class Replica:
                 following = State.VERIFY
             return self._step(following, now)
         self.memory = replace(self.memory, gated={**self.memory.gated, str(goal.release): goal.sha256}, boots=0)
-        return self._activate(now)
+        return self._await_turn(now)
 
     def _on_fail(self, now: float, event: Event) -> list[Instruction]:
         assert isinstance(event, Failed)
-        return self._failure_actions[FAILURES[self.state, event.failure]](now, event.reason)
+        out = self._failure_actions[FAILURES[self.state, event.failure]](now, event.reason)
+        if self.state is State.HOLD:
+            self.deadline += min(event.retry_s, self._limits.retry_after_s_max)
+        return out
 
     def _on_expire(self, now: float, event: Event) -> list[Instruction]:
         del event
@@ -315,6 +325,18 @@ class Replica:
         self._attempts = max(self._attempts, 4)
         return [*self._hold(now, reason), Discard(goal, installed=False)]
 
+    def _fall_back(self, now: float, reason: str) -> list[Instruction]:
+        """A delta failed: on to the full file if the policy says so, and never to the same delta by itself."""
+        goal = self.memory.goal
+        assert goal is not None
+        if self._limits.on_delta_failure == "retry" or self.memory.delta_failed == goal.sha256:
+            return self._hold(now, reason)
+        out = self._stop()
+        self.memory = replace(self.memory, state=State.IDLE, delta_failed=goal.sha256)
+        self._enter(State.IDLE, now)
+        self.error = reason
+        return [*out, Remember(self.memory), *self._step(State.PLAN, now)]
+
     def _on_retry(self, now: float, event: Event) -> list[Instruction]:
         del event
         if now < self.deadline or self.memory.goal is None:
@@ -322,6 +344,20 @@ class Replica:
         return self._activate(now) if self._resume is State.ACTIVATE else self._step(State.PLAN, now)
 
     # Activation.
+
+    def _await_turn(self, now: float) -> list[Instruction]:
+        """Activate what is ready, a new stable release at the moment that is this node's own."""
+        wait_s = wait_for_turn_s(self.node, self.memory, self.pointer, self._want, self._limits.apply_spread_s)
+        if wait_s <= 0.0:
+            return self._activate(now)
+        self.memory = replace(self.memory, state=State.SPREAD)
+        self._enter(State.SPREAD, now)
+        self.deadline = now + wait_s
+        return [Remember(self.memory)]
+
+    def _on_take_turn(self, now: float, event: Event) -> list[Instruction]:
+        del event
+        return self._activate(now) if now >= self.deadline else []
 
     def _activate(self, now: float) -> list[Instruction]:
         goal, memory = self.memory.goal, self.memory

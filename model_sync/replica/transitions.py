@@ -38,10 +38,12 @@ class Action(StrEnum):
     CONCLUDE = "conclude"
     RETURNED = "returned"
     RETRY = "retry"
+    TAKE_TURN = "take_turn"
     HOLD = "hold"
     CLEAN = "clean"
     QUARANTINE = "quarantine"
     ROLL_BACK = "roll_back"
+    FALL_BACK = "fall_back"
 
 
 _STEP: Mapping[type[Event], Action] = {
@@ -56,9 +58,11 @@ TABLE: Mapping[State, Mapping[type[Event], Action]] = {
     State.CHECK: {Intended: Action.RECONCILE, CheckFailed: Action.REST, Ticked: Action.REST},
     State.PLAN: _STEP,
     State.FETCH: _STEP,
+    State.PATCH: _STEP,
     State.VERIFY: _STEP,
     State.STAGE: _STEP,
     State.GATE: _STEP,
+    State.SPREAD: {Ticked: Action.TAKE_TURN, Intended: Action.RECONCILE},
     State.ACTIVATE: {
         Loaded: Action.TRY,
         Failed: Action.FAIL,
@@ -77,7 +81,8 @@ TABLE: Mapping[State, Mapping[type[Event], Action]] = {
 
 NEXT: Mapping[State, State] = {
     State.PLAN: State.FETCH,
-    State.FETCH: State.VERIFY,
+    State.FETCH: State.PATCH,
+    State.PATCH: State.VERIFY,
     State.VERIFY: State.STAGE,
     State.STAGE: State.GATE,
     State.GATE: State.ACTIVATE,
@@ -86,21 +91,24 @@ NEXT: Mapping[State, State] = {
 FAILURES: Mapping[tuple[State, Failure], Action] = {
     **{
         (state, failure): action
-        for state in (State.PLAN, State.FETCH, State.VERIFY, State.STAGE, State.GATE)
+        for state in (State.PLAN, State.FETCH, State.PATCH, State.VERIFY, State.STAGE, State.GATE)
         for failure, action in (
             (Failure.TRANSIENT, Action.HOLD),
             (Failure.FULL, Action.CLEAN),
             (Failure.BAD, Action.QUARANTINE),
+            (Failure.DELTA, Action.FALL_BACK),
         )
     },
     (State.ACTIVATE, Failure.TRANSIENT): Action.HOLD,
     (State.ACTIVATE, Failure.FULL): Action.HOLD,
     (State.ACTIVATE, Failure.BAD): Action.ROLL_BACK,
+    (State.ACTIVATE, Failure.DELTA): Action.HOLD,
 }
 
 EXPIRIES: Mapping[State, Action] = {
     State.PLAN: Action.HOLD,
     State.FETCH: Action.HOLD,
+    State.PATCH: Action.FALL_BACK,
     State.VERIFY: Action.HOLD,
     State.STAGE: Action.HOLD,
     State.GATE: Action.QUARANTINE,

@@ -26,7 +26,7 @@ from model_sync.replica.state import Failure, Goal, Memory, State, Want
 from nearcast.store.pointer import Pointer
 
 RELEASES = st.integers(1, 5)
-STEPS = {State.PLAN, State.FETCH, State.VERIFY, State.STAGE, State.GATE}
+STEPS = {State.PLAN, State.FETCH, State.PATCH, State.VERIFY, State.STAGE, State.GATE}
 
 
 def goal_of(release: int) -> Goal:
