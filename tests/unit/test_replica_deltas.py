@@ -20,7 +20,7 @@ from model_sync.replica.events import (
     Sampled,
     Ticked,
 )
-from model_sync.replica.instructions import Cancel, Remember, Run
+from model_sync.replica.instructions import Cancel, Discard, Remember, Run
 from model_sync.replica.machine import Replica
 from model_sync.replica.state import Failure, Memory, ReplicaLimits, State
 from model_sync.replica.transitions import TABLE
@@ -43,7 +43,7 @@ def run_of(out: list[Any]) -> Run:
 def test_a_failed_delta_is_followed_by_the_full_file() -> None:
     driver = in_patch()
     out = driver.send(Failed(driver.job, Failure.DELTA, "wrong result."))
-    assert kinds(out) == [Cancel, Remember, Run]
+    assert kinds(out) == [Cancel, Remember, Discard, Run]
     assert out[1].memory.delta_failed == goal(2).sha256, "durable before the next try"
     assert run_of(out) == Run(driver.job, State.PLAN, goal(2), deltas=False)
     driver.run_to(State.PROBATION)
