@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from model_sync.rollout.transitions import MODELS_MAX
+from nearcast.store.pointer import Share
 
 MIRRORS_MAX = 16
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
@@ -25,6 +26,11 @@ class AgentLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         backoff_base_s, backoff_cap_s: retry after attempt n waits uniformly in [0, min(cap, base * 2**n)].
         boots_max: starts of the agent during one probation before it is judged as failed.
         error_share_max, errors_min: probation fails from this share of errors on, and this many new errors.
+        p99_factor_max, p99_slack_us, answers_min: it fails if p99 is more than that factor and more than that time
+            above the p99 of the version before, both with so many answers.
+        disagreement_share_max, compared_min: it fails if more than this share of the shadowed inputs, and of so many,
+            is answered otherwise than by the version before. 1 = only the signed bound of the rollout counts.
+        probation_requests: it passes early after so many requests without a fault.
         journal_bytes_max: the journal is compacted beyond this size.
         answer_bytes_max: longest answer accepted from the control API and from the host socket.
         models_max: models of the channel; a document that names more is refused.
@@ -49,6 +55,12 @@ class AgentLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     boots_max: Annotated[int, msgspec.Meta(ge=1)] = 2
     error_share_max: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.2
     errors_min: Annotated[int, msgspec.Meta(ge=1)] = 5
+    p99_factor_max: Annotated[float, msgspec.Meta(ge=1)] = 2.0
+    p99_slack_us: Annotated[float, msgspec.Meta(ge=0)] = 10_000.0
+    answers_min: Annotated[int, msgspec.Meta(ge=1)] = 200
+    disagreement_share_max: Share = 1.0
+    compared_min: Annotated[int, msgspec.Meta(ge=1)] = 50
+    probation_requests: Annotated[int, msgspec.Meta(ge=1)] = 1_000
     journal_bytes_max: Annotated[int, msgspec.Meta(ge=4096)] = 256 * 1024
     answer_bytes_max: Annotated[int, msgspec.Meta(ge=4096)] = 1024 * 1024
     models_max: Annotated[int, msgspec.Meta(ge=1)] = MODELS_MAX

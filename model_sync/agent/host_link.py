@@ -22,6 +22,9 @@ class VersionState(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
     requests: int = 0
     errors: int = 0
+    latency: dict[str, int] = {}
+    compared: int = 0
+    disagreed: int = 0
 
 
 class _Answer(msgspec.Struct, frozen=True, kw_only=True):

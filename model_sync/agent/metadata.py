@@ -182,6 +182,7 @@ class MetadataSource:
             share=rollout.share,
             salt=rollout.salt,
             rollback=rollout.rollback,
+            disagreement_max=rollout.disagreement_max,
         )
 
     def _goal(self, updater: Updater, model: str, pick: Pick) -> Goal:

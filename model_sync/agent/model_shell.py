@@ -9,11 +9,11 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from model_sync.agent.config import AgentConfig
 from model_sync.agent.gate import run_gate
-from model_sync.agent.host_link import HostLink
+from model_sync.agent.host_link import HostLink, VersionState
 from model_sync.agent.journal import Journal
 from model_sync.agent.metadata import MetadataSource
 from model_sync.agent.meter import Meter
@@ -273,7 +273,7 @@ class ModelShell:
             failure = Failure.BAD if error.code is Code.UNTRUSTED else Failure.TRANSIENT
             event: Event = Failed(job, failure, error.message)
         else:
-            event = Loaded(job, found.requests, found.errors) if found is not None else Loaded(job)
+            event = Loaded(job, **_counters(found)) if found is not None else Loaded(job)
         if job:
             self.send(event)
 
@@ -290,8 +290,15 @@ class ModelShell:
                     self.send(Sampled(job, heard=False))
                 else:
                     failed = found.error or "no reason given" if found.state == "failed" else ""
-                    self.send(Sampled(job, found.requests, found.errors, heard=True, failed=failed))
+                    reference = versions.get(self._replaced_by(release) or 0)
+                    latency = reference.latency if reference is not None else {}
+                    self.send(Sampled(job, **_counters(found), failed=failed, reference=latency))
             await asyncio.sleep(interval_s)
+
+    def _replaced_by(self, release: int) -> int | None:
+        """What a release on trial is compared with: stable, or if it is stable itself, what was before."""
+        pointer = self._machine.pointer if self._machine is not None else Pointer()
+        return pointer.stable if pointer.stable != release else pointer.last_good
 
     # Time and faults.
 
@@ -330,6 +337,11 @@ class ModelShell:
         self._start_over(OSError("the disk still refuses"))
 
 
+def _counters(version: VersionState) -> dict[str, Any]:
+    names = ("requests", "errors", "latency", "compared", "disagreed")
+    return {name: getattr(version, name) for name in names}
+
+
 def replica_limits(config: AgentConfig) -> ReplicaLimits:
     """The bounds of a machine from the agent's configuration."""
     limits = config.limits
@@ -347,4 +359,10 @@ def replica_limits(config: AgentConfig) -> ReplicaLimits:
         boots_max=limits.boots_max,
         error_share_max=limits.error_share_max,
         errors_min=limits.errors_min,
+        p99_factor_max=limits.p99_factor_max,
+        p99_slack_us=limits.p99_slack_us,
+        answers_min=limits.answers_min,
+        disagreement_share_max=limits.disagreement_share_max,
+        compared_min=limits.compared_min,
+        probation_requests=limits.probation_requests,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from model_sync.replica.state import Failure, Want
@@ -41,11 +42,14 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The host serves what the pointer says; `requests` and `errors` are the counters of the release on trial."""
+    """The host serves what the pointer says. The counters are where the trial starts; see `Sampled`."""
 
     job: int
     requests: int = 0
     errors: int = 0
+    latency: Mapping[str, int] = field(default_factory=dict)
+    compared: int = 0
+    disagreed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +64,21 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Counters of the release on trial; `heard` is false when the host did not answer."""
+    """Counters of the release on trial; `heard` is false when the host did not answer.
+
+    `latency` counts its answers by bucket of their duration, `reference` those of the version that it replaces.
+    `compared` inputs were run on both, and `disagreed` of them answered differently.
+    """
 
     job: int
     requests: int = 0
     errors: int = 0
     heard: bool = True
     failed: str = ""
+    latency: Mapping[str, int] = field(default_factory=dict)
+    reference: Mapping[str, int] = field(default_factory=dict)
+    compared: int = 0
+    disagreed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -377,7 +377,13 @@ class Replica:
         if returning or self._limits.probation_s <= 0:
             return self._commit(now)
         self.memory = replace(self.memory, state=State.PROBATION)
-        self._probation = Probation(requests=event.requests, errors=event.errors)
+        self._probation = Probation(
+            requests=event.requests,
+            errors=event.errors,
+            latency=event.latency,
+            compared=event.compared,
+            disagreed=event.disagreed,
+        )
         self._enter(State.PROBATION, now)
         self._job += 1
         return [Remember(self.memory), Watch(self._job, goal.release)]
@@ -389,8 +395,19 @@ class Replica:
             return self._roll_back(now, f"the model host could not serve it: {event.failed}")
         if not event.heard:
             return []
-        reason = self._probation.judge(event.requests, event.errors, self._limits)
-        return self._roll_back(now, reason) if reason else []
+        reason = self._probation.judge(
+            event.requests,
+            event.errors,
+            self._limits,
+            latency=event.latency,
+            reference=event.reference,
+            compared=event.compared,
+            disagreed=event.disagreed,
+            disagreement_max=self._want.disagreement_max if self._want is not None else 1.0,
+        )
+        if reason:
+            return self._roll_back(now, reason)
+        return self._commit(now) if self._probation.asked >= self._limits.probation_requests else []
 
     def _on_conclude(self, now: float, event: Event) -> list[Instruction]:
         del event

@@ -76,6 +76,7 @@ class Want:
     share: float = 0.0
     salt: str = ""
     rollback: bool = False
+    disagreement_max: float = 1.0
 
 
 class BanRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -146,6 +147,12 @@ class ReplicaLimits:
     boots_max: int = 2
     error_share_max: float = 0.2
     errors_min: int = 5
+    p99_factor_max: float = 2.0
+    p99_slack_us: float = 10_000.0
+    answers_min: int = 200
+    disagreement_share_max: float = 1.0
+    compared_min: int = 50
+    probation_requests: int = 1_000
     bans_max: int = 64
 
     @property

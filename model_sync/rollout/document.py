@@ -42,6 +42,9 @@ class Rollout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         share: share of the requests on such nodes that the candidate answers.
         salt: new for each rollout; input of both hashes.
         rollback: this document lowers `stable` on purpose; allowed only to a release in `rollback_ok`.
+        disagreement_max: share of the shadowed inputs that the candidate may answer otherwise; 1 = any (a retrained
+            model answers most inputs a little differently, one that was converted should answer none so).
+        reason, by, at: why, which operator (or the controller itself), and when, in seconds since 1970.
     """
 
     model: ModelName
@@ -51,7 +54,10 @@ class Rollout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     share: Share = 0.0
     salt: str = ""
     rollback: bool = False
+    disagreement_max: Share = 1.0
     reason: str = ""
+    by: str = ""
+    at: float = 0.0
 
 
 class ChannelDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

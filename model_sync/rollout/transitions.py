@@ -31,6 +31,9 @@ class Command:
         salt: fresh randomness for the split of a new trial; drawn by the caller.
         newest: newest release that the models role vouches for.
         rollback_ok: releases to which the present stable release may return.
+        disagreement_max: share of the shadowed inputs that a candidate may answer otherwise, in [0, 1]; None = as it
+            was, and any in a new trial.
+        by: who wishes it; at: when, in seconds since 1970.
     """
 
     channel: str
@@ -43,6 +46,9 @@ class Command:
     reason: str = ""
     newest: int = 0
     rollback_ok: frozenset[int] = frozenset()
+    disagreement_max: float | None = None
+    by: str = ""
+    at: float = 0.0
 
     def require_pick(self) -> Pick:
         """The release meant.
@@ -71,7 +77,7 @@ def apply(document: ChannelDocument | None, command: Command) -> ChannelDocument
     if document and document.channel != command.channel:
         raise MeshError(Code.INVALID_REQUEST, f"The document is of channel {document.channel}, not {command.channel}.")
     current = find_rollout(document, command.model)
-    changed = _ACTIONS[command.action](current, command)
+    changed = msgspec.structs.replace(_ACTIONS[command.action](current, command), by=command.by, at=command.at)
     others = [entry for entry in (document.rollouts if document else ()) if entry.model != command.model]
     if len(others) >= MODELS_MAX:
         raise MeshError(Code.CONFLICT, f"Channel {command.channel} holds {MODELS_MAX} models, which is the bound.")
@@ -95,7 +101,13 @@ def _lowers(current: Rollout, pick: Pick, command: Command) -> bool:
 
 
 def _settle(current: Rollout, pick: Pick, command: Command) -> Rollout:
-    return Rollout(model=command.model, stable=pick, rollback=_lowers(current, pick, command), reason=command.reason)
+    return Rollout(
+        model=command.model,
+        stable=pick,
+        rollback=_lowers(current, pick, command),
+        disagreement_max=current.disagreement_max if pick == current.candidate else 1.0,
+        reason=command.reason,
+    )
 
 
 def _stable(current: Rollout | None, command: Command) -> Rollout:
@@ -132,7 +144,13 @@ def _candidate(current: Rollout | None, command: Command) -> Rollout:
         raise MeshError(Code.INVALID_REQUEST, "A trial needs a share and a wave above 0 and at most 1.")
     if current.candidate == pick:
         # The same trial, wider or narrower: keeping the salt keeps everyone who is in it where they are.
-        return msgspec.structs.replace(current, share=command.share, wave=command.wave, reason=command.reason)
+        return msgspec.structs.replace(
+            current,
+            share=command.share,
+            wave=command.wave,
+            disagreement_max=_differing(command, current.disagreement_max),
+            reason=command.reason,
+        )
     if current.candidate is not None:
         raise MeshError(
             Code.CONFLICT,
@@ -143,8 +161,18 @@ def _candidate(current: Rollout | None, command: Command) -> Rollout:
     if not command.salt:
         raise MeshError(Code.INVALID_REQUEST, "A new trial needs a salt.")
     return msgspec.structs.replace(
-        current, candidate=pick, share=command.share, wave=command.wave, salt=command.salt, reason=command.reason
+        current,
+        candidate=pick,
+        share=command.share,
+        wave=command.wave,
+        salt=command.salt,
+        disagreement_max=_differing(command, 1.0),
+        reason=command.reason,
     )
+
+
+def _differing(command: Command, otherwise: float) -> float:
+    return otherwise if command.disagreement_max is None else command.disagreement_max
 
 
 def _require_trial(current: Rollout | None, command: Command) -> tuple[Rollout, Pick]:
@@ -168,7 +196,9 @@ def _promote(current: Rollout | None, command: Command) -> Rollout:
 
 
 def _end_trial(current: Rollout, command: Command) -> Rollout:
-    return msgspec.structs.replace(current, candidate=None, share=0.0, wave=1.0, salt="", reason=command.reason)
+    return msgspec.structs.replace(
+        current, candidate=None, share=0.0, wave=1.0, salt="", disagreement_max=1.0, reason=command.reason
+    )
 
 
 def _stop(current: Rollout | None, command: Command) -> Rollout:
