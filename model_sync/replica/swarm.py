@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
 
+from nearcast.store.manifest import CHUNK_SIZE_BYTES
+
 TICK_S = 0.1
 """Who drives a swarm asks for the next requests after every event, and at least this often."""
 
@@ -59,12 +61,13 @@ class SwarmLimits:
         requests_max: chunks asked for at a time.
         source_requests_max, origin_requests_max: of one peer or mirror, of the origin.
         request_timeout_s: for one chunk, and for the answer to a look.
-        look_s: pause between two looks at one source; looks_max: looks at a time.
+        look_s, look_s_max: pause between two looks at one source, longer each time that nothing was new, and its bound.
+        looks_max: looks at a time.
         rest_s, absent_s: mean pause after a source was busy, and after it did not know the payload at all.
         ban_base_s, ban_max_s: a source that fails is left alone for base · 2^n, a liar as if it had failed `LIE` times.
         origin_bytes: copies of one payload that all nodes together ask of the origin at once, in bytes; at least one.
         patience_s, wait_max_s: between the turns at the origin for a chunk that nobody holds, and the longest wait.
-        hearing_s: how long the origin is spared at the start because a peer may still say what it holds.
+        hearing_s, heard_min: at the start the origin is spared until so many peers said what they hold, but no longer.
         stall_s: without any chunk for this long, the origin is asked for whatever is missing.
         failures_max: failures of peers on one chunk after which the origin is asked for it.
         copies_max: requests for one chunk at a time; more than one only at the end, for what is late.
@@ -76,16 +79,18 @@ class SwarmLimits:
     source_requests_max: int = 2
     origin_requests_max: int = 4
     request_timeout_s: float = 10.0
-    look_s: float = 0.4
+    look_s: float = 0.2
+    look_s_max: float = 5.0
     looks_max: int = 8
     rest_s: float = 0.2
     absent_s: float = 2.0
     ban_base_s: float = 2.0
     ban_max_s: float = 60.0
-    origin_bytes: int = 16 * 1024**2
+    origin_bytes: int = 20 * 1024**2
     patience_s: float = 2.0
     wait_max_s: float = 10.0
     hearing_s: float = 0.5
+    heard_min: int = 4
     stall_s: float = 5.0
     failures_max: int = 2
     copies_max: int = 2
@@ -102,6 +107,7 @@ class _Source:
     holds: int = 0
     heard_at: float | None = None
     looked_at: float | None = None
+    looks_in_vain: int = 0
     asked: dict[int, float] = field(default_factory=dict)
     rests_until: float = 0.0
     banned_until: float = 0.0
@@ -112,6 +118,8 @@ class _Source:
 
 class Swarm:
     """One download. Instants are monotonic seconds; a set of chunks is an int whose bit `i` stands for chunk `i`.
+
+    `held` is what is here; `in_flight` counts the requests for chunks, duplicates included.
 
     Args:
         now: the start.
@@ -133,29 +141,26 @@ class Swarm:
         draw: Callable[[], float],
     ) -> None:
         self.held = held
+        self.in_flight = 0
         self._all = (1 << chunks) - 1
-        self._began = self._progress_at = now
+        self._began = self._progress_at = self._expired_at = now
         self._limits = limits or SwarmLimits()
         self._draw = draw
         self._turns = turns or (0,) * chunks
         self._at_once = max(1, self._limits.origin_bytes // max(1, size_bytes))
-        self._chunk_bytes = size_bytes / max(1, chunks)
+        self._size_bytes = size_bytes
         self._sources: dict[str, _Source] = {}
         self._copies = [0] * chunks
         self._requested = [0] * chunks
         self._failures = [0] * chunks
-        self._usual_s = 0.0
+        self._asked = self._doubted = 0
+        self._rate = 0.0
         self._dropped: list[Drop] = []
 
     @property
     def is_complete(self) -> bool:
         """Whether every chunk is here."""
         return self.held == self._all
-
-    @property
-    def in_flight(self) -> int:
-        """Chunks that are asked for now, duplicates counted."""
-        return sum(self._requested)
 
     @property
     def banned(self) -> dict[str, float]:
@@ -183,6 +188,7 @@ class Swarm:
         """A peer says what it holds."""
         source = self._sources.get(name)
         if source is not None and source.kind is Kind.PEER:
+            source.looks_in_vain = source.looks_in_vain + 1 if chunks & self._all == source.holds else 0
             source.heard_at, source.looked_at, source.is_absent = now, None, False
             self._hold(source, chunks & self._all)
 
@@ -201,10 +207,9 @@ class Swarm:
         source = self._sources.get(name)
         began = source.asked.get(chunk) if source is not None else None
         if source is not None and began is not None:
-            took_s = max(1e-6, now - began)
-            rate = self._chunk_bytes / took_s
+            rate = self._chunk_bytes(chunk) / max(1e-6, now - began)
             source.rate = rate if not source.rate else 0.7 * source.rate + 0.3 * rate
-            self._usual_s = took_s if not self._usual_s else 0.9 * self._usual_s + 0.1 * took_s
+            self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
             self._end(source, chunk)
         self.held |= 1 << chunk
         self._progress_at = now
@@ -235,43 +240,42 @@ class Swarm:
         self._expire(now)
         out: list[Request] = [*self._dropped]
         self._dropped.clear()
-        limits, in_flight = self._limits, self.in_flight
+        limits = self._limits
+        if self.in_flight >= limits.requests_max:
+            return tuple(out)
         free = {name: source for name, source in self._sources.items() if self._is_free(now, source)}
-        while in_flight < limits.requests_max:
-            ask = self._next_ask(now, free)
+        from_origin = self._origin_offer(now) if any(s.kind is Kind.ORIGIN for s in free.values()) else 0
+        while self.in_flight < limits.requests_max:
+            ask = self._next_ask(now, free, from_origin)
             if ask is None:
                 break
             out.append(ask)
             source = free[ask.source]
-            source.asked[ask.chunk] = now
-            self._requested[ask.chunk] += 1
-            in_flight += 1
+            self._begin(now, source, ask.chunk)
             if not self._is_free(now, source):
                 del free[ask.source]
-        if in_flight < limits.requests_max:
+        if self.in_flight < limits.requests_max:
             out += self._looks(now)
         return tuple(out)
 
-    def _next_ask(self, now: float, free: dict[str, _Source]) -> Ask | None:
+    def _next_ask(self, now: float, free: dict[str, _Source], from_origin: int) -> Ask | None:
         missing = self._all & ~self.held
-        idle = missing
-        for chunk in _bits(missing):
-            if self._requested[chunk]:
-                idle &= ~(1 << chunk)
-        if not idle:
+        if not missing & ~self._asked:
             return self._late_ask(now, free, missing)
-        offered = self._origin_offer(now, idle) if any(s.kind is Kind.ORIGIN for s in free.values()) else 0
+        offered = 0
         for source in free.values():
-            if source.kind is not Kind.ORIGIN:
-                offered |= source.holds
-        choice = min(_bits(idle & offered), key=lambda chunk: (self._copies[chunk], self._draw()), default=None)
+            offered |= from_origin if source.kind is Kind.ORIGIN else source.holds
+        idle = missing & ~self._asked & offered
+        choice = min(_bits(idle), key=lambda chunk: (self._copies[chunk], self._draw()), default=None)
         return None if choice is None else Ask(self._best(free, choice), choice)
 
     def _late_ask(self, now: float, free: dict[str, _Source], missing: int) -> Ask | None:
         """The end game: a second source for what the first one is late with, so that one slow peer delays nobody."""
-        late_s = max(TICK_S, self._limits.late_factor * self._usual_s)
+        if not self._rate:
+            return None
         for chunk in _bits(missing):
             asked = {name: s.asked[chunk] for name, s in self._sources.items() if chunk in s.asked}
+            late_s = max(TICK_S, self._limits.late_factor * self._chunk_bytes(chunk) / self._rate)
             if len(asked) >= self._limits.copies_max or now - min(asked.values()) < late_s:
                 continue
             others = {
@@ -294,27 +298,29 @@ class Swarm:
 
         return min((name for name, source in free.items() if source.holds >> chunk & 1), key=cost)
 
-    def _origin_offer(self, now: float, idle: int) -> int:
-        """Which idle chunks the origin may be asked for: all when it is alone, else first copies in turn."""
+    def _origin_offer(self, now: float) -> int:
+        """Which missing chunks the origin may be asked for: all when it is alone, else first copies in turn."""
         limits = self._limits
-        peers = [source for source in self._sources.values() if source.kind is Kind.PEER]
         others = [s for s in self._sources.values() if s.kind is not Kind.ORIGIN and now >= s.banned_until]
         if not others or now - self._progress_at >= limits.stall_s:
-            return idle
+            return self._all
+        peers = [source for source in self._sources.values() if source.kind is Kind.PEER]
         waited = now - self._began
-        if waited < limits.hearing_s and any(source.heard_at is None for source in peers):
+        heard = sum(source.heard_at is not None for source in peers)
+        if waited < limits.hearing_s and heard < min(limits.heard_min, len(peers)):
             return 0
         offered = 0
         for source in others:
             offered |= source.holds
+        allowed = self._doubted
+        nowhere = self._all & ~self.held & ~offered
+        if not nowhere:
+            return allowed
         # Nodes that want another version, or none, take no turn.
         active = (1 + sum(not source.is_absent for source in peers)) / (1 + len(peers))
-        allowed = 0
-        for chunk in _bits(idle):
-            turn = self._turns[chunk] - self._at_once + 1
-            wait_s = min(limits.wait_max_s, max(0, turn) * active * limits.patience_s)
-            first = not offered >> chunk & 1 and waited >= wait_s
-            if first or self._failures[chunk] >= limits.failures_max:
+        for chunk in _bits(nowhere):
+            turn = max(0, self._turns[chunk] - self._at_once + 1)
+            if waited >= min(limits.wait_max_s, turn * active * limits.patience_s):
                 allowed |= 1 << chunk
         return allowed
 
@@ -327,13 +333,16 @@ class Swarm:
             if source.kind is Kind.PEER
             and source.looked_at is None
             and now >= max(source.banned_until, source.rests_until if source.is_absent else 0.0)
-            and (source.heard_at is None or now - source.heard_at >= limits.look_s)
+            and (source.heard_at is None or now - source.heard_at >= self._look_pause_s(source))
             and self._all & ~self.held & ~source.holds
         ]
         due.sort(key=lambda name: (self._sources[name].heard_at or 0.0, self._draw()))
         for name in due[: max(0, room)]:
             self._sources[name].looked_at = now
         return [Look(name) for name in due[: max(0, room)]]
+
+    def _look_pause_s(self, source: _Source) -> float:
+        return min(self._limits.look_s_max, self._limits.look_s * (1.0 + source.looks_in_vain / 4))
 
     # Accounts.
 
@@ -348,9 +357,19 @@ class Swarm:
                 self._copies[chunk] += 1 if chunks >> chunk & 1 else -1
         source.holds = chunks
 
+    def _begin(self, now: float, source: _Source, chunk: int) -> None:
+        source.asked[chunk] = now
+        self.in_flight += 1
+        self._requested[chunk] += 1
+        self._asked |= 1 << chunk
+
     def _end(self, source: _Source, chunk: int) -> None:
-        if source.asked.pop(chunk, None) is not None:
-            self._requested[chunk] -= 1
+        if source.asked.pop(chunk, None) is None:
+            return
+        self.in_flight -= 1
+        self._requested[chunk] -= 1
+        if not self._requested[chunk]:
+            self._asked &= ~(1 << chunk)
 
     def _fail(self, now: float, name: str, chunk: int | None, *, weight: int) -> None:
         """Leave a source alone for a bounded time; whatever else it was asked for goes to others."""
@@ -361,6 +380,8 @@ class Swarm:
             self._end(source, chunk)
             if source.kind is Kind.PEER:
                 self._failures[chunk] += 1
+                if self._failures[chunk] >= self._limits.failures_max:
+                    self._doubted |= 1 << chunk
         source.looked_at = None
         source.failures += weight
         limits = self._limits
@@ -372,6 +393,9 @@ class Swarm:
 
     def _expire(self, now: float) -> None:
         bound = self._limits.request_timeout_s
+        if now - self._expired_at < TICK_S / 2:
+            return
+        self._expired_at = now
         for name, source in self._sources.items():
             overdue = [chunk for chunk, since in source.asked.items() if now - since >= bound]
             for chunk in overdue:
@@ -379,6 +403,9 @@ class Swarm:
                 self._fail(now, name, chunk, weight=1)
             if source.looked_at is not None and now - source.looked_at >= bound:
                 self._fail(now, name, None, weight=1)
+
+    def _chunk_bytes(self, chunk: int) -> int:
+        return min(CHUNK_SIZE_BYTES, self._size_bytes - chunk * CHUNK_SIZE_BYTES)
 
     def _pause(self, mean_s: float) -> float:
         return mean_s * (0.5 + self._draw())

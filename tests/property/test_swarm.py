@@ -1,4 +1,4 @@
-"""A download from sources of every kind, honest or not: it ends, within its bounds, as long as one honest source lives."""
+"""A download from sources of every kind, honest or not: it ends within its bounds while one honest source lives."""
 
 from __future__ import annotations
 
