@@ -14,6 +14,7 @@ from benchmarks.rows import Row
 from benchmarks.silero_size import NAME, fill_store, make_inputs
 from nearcast.handler import Served
 from nearcast.serving.engines import load_engine
+from nearcast.store.contents import Contents
 from nearcast.wire.request import TensorRequest
 from nearcast.wire.response import WireResponse
 
@@ -29,7 +30,7 @@ def run(*, quick: bool) -> list[Row]:
     shares, rates, loops, singles = [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
         store, manifest = fill_store(Path(folder))
-        expected = load_engine(manifest, store.folder(NAME, 1), threads=1).run(make_inputs())
+        expected = load_engine(Contents(manifest, store.folder(NAME, 1)), threads=1).run(make_inputs())
         root = str(Path(folder) / "store")
         for _ in range(rounds):
             with serve("benchmarks.serving_server", root, "loop") as ready:

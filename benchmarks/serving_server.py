@@ -16,6 +16,7 @@ from benchmarks.silero_size import NAME, make_inputs
 from nearcast.serving.engines import load_engine
 from nearcast.serving.host import ModelHost
 from nearcast.store import Store
+from nearcast.store.contents import Contents
 from nearcast.transport.grpc import make_server
 from nearcast.transport.oip import oip_methods
 
@@ -24,7 +25,7 @@ ROUNDS, CALLS = 7, 500
 
 def time_loop(store: Store) -> float:
     """Median microseconds of one in-process run: the limit at batch 1."""
-    engine = load_engine(store.manifest(NAME, 1), store.folder(NAME, 1), threads=1)
+    engine = load_engine(Contents(store.manifest(NAME, 1), store.folder(NAME, 1)), threads=1)
     inputs = make_inputs()
     rounds = []
     for _ in range(ROUNDS):

@@ -142,8 +142,9 @@ def pack_vectors(vectors: Sequence[Vector], manifest: Manifest, folder: Path, at
 
 def _complete(vectors: Sequence[Vector], manifest: Manifest, folder: Path) -> list[Vector]:
     from nearcast.serving.engines import load_engine
+    from nearcast.store.contents import Contents
 
-    with contextlib.closing(load_engine(manifest, folder, threads=1)) as model:
+    with contextlib.closing(load_engine(Contents(manifest, folder), threads=1)) as model:
         # With hidden state an answer depends on the vectors before it, so they run in order from the start state.
         runner = model.new_sequence() if manifest.stateful == "hidden" else model
         return [Vector(vector.inputs, {**runner.run(vector.inputs), **vector.outputs}) for vector in vectors]

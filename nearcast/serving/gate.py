@@ -2,6 +2,7 @@
 
 `python -m nearcast.serving.gate FOLDER` is the child: it prints one JSON object and exits with 0 or 1.
 `nearcast.serving.gate_child` starts it; a child that crashes, hangs or eats memory has refused the version as well.
+Format check, engine and golden vectors see one and the same bytes, those that were hashed.
 """
 
 from __future__ import annotations
@@ -24,26 +25,38 @@ from nearcast.serving.gate_child import GateLimits, GateResult
 from nearcast.serving.golden import difference, read_tensors
 from nearcast.serving.joining import join, split
 from nearcast.serving.signature import Signature
+from nearcast.store.contents import Contents
 from nearcast.store.manifest import MANIFEST_FILE, Manifest, decode_manifest
 
 RUNS_PER_VECTOR = 5
+CPU_GRACE_S = 5
+TRANSIENT = (Code.UNAUTHENTICATED, Code.UNAVAILABLE)
+"""Codes that speak about this node and not about the version."""
+USAGE = "FOLDER [--json] [--limits=JSON] [--tenant-keys=FOLDER]"
 
 
-def check(folder: Path, *, threads: int = 1) -> GateResult:
+def check(folder: Path, *, threads: int = 1, tenant_keys: Path | None = None) -> GateResult:
     """Check a version in this process.
 
+    Args:
+        folder: the version.
+        threads: of one run.
+        tenant_keys: folder with the tenants' keys, for a sealed version.
+
     Raises:
-        MeshError: UNTRUSTED with the reason why the version is refused.
+        MeshError: UNTRUSTED with the reason why the version is refused; UNAUTHENTICATED or UNAVAILABLE if this node
+            cannot check it.
     """
     try:
         manifest = decode_manifest((folder / MANIFEST_FILE).read_bytes())
     except OSError as error:
         raise MeshError(Code.UNTRUSTED, "The folder has no readable manifest.json.") from error
-    require_format(manifest, folder)
+    contents = Contents(manifest, folder, tenant_keys=tenant_keys)
+    require_format(contents)
     started = time.perf_counter()
-    engine = load_engine(manifest, folder, threads=threads)
+    engine = load_engine(contents, threads=threads)
     load_ms = (time.perf_counter() - started) * 1000
-    vectors = [(read_tensors(folder, v.inputs), read_tensors(folder, v.outputs), v.atol) for v in manifest.golden]
+    vectors = [(read_tensors(contents, v.inputs), read_tensors(contents, v.outputs), v.atol) for v in manifest.golden]
     signature = Signature(manifest)
     for index, (inputs, outputs, _) in enumerate(vectors):
         try:
@@ -96,32 +109,35 @@ def _require_batches(
 
 def _confine(limits: GateLimits) -> None:
     """From here on the process can neither grow, spin, write large files nor leave a core behind."""
-    for kind, bound in (
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_CPU, limits.cpu_s_max),
-        (resource.RLIMIT_FSIZE, limits.file_size_bytes_max),
-        (resource.RLIMIT_AS, limits.address_space_bytes_max),
+    for kind, soft, hard in (
+        (resource.RLIMIT_CORE, 0, 0),
+        # The soft bound is SIGXCPU. At the hard one comes SIGKILL, which must mean that another one killed the child.
+        (resource.RLIMIT_CPU, limits.cpu_s_max, limits.cpu_s_max + CPU_GRACE_S),
+        (resource.RLIMIT_FSIZE, limits.file_size_bytes_max, limits.file_size_bytes_max),
+        (resource.RLIMIT_AS, limits.address_space_bytes_max, limits.address_space_bytes_max),
     ):
-        hard = resource.getrlimit(kind)[1]
-        lowered = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
-        resource.setrlimit(kind, (lowered, lowered))
+        present = resource.getrlimit(kind)[1]
+        allowed = hard if present == resource.RLIM_INFINITY else min(hard, present)
+        resource.setrlimit(kind, (min(soft, allowed), allowed))
 
 
 def main(arguments: list[str]) -> int:
-    """Entry of the child: `FOLDER [--json] [--limits=JSON]`; 0 = may serve, 1 = refused, 2 = wrong usage."""
+    """Entry of the child: `FOLDER` and options; 0 = may serve, 1 = refused, 2 = wrong usage."""
     folders = [argument for argument in arguments if not argument.startswith("--")]
     options = {name: value for name, _, value in (a.partition("=") for a in arguments if a.startswith("--"))}
-    if len(folders) != 1 or options.keys() - {"--json", "--limits"}:
-        sys.stderr.write("usage: python -m nearcast.serving.gate FOLDER [--json] [--limits=JSON]\n")
+    if len(folders) != 1 or options.keys() - {"--json", "--limits", "--tenant-keys"}:
+        sys.stderr.write(f"usage: python -m nearcast.serving.gate {USAGE}\n")
         return 2
     limits = msgspec.json.decode(options.get("--limits", "{}"), type=GateLimits)
     _confine(limits)
+    keys = options.get("--tenant-keys")
     try:
-        result = check(Path(folders[0]), threads=limits.threads)
+        result = check(Path(folders[0]), threads=limits.threads, tenant_keys=Path(keys) if keys else None)
     except MeshError as error:
-        result = GateResult(ok=False, error=error.message)
+        result = GateResult(ok=False, error=error.message, is_transient=error.code in TRANSIENT)
     except (MemoryError, OSError, ValueError) as error:
-        result = GateResult(ok=False, error=f"The version cannot be checked: {type(error).__name__}.")
+        reason = f"The version cannot be checked: {type(error).__name__}."
+        result = GateResult(ok=False, error=reason, is_transient=isinstance(error, OSError))
     if "--json" in options:
         sys.stdout.write(msgspec.json.encode(result).decode() + "\n")
     else:

@@ -10,7 +10,18 @@ from pathlib import Path
 import msgspec
 
 ERROR_CHARS_MAX = 2000
-_SIGNALS = {-9: "was killed (out of memory?)", -11: "crashed", -6: "aborted", -24: "used too much CPU time"}
+KILLED = -9
+"""By the system, out of memory, or by somebody: the child's own bounds end it in other ways."""
+_SIGNALS = {
+    KILLED: "was killed (out of memory?)",
+    -4: "crashed",
+    -6: "aborted",
+    -7: "crashed",
+    -8: "crashed",
+    -11: "crashed",
+    -24: "used too much CPU time",
+    -25: "wrote a large file",
+}
 
 
 class GateLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -24,19 +35,23 @@ class GateLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class GateResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The verdict. `p50_us` is the median golden run; `vectors` how many were checked; `load_ms` the time to load."""
+    """The verdict. `p50_us` is the median golden run; `vectors` how many were checked; `load_ms` the time to load.
+
+    `is_transient`: the child came to no verdict for a reason that is not the version's; try again, a few times.
+    """
 
     ok: bool
     error: str = ""
+    is_transient: bool = False
     p50_us: float = 0.0
     load_ms: float = 0.0
     vectors: int = 0
 
 
-def run_gate(folder: Path, limits: GateLimits | None = None) -> GateResult:
+def run_gate(folder: Path, limits: GateLimits | None = None, *, tenant_keys: Path | None = None) -> GateResult:
     """Check a version in a child process. Blocks for at most `timeout_s`; never raises for what the child does."""
     limits = limits or GateLimits()
-    command, environ = gate_command(folder, limits), gate_environment()
+    command, environ = gate_command(folder, limits, tenant_keys=tenant_keys), gate_environment()
     try:
         done = subprocess.run(command, capture_output=True, env=environ, timeout=limits.timeout_s, check=False)
     except subprocess.TimeoutExpired:
@@ -44,9 +59,10 @@ def run_gate(folder: Path, limits: GateLimits | None = None) -> GateResult:
     return read_verdict(done.returncode, done.stdout, done.stderr)
 
 
-def gate_command(folder: Path, limits: GateLimits | None = None) -> list[str]:
-    """The child that checks the version in `folder`."""
+def gate_command(folder: Path, limits: GateLimits | None = None, *, tenant_keys: Path | None = None) -> list[str]:
+    """The child that checks the version in `folder`. Of the tenants' keys it is told the folder alone."""
     command = [sys.executable, "-m", "nearcast.serving.gate", str(folder), "--json"]
+    command += [f"--tenant-keys={tenant_keys}"] if tenant_keys else []
     return [*command, f"--limits={msgspec.json.encode(limits or GateLimits()).decode()}"]
 
 
@@ -76,7 +92,8 @@ def read_verdict(status: int, output: bytes, errors: bytes) -> GateResult:
     except msgspec.DecodeError:
         said = errors.decode("utf-8", "replace").strip().rsplit("\n", 1)[-1]
         how = _SIGNALS.get(status, f"ended with status {status}")
-        return GateResult(ok=False, error=f"The checking process {how}. {said}"[:ERROR_CHARS_MAX].strip())
+        reason = f"The checking process {how}. {said}"[:ERROR_CHARS_MAX].strip()
+        return GateResult(ok=False, error=reason, is_transient=status == KILLED)
     if result.ok and status != 0:
         return GateResult(ok=False, error=f"The checking process ended with status {status}.")
     return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy.typing as npt
 
 from nearcast.errors import Code, MeshError
 from nearcast.handler import Tensors
+from nearcast.store.contents import Contents
 from nearcast.store.manifest import GoldenTensor, Manifest
 from nearcast.wire.tensors import dtype_of, from_raw
 
@@ -18,11 +18,11 @@ VECTORS_SIZE_BYTES_MAX = 64 * 1024 * 1024
 """All golden tensors of one version together."""
 
 
-def read_tensors(folder: Path, tensors: Sequence[GoldenTensor]) -> dict[str, npt.NDArray[Any]]:
+def read_tensors(contents: Contents, tensors: Sequence[GoldenTensor]) -> dict[str, npt.NDArray[Any]]:
     """The arrays of one side of a golden vector.
 
     Raises:
-        MeshError: UNTRUSTED if bytes are missing or do not fit the shape.
+        MeshError: UNTRUSTED if bytes are missing or do not fit the shape; as `Contents.read`.
     """
     arrays: dict[str, npt.NDArray[Any]] = {}
     for tensor in tensors:
@@ -30,9 +30,7 @@ def read_tensors(folder: Path, tensors: Sequence[GoldenTensor]) -> dict[str, npt
             raise MeshError(
                 Code.UNTRUSTED, f"The golden tensor {tensor.name} is larger than {VECTORS_SIZE_BYTES_MAX} bytes."
             )
-        with (folder / tensor.file).open("rb") as file:
-            file.seek(tensor.offset)
-            data = file.read(tensor.size_bytes)
+        data = contents.read(tensor.file)[tensor.offset : tensor.offset + tensor.size_bytes]
         try:
             arrays[tensor.name] = from_raw(tensor.name, tensor.datatype, tensor.shape, data, 0, len(data))
         except MeshError as error:

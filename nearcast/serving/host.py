@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
@@ -36,6 +37,7 @@ class ModelHost:
         limits: every bound.
         registry: where the metrics appear; None = nowhere.
         role: what reports say; by default `cloud` on the cloud tier and `edge` elsewhere.
+        tenant_keys: folder with the keys that open sealed versions; None = there are none.
         clock: its monotonic time must be the loop's.
     """
 
@@ -48,6 +50,7 @@ class ModelHost:
         limits: HostLimits | None = None,
         registry: CollectorRegistry | None = None,
         role: str = "",
+        tenant_keys: Path | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._node = node
@@ -56,7 +59,7 @@ class ModelHost:
         self._limits = limits or HostLimits()
         self._registry = registry
         self._now = clock.monotonic
-        self._residency = Residency(store, limits=self._limits, clock=clock)
+        self._residency = Residency(store, limits=self._limits, clock=clock, tenant_keys=tenant_keys)
         self._slots: Mapping[str, Slot] = self._residency.slots
         self._in_flight = 0
         self._started = False

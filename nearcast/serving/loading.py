@@ -6,13 +6,15 @@ import itertools
 import logging
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from nearcast.errors import Code, MeshError
+from nearcast.errors import MeshError
 from nearcast.handler import Tensors
 from nearcast.serving.engines import LoadedModel, Runner, load_engine
 from nearcast.serving.golden import read_tensors, zeros
 from nearcast.store import Manifest, Store
+from nearcast.store.contents import Contents
 
 _LOG = logging.getLogger(__name__)
 WARM_UP_RUNS_MAX = 200
@@ -49,23 +51,21 @@ class Loaded:
     load_s: float
 
 
-def load_version(store: Store, model: str, release: int, threads: int) -> Loaded:
-    """Load and warm one version.
+def load_version(store: Store, model: str, release: int, threads: int, tenant_keys: Path | None = None) -> Loaded:
+    """Load and warm one version. `tenant_keys` is the folder of the keys that open sealed ones.
 
     Raises:
         MeshError: if the version is not in the store, cannot be loaded, or fails on its own golden vectors.
     """
     started = time.perf_counter()
     manifest = store.manifest(model, release)
-    folder = store.folder(model, release)
-    engine = load_engine(manifest, folder, threads=threads)
+    contents = Contents(manifest, store.folder(model, release), tenant_keys=tenant_keys)
+    engine = load_engine(contents, threads=threads)
     try:
-        vectors = [read_tensors(folder, vector.inputs) for vector in manifest.golden]
+        vectors = [read_tensors(contents, vector.inputs) for vector in manifest.golden]
         warm_up = warm(engine, manifest, vectors, threads)
-    except BaseException as error:
+    except BaseException:
         engine.close()
-        if isinstance(error, OSError):
-            raise MeshError(Code.UNTRUSTED, f"The golden vectors of {model} release {release} are missing.") from error
         raise
     return Loaded(manifest=manifest, engine=engine, warm_up=warm_up, load_s=time.perf_counter() - started)
 

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from nearcast.clock import Clock
@@ -33,8 +34,9 @@ class Residency:
         load_s: how long a load takes, from the loads so far.
     """
 
-    def __init__(self, store: Store, *, limits: HostLimits, clock: Clock) -> None:
+    def __init__(self, store: Store, *, limits: HostLimits, clock: Clock, tenant_keys: Path | None = None) -> None:
         self._store = store
+        self._tenant_keys = tenant_keys
         self._limits = limits
         self._clock = clock
         self.slots: dict[str, Slot] = {}
@@ -133,7 +135,7 @@ class Residency:
         try:
             self._make_room(slot, release)
             loaded = await asyncio.get_running_loop().run_in_executor(
-                self._loader, load_version, self._store, slot.name, release, self._limits.threads
+                self._loader, load_version, self._store, slot.name, release, self._limits.threads, self._tenant_keys
             )
         except MeshError as error:
             slot.failed[release] = error.message

@@ -29,7 +29,7 @@ class Contents:
 
     def __init__(self, manifest: Manifest, folder: Path, *, tenant_keys: Path | None = None) -> None:
         self.manifest = manifest
-        self._folder = folder
+        self.folder = folder
         self._tenant_keys = tenant_keys
         self._keys: TenantKeys | None = None
         self._plain: dict[str, bytes] = {}
@@ -50,7 +50,7 @@ class Contents:
 
     def _read_verified(self, path: str) -> bytes:
         entry = self.manifest.file(path)
-        data = _read_itself(self._folder / path, entry.size_bytes + 1)
+        data = _read_itself(self.folder / path, entry.size_bytes + 1)
         if data is None:
             raise MeshError(Code.UNTRUSTED, f"The file {path} is missing or no regular file.")
         if len(data) != entry.size_bytes:
@@ -63,7 +63,7 @@ class Contents:
 def _read_itself(path: Path, size_bytes: int) -> bytes | None:
     """The beginning of a regular file; None for anything else: no link is followed, no pipe waited for."""
     try:
-        with open(path, "rb", opener=_open_itself) as file:  # noqa: PTH123 (pathlib takes no opener)
+        with open(path, "rb", opener=_open_itself) as file:
             return file.read(size_bytes) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
     except OSError as error:
         if error.errno in _NO_FILE:

@@ -52,7 +52,9 @@ class Publisher:
         """A real model with a golden vector; `expected` another scale makes the gate fail; `padding` extra bytes."""
         x = np.arange(8, dtype=np.float32).reshape(2, 4)
         y = x * np.float32(scale if expected is None else expected)
-        extra = {"notes.txt": np.random.default_rng(release).bytes(padding)} if padding else {}
+        # Text, as a version may hold it; each release has its own.
+        notes = np.random.default_rng(release).bytes(padding).hex()[:padding].encode()
+        extra = {"notes.txt": notes} if padding else {}
         return self.push_model(release, affine_model(scale), golden=(({"x": x}, {"y": y}),), extra=extra)
 
     def push_model(self, release: int, model: bytes, **fields: Any) -> Manifest:

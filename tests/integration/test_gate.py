@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from nearcast.errors import Code, MeshError
-from nearcast.serving.formats import external_locations
+from nearcast.serving.formats.onnx import check_onnx
 from nearcast.serving.gate import check
 from nearcast.serving.gate_child import GateLimits, run_gate
 from tests.tiny_models import affine_model, recurrent_model, tensor, write_version
@@ -101,7 +101,7 @@ def test_external_data_is_found_in_subgraphs_and_attributes() -> None:
     function = helper.make_function("d", "F", ["x"], ["y"], [branch], [helper.make_opsetid("", 17)])
     function.node[0].attribute[0].g.initializer[0].external_data[0].value = "function.bin"
     model = helper.make_model(helper.make_graph(nodes, "outer", [], []), functions=[function])
-    found = external_locations(memoryview(model.SerializeToString()))
+    found = {part.location for part in check_onnx(model.SerializeToString())}
     assert found == {"inner.bin", "constant.bin", "function.bin"}
 
 
@@ -117,7 +117,7 @@ def test_deep_nesting_is_refused_and_not_followed() -> None:
     while size >= 0x80:
         prefix, size = prefix + bytes([size & 0x7F | 0x80]), size >> 7
     with refused("nested more than"):
-        external_locations(memoryview(bytes([7 << 3 | 2]) + prefix + bytes([size]) + data))
+        check_onnx(bytes([7 << 3 | 2]) + prefix + bytes([size]) + data)
 
 
 def test_a_link_is_no_file_of_a_version(tmp_path: Path) -> None:

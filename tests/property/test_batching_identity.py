@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as npst
 from nearcast.serving.engines import load_engine
 from nearcast.serving.joining import join, split
 from nearcast.serving.signature import Signature
+from nearcast.store.contents import Contents
 from tests.tiny_models import affine_model, recurrent_model, tensor, write_version
 
 DTYPES = ("<f4", "<f8", "<f2", "i1", "u1", "<i4", "<i8", "<u4", "?", "O")
@@ -77,8 +78,8 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Si
         outputs=(tensor("y", "FP32", (-1, 3)), tensor("state_out", "FP32", (2, -1, 3), 1)),
     )
     return {
-        "affine": (load_engine(affine, root / "affine"), Signature(affine)),
-        "recurrent": (load_engine(recurrent, root / "recurrent"), Signature(recurrent)),
+        "affine": (load_engine(Contents(affine, root / "affine")), Signature(affine)),
+        "recurrent": (load_engine(Contents(recurrent, root / "recurrent")), Signature(recurrent)),
     }
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy.typing as npt
 
 from nearcast.errors import Code, MeshError
 from nearcast.handler import Tensors, TensorSpec
+from nearcast.store.contents import Contents
 from nearcast.store.manifest import Manifest, Tensor
 
 Outputs: TypeAlias = dict[str, npt.NDArray[Any]]
@@ -62,20 +62,22 @@ _WEIGHT_COPIES = 2
 """Weights exist about twice: as they came and as the engine packed them."""
 
 
-def load_engine(manifest: Manifest, folder: Path, *, threads: int = 1) -> LoadedModel:
+def load_engine(contents: Contents, *, threads: int = 1) -> LoadedModel:
     """Load a version and check that the file is what its manifest declares. Blocks, for seconds with large models.
 
+    Engines get bytes and no paths: what runs is what was hashed, and a sealed version is open in memory only.
+
     Args:
-        manifest: describes the version.
-        folder: holds the manifest's files.
+        contents: the version.
         threads: threads of one run.
 
     Raises:
-        MeshError: UNTRUSTED if the file cannot be loaded or differs from its manifest, UNAVAILABLE if the engine's
-            library is not installed.
+        MeshError: UNTRUSTED if the file cannot be loaded or differs from its manifest, UNAUTHENTICATED if it is sealed
+            and the key is not here, UNAVAILABLE if the engine's library is not installed.
     """
+    manifest = contents.manifest
     try:
-        model = _load(manifest, folder, threads)
+        model = _load(contents, threads)
     except ImportError as error:
         raise MeshError(
             Code.UNAVAILABLE, f"The engine {manifest.engine} is not installed on this node; install nearcast[edge]."
@@ -105,14 +107,14 @@ def require_signature(manifest: Manifest, model: LoadedModel) -> None:
         _require_tensor("output", tensor, actual)
 
 
-def _load(manifest: Manifest, folder: Path, threads: int) -> LoadedModel:
-    if manifest.engine == "onnxruntime":
+def _load(contents: Contents, threads: int) -> LoadedModel:
+    if contents.manifest.engine == "onnxruntime":
         from nearcast.serving.engines.onnxruntime import OnnxModel
 
-        return OnnxModel(manifest, folder, threads=threads)
+        return OnnxModel(contents, threads=threads)
     from nearcast.serving.engines.litert import LitertModel
 
-    return LitertModel(manifest, folder, threads=threads)
+    return LitertModel(contents, threads=threads)
 
 
 def estimate_memory_bytes(manifest: Manifest) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from ai_edge_litert.interpreter import Interpreter
 from nearcast.errors import Code, MeshError
 from nearcast.handler import Tensors, TensorSpec
 from nearcast.serving.engines import Outputs, Runner, estimate_memory_bytes
+from nearcast.store.contents import Contents
 from nearcast.store.manifest import Manifest
 from nearcast.wire.tensors import datatype_of
 
@@ -27,10 +27,10 @@ class LitertModel:
 
     concurrent = False
 
-    def __init__(self, manifest: Manifest, folder: Path, *, threads: int) -> None:
-        self._manifest = manifest
+    def __init__(self, contents: Contents, *, threads: int) -> None:
+        manifest = self._manifest = contents.manifest
         self._threads = threads
-        self._content: bytes | None = (folder / manifest.model_file).read_bytes()
+        self._content: bytes | None = contents.read(manifest.model_file)
         self.name = f"{manifest.name} release {manifest.release}"
         interpreter = _open(manifest, self._content, threads)
         self._inputs = _tensors(interpreter, "inputs", [tensor.name for tensor in manifest.inputs])

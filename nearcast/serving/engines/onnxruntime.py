@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from nearcast.errors import Code, MeshError
 from nearcast.handler import Tensors, TensorSpec
 from nearcast.serving.engines import Outputs, Runner, estimate_memory_bytes
+from nearcast.store.contents import Contents
 from nearcast.store.manifest import Manifest
 
 _LOG = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ class OnnxModel:
 
     concurrent = True
 
-    def __init__(self, manifest: Manifest, folder: Path, *, threads: int) -> None:
+    def __init__(self, contents: Contents, *, threads: int) -> None:
+        manifest = contents.manifest
         if manifest.stateful == "hidden":
             raise MeshError(
                 Code.UNTRUSTED, "ONNX models keep no state between runs; declare the state's tensors as explicit."
@@ -56,14 +57,17 @@ class OnnxModel:
             ("session.load_model_format", "ONNX"),
         ):
             options.add_session_config_entry(name, value)
-        path = folder / manifest.model_file
+        model = contents.read(manifest.model_file)
+        beside = [(path, contents.read(path)) for path in _beside(manifest)]
         try:
-            # By path, not by bytes: external data is looked for beside the file.
-            self._session: Any = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            # External data comes from memory too; the runtime copies what it needs and opens no file.
+            if beside:
+                names, buffers = zip(*beside, strict=True)
+                options.add_external_initializers_from_files_in_memory(names, buffers, [len(data) for data in buffers])
+            self._session: Any = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            reason = str(error).replace(f"{folder}/", "").replace(str(folder), "")
             raise MeshError(
-                Code.UNTRUSTED, f"ONNX Runtime cannot load {manifest.model_file}: {reason[:500]}"
+                Code.UNTRUSTED, f"ONNX Runtime cannot load {manifest.model_file}: {str(error)[:500]}"
             ) from error
         self.name = f"{manifest.name} release {manifest.release}"
         self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
@@ -97,6 +101,13 @@ class OnnxModel:
 
     def close(self) -> None:
         self._session = None
+
+
+def _beside(manifest: Manifest) -> list[str]:
+    """Files that may hold external data: all but those with another task."""
+    tasks = {manifest.model_file, manifest.sbom_file}
+    tasks |= {tensor.file for vector in manifest.golden for tensor in (*vector.inputs, *vector.outputs)}
+    return [entry.path for entry in manifest.files if entry.path not in tasks]
 
 
 def _spec(node: Any) -> TensorSpec:
