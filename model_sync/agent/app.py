@@ -26,8 +26,9 @@ from model_sync.agent.meter import Meter
 from model_sync.agent.mirrors import Mirrors, SharedHealth
 from model_sync.agent.model_shell import ModelShell, Surroundings
 from model_sync.agent.sources import make_source
+from model_sync.agent.report import Reporter
 from model_sync.agent.status import AgentStatus, write_status
-from model_sync.replica.events import CheckFailed, Intended, Polled
+from model_sync.replica.events import CheckFailed, Intended, Polled, ReportFailed
 from model_sync.replica.state import Want
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.durable import make_folder
@@ -69,6 +70,7 @@ class Agent:
         self._status = AgentStatus(node=config.node, channel=config.channel, mode=config.mode, pid=os.getpid())
         self._failures = 0
         self._hint: HintListener | None = None
+        self._reporter: Reporter | None = None
         self._loop_task: asyncio.Task[None] | None = None
         self._health = SharedHealth(1 + len(config.mirrors))
         self._meter = Meter(
@@ -121,9 +123,12 @@ class Agent:
         self._loop_task = asyncio.create_task(self._check_forever())
         if self.config.control and self.config.hint_wait_s > 0:
             self._listen()
+        self._report()
 
     async def close(self, *, orderly: bool = False) -> None:
         """Stop at once; every state is on the disk. `orderly`: by order, not because the node has gone."""
+        if self._reporter is not None:
+            await self._reporter.close()
         if self._hint is not None:
             await asyncio.to_thread(self._hint.close)
         if self._loop_task is not None:
@@ -297,10 +302,33 @@ class Agent:
         self._status = replace(self._status, **changes)
         self._write_status()
 
+    def _report(self) -> None:
+        tls = self._tls()
+        if not self.config.control.startswith("https://") or tls is None or self._identity is None:
+            return
+        self._reporter = Reporter(
+            self.config,
+            self._around.host,
+            self._whole_status,
+            tls,
+            self._identity.key,
+            draw=self._random.random,
+            failed=self._report_failed,
+        )
+        self._reporter.start()
+
+    def _report_failed(self, reason: str) -> None:
+        for shell in self._shells.values():
+            shell.send(ReportFailed(reason))
+
+    def _whole_status(self) -> AgentStatus:
+        return replace(self._status, models={model: shell.status for model, shell in self._shells.items()})
+
     def _write_status(self) -> None:
-        models = {model: shell.status for model, shell in self._shells.items()}
         with suppress(OSError):  # a report that cannot be written changes nothing
-            write_status(self._folder, replace(self._status, models=models))
+            write_status(self._folder, self._whole_status())
+        if self._reporter is not None:
+            self._reporter.look()
 
 
 class _MakeTls:

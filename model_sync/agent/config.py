@@ -81,6 +81,7 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         mode: `install` models, or only `follow` the channel with pointer files (a stand-alone router).
         poll_s: mean seconds between checks; each wait is drawn from [0, 2 * poll_s).
         hint_wait_s: long-poll time asked of the control API.
+        report_s: mean seconds between reports to the control API; trial_report_s: while a version is on trial.
         probation_s: how long a new version is watched before it is committed.
         build_time: seconds since 1970 before which no clock is believed; 0 = that of this release.
     """
@@ -97,6 +98,8 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     mode: Literal["install", "follow"] = "install"
     poll_s: Seconds = 30.0
     hint_wait_s: Annotated[float, msgspec.Meta(ge=0, le=60)] = 25.0
+    report_s: Seconds = 60.0
+    trial_report_s: Seconds = 10.0
     probation_s: Annotated[float, msgspec.Meta(ge=0)] = 5.0
     build_time: Annotated[int, msgspec.Meta(ge=0)] = 0
     log_level: Literal["debug", "info", "warning", "error"] = "info"

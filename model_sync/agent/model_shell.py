@@ -127,6 +127,7 @@ class ModelShell:
             goal=memory.goal.release if memory.goal is not None else None,
             error=machine.error,
             quarantined=tuple(sorted(ban.release for ban in memory.bans)),
+            reasons={str(ban.release): ban.reason for ban in memory.bans},
             received_bytes=self._received_bytes,
             **pointer_fields(machine.pointer),
         )

@@ -13,7 +13,10 @@ STATUS_FILE = "status.json"
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One model: state of its machine, its pointer, what is being installed, and the last error in words."""
+    """One model: state of its machine, its pointer, what is being installed, and the last error in words.
+
+    `reasons`: why each release is in quarantine, by release in decimal.
+    """
 
     state: str
     stable: int | None = None
@@ -24,6 +27,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     goal: int | None = None
     error: str = ""
     quarantined: tuple[int, ...] = ()
+    reasons: dict[str, str] = {}
     received_bytes: int = 0
 
 

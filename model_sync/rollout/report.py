@@ -14,7 +14,10 @@ from nearcast.store.manifest import ModelName, Release
 
 REPORT_SIZE_BYTES_MAX = 256 * 1024
 MODELS_MAX = 256
+SIGNATURE_HEADER = "Nc-Signature"
+"""ECDSA signature over the bytes of the body, by the key of the node's certificate, in base64."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Text = Annotated[str, msgspec.Meta(max_length=512)]
 
 
 class ReleaseReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -53,7 +56,10 @@ def counted_since(before: ReleaseReport | None, now: ReleaseReport) -> ReleaseRe
 
 
 class ModelReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One model: where its replica machine is, what the pointer says, why not further (`error`), and the counters."""
+    """One model: where its replica machine is, what the pointer says, why not further (`error`), and the counters.
+
+    `reasons`: why each quarantined release is, by release in decimal.
+    """
 
     model: ModelName
     state: Annotated[str, msgspec.Meta(max_length=16)]
@@ -62,8 +68,9 @@ class ModelReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     last_good: Release | None = None
     goal: Release | None = None
     intent: Count = 0
-    error: Annotated[str, msgspec.Meta(max_length=512)] = ""
+    error: Text = ""
     quarantined: Annotated[tuple[Release, ...], msgspec.Meta(max_length=64)] = ()
+    reasons: Annotated[dict[str, Text], msgspec.Meta(max_length=64)] = {}
     received_bytes: Count = 0
     releases: Annotated[tuple[ReleaseReport, ...], msgspec.Meta(max_length=16)] = ()
 
@@ -79,5 +86,5 @@ class SyncReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     at: Annotated[float, msgspec.Meta(ge=0)]
     serial: Count = 0
     clock_ok: bool = True
-    error: Annotated[str, msgspec.Meta(max_length=512)] = ""
+    error: Text = ""
     models: Annotated[tuple[ModelReport, ...], msgspec.Meta(max_length=MODELS_MAX)] = ()
