@@ -26,6 +26,7 @@ from model_sync.controller.bodies import (
     RolloutRequest,
 )
 from model_sync.controller.config import SyncLimits
+from model_sync.controller.delta_uploads import DeltaUploads
 from model_sync.controller.enrolment import EnrolmentAuthority
 from model_sync.controller.hint import Hint
 from model_sync.controller.node_directory import Announcement, NodeDirectory
@@ -74,6 +75,7 @@ class Controller:
         self._device_authority = device_authority
         self._nodes = NodeDirectory(nodes_max=limits.nodes_max, ttl_s=limits.node_ttl_s, began=clock.monotonic())
         self._uploads = Uploads(repository.folder, limits)
+        self._delta_uploads = DeltaUploads(repository.folder, self._uploads)
         self._limits = limits
         self._clock = clock
         # One change at a time: each reads the present state, decides, and signs the next.
@@ -94,6 +96,7 @@ class Controller:
                 web.post("/v1/nodes/self", self._announce),
                 web.delete("/v1/nodes/{name}", self._remove_node),
                 web.put("/v1/blobs/{sha256}", self._put_blob),
+                web.put("/v1/deltas/{result}/{name}", self._put_delta),
                 web.post("/v1/releases", self._publish),
                 web.post("/v1/roles", self._publish_offline),
                 web.post("/v1/rollouts", self._roll),
@@ -139,6 +142,12 @@ class Controller:
         self._require(request, ("operator",))
         await self._uploads.receive(request.match_info["sha256"], request.content_length, request.content)
         return web.json_response({"sha256": request.match_info["sha256"]})
+
+    async def _put_delta(self, request: web.Request) -> web.Response:
+        self._require(request, ("operator",))
+        result, name = request.match_info["result"], request.match_info["name"]
+        await self._delta_uploads.receive(result, name, request.content_length, request.content)
+        return web.json_response({"result": result, "name": name})
 
     async def _publish(self, request: web.Request) -> web.Response:
         _, operator = self._require(request, ("operator",))

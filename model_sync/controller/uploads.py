@@ -7,17 +7,19 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from model_sync.controller.config import SyncLimits
 from model_sync.repository.layout import blob_path
 from nearcast.durable import move_file
 from nearcast.errors import Code, MeshError
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 RETRY_AFTER_MS = 1_000
+
+Check: TypeAlias = Callable[[Path, str], None]
 
 
 class Content(Protocol):
@@ -42,37 +44,58 @@ class Uploads:
         Raises:
             MeshError: TOO_LARGE, OVERLOADED, DEADLINE if it stalls, UNTRUSTED if its bytes are not what its name says.
         """
-        if not _SHA256.fullmatch(sha256):
+        if not SHA256.fullmatch(sha256):
             raise MeshError(Code.INVALID_REQUEST, "A blob is named by its SHA-256, 64 hexadecimal digits.")
-        if size_bytes is not None and size_bytes > self._limits.blob_size_bytes_max:
-            raise self._too_large()
+
+        def check(_: Path, digest: str) -> None:
+            if digest != sha256:
+                raise MeshError(Code.UNTRUSTED, "The bytes of the blob do not have the digest that it is named by.")
+
+        await self.store(self._folder / blob_path(sha256), size_bytes, content, self._limits.blob_size_bytes_max, check)
+
+    async def store(
+        self, target: Path, size_bytes: int | None, content: Content, size_bytes_max: int, check: Check
+    ) -> None:
+        """Take one file: it appears as `target`, durable, once `check` has looked at all of it.
+
+        Args:
+            target: its final place; missing folders are made.
+            size_bytes: as announced, if it was.
+            content: the body.
+            size_bytes_max: more is refused, whatever was announced.
+            check: raises for what must not appear; called in a thread with the path of the draft and its digest.
+
+        Raises:
+            MeshError: TOO_LARGE, OVERLOADED, DEADLINE if it stalls, whatever `check` raises.
+        """
+        if size_bytes is not None and size_bytes > size_bytes_max:
+            raise _too_large(size_bytes_max)
         if self._running >= self._limits.uploads_max:
             raise MeshError(Code.OVERLOADED, "Too many uploads at once; try again.", retry_after_ms=RETRY_AFTER_MS)
-        target = self._folder / blob_path(sha256)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{sha256}.{secrets.token_hex(6)}.tmp")
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
         self._running += 1
         try:
-            await self._store(temporary, sha256, content)
+            digest = await self._write(temporary, content, size_bytes_max)
+            await asyncio.to_thread(check, temporary, digest)
             await asyncio.to_thread(move_file, temporary, target)
         finally:
             self._running -= 1
             temporary.unlink(missing_ok=True)
 
-    async def _store(self, temporary: Path, sha256: str, content: Content) -> None:
+    async def _write(self, temporary: Path, content: Content, size_bytes_max: int) -> str:
         digest, size_bytes = hashlib.sha256(), 0
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         with os.fdopen(descriptor, "wb") as file:
             async for piece in self._pieces(content):
                 size_bytes += len(piece)
-                if size_bytes > self._limits.blob_size_bytes_max:
-                    raise self._too_large()
+                if size_bytes > size_bytes_max:
+                    raise _too_large(size_bytes_max)
                 digest.update(piece)
                 file.write(piece)
             file.flush()
             await asyncio.to_thread(os.fsync, file.fileno())
-        if digest.hexdigest() != sha256:
-            raise MeshError(Code.UNTRUSTED, "The bytes of the blob do not have the digest that it is named by.")
+        return digest.hexdigest()
 
     async def _pieces(self, content: Content) -> AsyncIterator[bytes]:
         while True:
@@ -85,5 +108,6 @@ class Uploads:
                 return
             yield piece
 
-    def _too_large(self) -> MeshError:
-        return MeshError(Code.TOO_LARGE, f"The blob is larger than {self._limits.blob_size_bytes_max} bytes.")
+
+def _too_large(size_bytes_max: int) -> MeshError:
+    return MeshError(Code.TOO_LARGE, f"The upload is larger than {size_bytes_max} bytes.")

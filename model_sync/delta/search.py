@@ -7,7 +7,7 @@ weights, bsdiff where both happened, chunks where the base is unknown, and a ful
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from model_sync.delta import bsdiff, chunks, full, planes, prefix, residual
@@ -47,14 +47,9 @@ class Tried:
     decode_s: float = 0.0
     reason: str = ""
 
-    @property
-    def size_bytes(self) -> int:
-        """Of the payload; the file's own way is never chosen by an empty one."""
-        return len(self.payload) if self.payload is not None else 0
 
-
-def search(old: bytes | None, new: bytes, *, clock: Clock, budget_s: float) -> list[Tried]:
-    """Every codec on one pair, in the order in which they were tried.
+def search(old: bytes | None, new: bytes, *, clock: Clock, budget_s: float) -> Iterator[Tried]:
+    """Every codec on one pair, as each is done.
 
     Args:
         old: the base; None = only what needs none (`zstd`, `chunks`).
@@ -65,21 +60,20 @@ def search(old: bytes | None, new: bytes, *, clock: Clock, budget_s: float) -> l
     Every payload was applied and gave `new`, or its `reason` says that it did not.
     """
     end = clock() + budget_s
-    return [
-        _try(codec, old, new, clock) if clock() < end else Tried(codec=codec, reason="no time left")
-        for codec in (("zstd", "chunks") if old is None else ENCODERS)
-    ]
+    for codec in ("zstd", "chunks") if old is None else ENCODERS:
+        yield _try(codec, old, new, clock) if clock() < end else Tried(codec=codec, reason="no time left")
 
 
-def best(tried: list[Tried], full_size_bytes: int) -> Tried | None:
+def best(tried: Iterable[Tried], full_size_bytes: int) -> Tried | None:
     """The smallest delta, or None if none is worth it.
 
     Args:
         tried: what `search` answered for one base.
         full_size_bytes: size of the file on its own, compressed.
     """
-    made = [each for each in tried if each.payload is not None and each.size_bytes <= WORTH_SHARE_MAX * full_size_bytes]
-    return min(made, key=lambda each: each.size_bytes, default=None)
+    made = [(len(each.payload), each) for each in tried if each.payload is not None]
+    size_bytes, found = min(made, key=lambda pair: pair[0], default=(0, None))
+    return found if size_bytes <= WORTH_SHARE_MAX * full_size_bytes else None
 
 
 def describe_way(codec: Codec, base: str | None, payload: bytes) -> Way:

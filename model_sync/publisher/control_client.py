@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -72,6 +74,24 @@ class ControlClient:
         response.read()
         return response.status == http.client.OK and response.getheader("Content-Length") == str(size_bytes)
 
+    def get_file(self, path: str, file: Path, size_bytes: int) -> None:
+        """Download a file of exactly that size; what it holds is for the caller to check.
+
+        Raises:
+            MeshError: UNAVAILABLE if it is not there or of another size.
+        """
+        self._connect()
+        response = self._begin("GET", path, None, {})
+        if response.status != http.client.OK or response.getheader("Content-Length") != str(size_bytes):
+            self.close()
+            raise MeshError(Code.UNAVAILABLE, f"The repository has no {path} of {size_bytes} bytes.")
+        try:
+            with file.open("wb") as opened:
+                shutil.copyfileobj(response, opened, BLOCK_SIZE_BYTES)
+        except (OSError, http.client.HTTPException) as error:
+            self.close()
+            raise MeshError(Code.UNAVAILABLE, f"The download of {path} broke off ({error}).") from error
+
     def put_file(self, path: str, file: Path, progress: Progress) -> None:
         """Upload one file.
 
@@ -79,9 +99,19 @@ class ControlClient:
             MeshError: what the controller said about it.
         """
         with file.open("rb") as opened:
-            body = _Counted(opened, progress)
-            headers = {"Content-Length": str(file.stat().st_size), "Content-Type": "application/octet-stream"}
-            status, answer = self._exchange("PUT", path, body, headers)
+            self._put(path, opened, file.stat().st_size, progress)
+
+    def put_bytes(self, path: str, data: bytes, progress: Progress) -> None:
+        """Upload what is in memory.
+
+        Raises:
+            MeshError: what the controller said about it.
+        """
+        self._put(path, io.BytesIO(data), len(data), progress)
+
+    def _put(self, path: str, content: BinaryIO, size_bytes: int, progress: Progress) -> None:
+        headers = {"Content-Length": str(size_bytes), "Content-Type": "application/octet-stream"}
+        status, answer = self._exchange("PUT", path, _Counted(content, progress), headers)
         if status >= http.client.BAD_REQUEST:
             raise _said(status, _decode(answer))
 

@@ -11,7 +11,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tuf.api.exceptions import DownloadHTTPError, RepositoryError
 from tuf.api.metadata import Metadata, TargetFile, Targets  # type: ignore[attr-defined]
@@ -19,37 +19,18 @@ from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig  # type: ignor
 
 from model_sync.publisher.bundle import pass_gate, read_bundle, verify_bundle
 from model_sync.publisher.control_client import ControlClient
+from model_sync.publisher.deltas import BUDGET_S, PublishedWay, upload_deltas
+from model_sync.publisher.meter import Meter, SilentMeter
 from model_sync.repository.layout import METADATA_SIZE_BYTES_MAX, blob_path, make_target, models_path
 from model_sync.repository.layout import parse_models_path as parse_path
 from model_sync.repository.repository import Lifetimes
 from model_sync.repository.signing_key import load_key
 from nearcast.errors import Code, MeshError
 from nearcast.store.manifest import Manifest
+from nearcast.store.sealing import TenantKeys
 
 ROLLBACKS_LISTED = 2
 """How many earlier releases a push lists as places to return to."""
-
-
-class Meter(Protocol):
-    """Shows how far an upload is."""
-
-    def begin(self, size_bytes: int) -> None:
-        """The upload starts; this many bytes are to be sent."""
-        ...
-
-    def advance(self, size_bytes: int) -> None:
-        """So many more bytes are sent."""
-        ...
-
-
-class SilentMeter:
-    """Shows nothing."""
-
-    def begin(self, size_bytes: int) -> None:
-        """Do nothing."""
-
-    def advance(self, size_bytes: int) -> None:
-        """Do nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +46,7 @@ class Pushed:
     is_published: bool
     uploaded_bytes: int
     rollback_ok: tuple[int, ...]
+    deltas: tuple[PublishedWay, ...] = ()
 
 
 class ControlFetcher(FetcherInterface):
@@ -92,6 +74,8 @@ def push(
     rollback_ok: Sequence[int] = (),
     reason: str = "",
     meter: Meter | None = None,
+    keys: TenantKeys | None = None,
+    delta_budget_s: float = BUDGET_S,
 ) -> Pushed:
     """Publish a bundle and make it the stable release or, with `share`, the candidate of a channel.
 
@@ -107,6 +91,8 @@ def push(
         rollback_ok: releases to allow a rollback to, beside the last two.
         reason: goes into the channel document.
         meter: shows the upload.
+        keys: open sealed versions, so that deltas can be made of them.
+        delta_budget_s: how long the search for deltas may take; 0 = none.
 
     Raises:
         MeshError: UNTRUSTED if the bundle or the controller's metadata cannot be trusted, CONFLICT if the release is
@@ -126,13 +112,18 @@ def push(
     target = make_target(path, data, {"rollback_ok": list(listed)})
     is_published = not is_already_published(roles, path, target, manifest)
     uploaded_bytes = 0
+    deltas: tuple[PublishedWay, ...] = ()
+    meter = meter or SilentMeter()
     if is_published:
         role = deepcopy(roles[name])
         role.signed.targets[path] = target
         role.signed.version += 1
         role.signed.expires = datetime.now(UTC).replace(microsecond=0) + Lifetimes().models
         role.sign(signer)
-        uploaded_bytes = upload_blobs(client, bundle, manifest, meter or SilentMeter())
+        uploaded_bytes = upload_blobs(client, bundle, manifest, meter)
+        deltas = upload_deltas(
+            client, bundle, manifest, roles, operator, meter=meter, keys=keys, budget_s=delta_budget_s
+        )
         metadata = role.to_dict()
         client.call("POST", "/v1/releases", {"team": team, "metadata": metadata, "manifests": {path: data.decode()}})
     action = "stable" if share is None or not has_stable(client, channel, manifest.name) else "candidate"
@@ -150,6 +141,7 @@ def push(
         is_published=is_published,
         uploaded_bytes=uploaded_bytes,
         rollback_ok=listed,
+        deltas=deltas,
     )
 
 

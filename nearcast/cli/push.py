@@ -86,14 +86,17 @@ class UploadBar:
         if self._progress is not None:
             self._progress.stop()
 
-    def begin(self, size_bytes: int) -> None:
-        """The upload starts."""
+    def begin(self, size_bytes: int, what: str = "uploading") -> None:
+        """Something starts."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
         if not size_bytes or not sys.stderr.isatty():
             return
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-        columns = (TextColumn("uploading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         self._progress = Progress(*columns, console=Console(stderr=True))
         self._task = self._progress.add_task("upload", total=size_bytes)
         self._progress.start()
