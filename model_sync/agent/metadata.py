@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 from tuf.api import exceptions
 from tuf.api.metadata import TargetFile  # type: ignore[attr-defined]
+from tuf.api.serialization import DeserializationError
 from tuf.ngclient.config import UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
 from tuf.ngclient.updater import Updater
@@ -291,5 +292,8 @@ def explain(error: Exception, url: str) -> MeshError:
         case exceptions.DownloadError():
             reason = text or "nothing came in time"
             return MeshError(Code.UNAVAILABLE, f"The repository cannot be checked: {reason}. The node serves on.")
+        case DeserializationError():
+            why = f"Refused the metadata of {url}: it is malformed ({str(error.__cause__ or text).rstrip('.')[:200]})."
+            return MeshError(Code.UNTRUSTED, why)
         case _:
-            return MeshError(Code.UNTRUSTED, f"Refused the metadata of {url}: {text or 'it is malformed'}.")
+            return MeshError(Code.UNTRUSTED, f"Refused the metadata of {url}: {text[:200] or 'it is malformed'}.")
