@@ -25,8 +25,9 @@ from model_sync.agent.metadata import Checked, MetadataSource
 from model_sync.agent.meter import Meter
 from model_sync.agent.mirrors import Mirrors, SharedHealth
 from model_sync.agent.model_shell import ModelShell, Surroundings
-from model_sync.agent.sources import make_source
 from model_sync.agent.report import Reporter
+from model_sync.agent.source import asked_pause_s
+from model_sync.agent.sources import make_source
 from model_sync.agent.status import AgentStatus, write_status
 from model_sync.replica.events import CheckFailed, Intended, Polled, ReportFailed
 from model_sync.replica.state import Want
@@ -69,6 +70,7 @@ class Agent:
         self._shells: dict[str, ModelShell | Follower] = {}
         self._status = AgentStatus(node=config.node, channel=config.channel, mode=config.mode, pid=os.getpid())
         self._failures = 0
+        self._retry_s = 0.0
         self._hint: HintListener | None = None
         self._reporter: Reporter | None = None
         self._loop_task: asyncio.Task[None] | None = None
@@ -167,7 +169,7 @@ class Agent:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self.config.limits.check_s):
-                checked = await loop.run_in_executor(self._checker, self._metadata.check, reading.now)
+                checked = await loop.run_in_executor(self._checker, self._check_in_turn, reading.now)
         except TimeoutError:
             self._source.abort()
             raise MeshError(
@@ -181,6 +183,22 @@ class Agent:
             self._clock.verified(reading)
         return checked
 
+    def _check_in_turn(self, now: float) -> Checked:
+        """Ask the repository, then its mirrors, until one gives metadata that can be verified."""
+        refusal: MeshError | None = None
+        for source in self._source.attempts():
+            try:
+                checked = self._metadata.check(now)
+            except MeshError as error:
+                if error.code is Code.CANCELLED:
+                    raise
+                self._source.failed(source, None, error)
+                refusal = refusal or error
+            else:
+                self._source.served(source)
+                return checked
+        raise refusal or MeshError(Code.UNAVAILABLE, "No repository can be asked.")
+
     async def _apply(self, checked: Checked) -> None:
         for model, want in checked.wants.items():
             (await self._shell(model)).send(Intended(want))
@@ -190,11 +208,12 @@ class Agent:
             self._hint.known(checked.serial)
         if checked.serial != self._status.serial or self._failures:
             _log.info("channel_checked", channel=self.config.channel, serial=checked.serial, intent=checked.intent)
-        self._failures = 0
+        self._failures, self._retry_s = 0, 0.0
         self._note(serial=checked.serial, succeeded_at=self._status.checked_at, error="")
 
     def _failed(self, error: MeshError) -> None:
         self._failures += 1
+        self._retry_s = asked_pause_s(error)
         for shell in self._shells.values():
             shell.send(CheckFailed(error.message))
         if error.message != self._status.error:
@@ -223,7 +242,7 @@ class Agent:
         span = 2.0 * self.config.poll_s
         if self._failures:
             span = min(span, self.config.limits.backoff_base_s * 2.0 ** min(self._failures, 16))
-        return max(0.05, span * self._random.random())
+        return max(0.05, self._retry_s + span * self._random.random())
 
     def _listen(self) -> None:
         loop = asyncio.get_running_loop()

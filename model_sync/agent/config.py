@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from model_sync.replica.state import DeltaFailurePolicy
 from model_sync.rollout.transitions import MODELS_MAX
 from nearcast.store.pointer import Share
 
@@ -44,8 +45,9 @@ class AgentLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     download_bytes_per_s_max: Annotated[float, msgspec.Meta(ge=0)] = 0
     download_bytes_per_day_max: Annotated[int, msgspec.Meta(ge=0)] = 0
     check_s: Seconds = 60.0
-    plan_s: Seconds = 10.0
+    plan_s: Seconds = 30.0
     fetch_s: Seconds = 3600.0
+    patch_s: Seconds = 300.0
     verify_s: Seconds = 300.0
     stage_s: Seconds = 300.0
     gate_s: Seconds = 120.0
@@ -80,6 +82,10 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         channel: which channel document to follow.
         mode: `install` models, or only `follow` the channel with pointer files (a stand-alone router).
         poll_s: mean seconds between checks; each wait is drawn from [0, 2 * poll_s).
+        apply_spread_s: a new stable version is taken over within this time, each node at its own moment; 0 = at once.
+        on_delta_failure: what follows a delta that fails: the `full` file, the same again, or nothing.
+        metered: the link is paid for by the byte: a delta that fails is never followed by the full file.
+        tenant_keys: folder with the keys of tenants whose versions are sealed; "" = none.
         hint_wait_s: long-poll time asked of the control API.
         report_s: mean seconds between reports to the control API; trial_report_s: while a version is on trial.
         probation_s: how long a new version is watched before it is committed.
@@ -97,6 +103,10 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     channel: str = "stable"
     mode: Literal["install", "follow"] = "install"
     poll_s: Seconds = 30.0
+    apply_spread_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 0.0
+    on_delta_failure: DeltaFailurePolicy = "full"
+    metered: bool = False
+    tenant_keys: str = ""
     hint_wait_s: Annotated[float, msgspec.Meta(ge=0, le=60)] = 25.0
     report_s: Seconds = 60.0
     trial_report_s: Seconds = 10.0

@@ -129,14 +129,14 @@ class Download:
         left = len(missing)
         try:
             for index, chunk in self._receive(source, run):
+                if index >= run.stop:
+                    break
                 if index not in missing:
                     continue  # the source ignores ranges
                 self._check(source, index, chunk)
                 os.pwrite(handle, chunk, index * CHUNK_SIZE_BYTES)
                 os.fdatasync(handle)
                 missing.discard(index)
-                if missing.isdisjoint(run):
-                    break
         except MeshError as error:
             source.close()
             if error.code is Code.CANCELLED or isinstance(error, AllowanceError):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from model_sync.agent.fetch import Remote
-from model_sync.agent.source import RetryLaterError, Source
+from model_sync.agent.source import RetryLaterError, Source, asked_pause_s
 from model_sync.replica.mirrors import MirrorHealth
 from nearcast.errors import MeshError
 
@@ -32,9 +32,8 @@ class SharedHealth:
 
     def failed(self, place: int, error: MeshError) -> None:
         """As `MirrorHealth.failed`, now."""
-        retry_s = error.retry_s if isinstance(error, RetryLaterError) else 0.0
         with self._lock:
-            self._health.failed(self._now(), place, retry_s=retry_s)
+            self._health.failed(self._now(), place, retry_s=asked_pause_s(error))
 
     def served(self, place: int) -> None:
         """As `MirrorHealth.served`."""

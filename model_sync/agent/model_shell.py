@@ -9,15 +9,18 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from model_sync.agent.config import AgentConfig
-from model_sync.agent.gate import run_gate
+from model_sync.agent.gate import Gate
 from model_sync.agent.host_link import HostLink, VersionState
 from model_sync.agent.journal import Journal
 from model_sync.agent.metadata import MetadataSource
 from model_sync.agent.meter import Meter
 from model_sync.agent.mirrors import Mirrors
+from model_sync.agent.shorter_ways import DeltaError
+from model_sync.agent.source import asked_pause_s
 from model_sync.agent.status import ModelStatus, pointer_fields
 from model_sync.agent.steps import DiskFullError, Installer, installed_releases, read_manifest
 from model_sync.replica.events import Booted, Done, Event, Failed, Loaded, Sampled, Ticked
@@ -36,6 +39,7 @@ from model_sync.replica.machine import Replica
 from model_sync.replica.state import Failure, Goal, Memory, ReplicaLimits, State
 from nearcast.errors import Code, MeshError
 from nearcast.store import Pointer, Store
+from nearcast.store.sealing import TenantKeys
 from nearcast.telemetry import get_logger
 
 REBOOT_S = 5.0
@@ -69,10 +73,13 @@ class ModelShell:
         self.model = model
         self._around = around
         self._source = around.make_source()
+        self._installer: Installer | None = None
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._stops: dict[int, threading.Event] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._working = asyncio.Lock()
+        keys = around.config.tenant_keys
+        self._gate = Gate(Path(keys) if keys else None)
         self._timer: asyncio.TimerHandle | None = None
         self._machine: Replica | None = None
         self._fault = ""
@@ -155,8 +162,8 @@ class ModelShell:
                 self._around.journal.append(memory)
             case WritePointer(pointer):
                 self._write_pointer(pointer)
-            case Run(job, step, goal):
-                self._spawn(job, self._run(job, step, goal))
+            case Run(job, step, goal, deltas):
+                self._spawn(job, self._run(job, step, goal, deltas=deltas))
             case Refresh(job, release):
                 self._spawn(job, self._refresh(job, release))
             case Watch(job, release):
@@ -166,12 +173,15 @@ class ModelShell:
             case Discard(goal, installed):
                 self._discard(goal, installed=installed)
             case Collect(keep):
-                for release in set(self._around.store.releases(self.model)) - keep:
-                    self._around.store.remove_release(self.model, release)
+                self._collect(keep)
 
     def _write_pointer(self, pointer: Pointer) -> None:
         self._around.store.write_pointer(self.model, pointer)
         _log.info("pointer_written", model=self.model, **pointer_fields(pointer))
+
+    def _collect(self, keep: frozenset[int]) -> None:
+        for release in set(self._around.store.releases(self.model)) - keep:
+            self._around.store.remove_release(self.model, release)
 
     def _discard(self, goal: Goal, *, installed: bool) -> None:
         store = self._around.store
@@ -209,51 +219,69 @@ class ModelShell:
         if task is not None:
             task.cancel()
 
-    async def _run(self, job: int, step: State, goal: Goal) -> None:
+    async def _run(self, job: int, step: State, goal: Goal, *, deltas: bool) -> None:
         try:
-            await self._step(job, step, goal)
+            await self._step(job, step, goal, deltas=deltas)
         except DiskFullError as error:
             event: Event = Failed(job, Failure.FULL, error.message)
+        except DeltaError as error:
+            event = Failed(job, Failure.DELTA, error.message)
         except MeshError as error:
             bad = step is State.GATE and error.code is Code.UNTRUSTED
-            event = Failed(job, Failure.BAD if bad else Failure.TRANSIENT, error.message)
+            event = Failed(job, Failure.BAD if bad else Failure.TRANSIENT, error.message, asked_pause_s(error))
         except OSError as error:
             event = Failed(job, Failure.TRANSIENT, f"{step} failed: {error.strerror or error}.")
         else:
             event = Done(job)
         self.send(event)
 
-    async def _step(self, job: int, step: State, goal: Goal) -> None:
+    async def _step(self, job: int, step: State, goal: Goal, *, deltas: bool) -> None:
         store = self._around.store
         if step is State.GATE:
             # The machine's own deadline comes a little later: the child is killed here, with its reason.
             timeout_s = self._around.config.limits.gate_s * 0.95
-            await run_gate(store.folder(self.model, goal.release), timeout_s=timeout_s)
+            await self._gate.run(store.folder(self.model, goal.release), timeout_s=timeout_s)
             return
-        data = read_manifest(store, self.model, goal.release, goal.sha256)
-        if data is None:
-            data = self._around.metadata.manifest(goal.sha256)
         stop = self._stops[job] = threading.Event()
-        limits = self._around.config.limits
         async with self._working:  # a cancelled thread may need a moment to notice
-            installer = Installer(store, data, self._source, pace=self._around.meter, limits=limits, stop=stop)
+            if step is State.PLAN or self._installer is None:
+                self._installer = self._make_installer(goal)
+            installer = self._installer
             try:
-                await self._in_thread(lambda: self._work(installer, step))
+                await self._in_thread(lambda: self._work(installer, step, stop, deltas=deltas))
             finally:
                 self._stops.pop(job, None)
 
-    def _work(self, installer: Installer, step: State) -> None:
-        match step:
-            case State.PLAN:
-                installer.plan()
-            case State.FETCH:
-                self._received_bytes += installer.fetch()
-            case State.PATCH:
-                pass
-            case State.VERIFY:
-                installer.verify()
-            case _:
-                installer.stage()
+    def _make_installer(self, goal: Goal) -> Installer:
+        around = self._around
+        data = read_manifest(around.store, self.model, goal.release, goal.sha256)
+        folder = around.config.tenant_keys
+        return Installer(
+            around.store,
+            data if data is not None else around.metadata.manifest(goal.sha256),
+            self._source,
+            supply=self._source,
+            meter=around.meter,
+            limits=around.config.limits,
+            keys=TenantKeys.load(Path(folder) if folder else None),
+        )
+
+    def _work(self, installer: Installer, step: State, stop: threading.Event, *, deltas: bool) -> None:
+        before = installer.received_bytes
+        try:
+            match step:
+                case State.PLAN:
+                    installer.plan(deltas=deltas)
+                case State.FETCH:
+                    installer.fetch(stop)
+                case State.PATCH:
+                    installer.patch(stop)
+                case State.VERIFY:
+                    installer.verify()
+                case _:
+                    installer.stage()
+        finally:
+            self._received_bytes += installer.received_bytes - before
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         """Run in the executor; a cancelled caller waits for the thread's end, so that no two touch the same files."""
@@ -350,6 +378,7 @@ def replica_limits(config: AgentConfig) -> ReplicaLimits:
         check_s=limits.check_s,
         plan_s=limits.plan_s,
         fetch_s=limits.fetch_s,
+        patch_s=limits.patch_s,
         verify_s=limits.verify_s,
         stage_s=limits.stage_s,
         gate_s=limits.gate_s,
@@ -357,6 +386,9 @@ def replica_limits(config: AgentConfig) -> ReplicaLimits:
         probation_s=config.probation_s,
         backoff_base_s=limits.backoff_base_s,
         backoff_cap_s=limits.backoff_cap_s,
+        apply_spread_s=config.apply_spread_s,
+        on_delta_failure=config.on_delta_failure,
+        metered=config.metered,
         boots_max=limits.boots_max,
         error_share_max=limits.error_share_max,
         errors_min=limits.errors_min,

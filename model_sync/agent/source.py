@@ -32,6 +32,15 @@ class StatusError(RetryLaterError):
         self.status = status
 
 
+def asked_pause_s(error: BaseException | None) -> float:
+    """The pause that a source asked for, of an error or of what caused it; 0 = none."""
+    while error is not None:
+        if isinstance(error, RetryLaterError) and error.retry_s > 0.0:
+            return error.retry_s
+        error = error.__cause__
+    return 0.0
+
+
 class Source(ABC):
     """One place that holds the repository, or a part of it. `abort` may come from any thread."""
 

@@ -6,16 +6,29 @@ import errno
 import hashlib
 import shutil
 import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from model_sync.agent.config import AgentLimits
-from model_sync.agent.fetch import Download, Pace, Patience, Remote, Supply, verify_file
+from model_sync.agent.fetch import Download, Patience, Remote, Supply, missing_chunks, runs, verify_file
+from model_sync.agent.meter import Meter
+from model_sync.agent.mirrors import Mirrors
+from model_sync.agent.shorter_ways import Bases, DeltaError, ShorterWay, find_way, range_reader, walk
+from model_sync.agent.source import StatusError
+from model_sync.delta.limits import ReadRange
 from model_sync.repository.layout import blob_path
 from model_sync.trust.vouching import require_digest
 from nearcast.durable import write_file
 from nearcast.errors import Code, MeshError
 from nearcast.store import Manifest, Store, decode_manifest
-from nearcast.store.manifest import MANIFEST_FILE
+from nearcast.store.manifest import MANIFEST_FILE, File
+from nearcast.store.sealing import TenantKeys
+from nearcast.store.store import STAGING_FOLDER, parse_release
+
+PARTIAL_AGE_S = 3600.0
+"""A partial download of another model that nobody has written to for this long is given up when room is short."""
 
 
 class DiskFullError(MeshError):
@@ -26,24 +39,36 @@ class DiskFullError(MeshError):
 
 
 class Installer:
-    """Brings the files of one release into the store.
+    """Brings the files of one release into the store, step by step; each step begins with what is on the disk.
 
     Args:
         data: bytes of the verified manifest.
-        supply: whom to ask for its files.
-        stop: set from another thread to give up within one chunk.
+        mirrors: whom to ask about deltas.
+        supply: whom to ask for chunks.
+        keys: the tenants' keys that are on this node.
     """
 
     def __init__(
-        self, store: Store, data: bytes, supply: Supply, *, pace: Pace, limits: AgentLimits, stop: threading.Event
+        self,
+        store: Store,
+        data: bytes,
+        mirrors: Mirrors,
+        *,
+        supply: Supply,
+        meter: Meter,
+        limits: AgentLimits,
+        keys: TenantKeys,
     ) -> None:
+        self.received_bytes = 0
         self._store = store
         self._data = data
         self._manifest: Manifest = decode_manifest(data)
+        self._mirrors = mirrors
         self._supply = supply
-        self._pace = pace
+        self._meter = meter
         self._limits = limits
-        self._stop = stop
+        self._keys = keys
+        self._shorter: dict[str, ShorterWay] = {}
 
     @property
     def folder(self) -> Path:
@@ -58,55 +83,138 @@ class Installer:
         except FileNotFoundError:
             return False
 
-    def plan(self) -> None:
-        """Check that there is room for what is still missing, before anything is fetched.
+    def plan(self, *, deltas: bool) -> None:
+        """Find the cheapest way to each file, and check that there is room and allowance, before anything is fetched.
 
         Raises:
             DiskFullError: saying how much is missing.
+            MeshError: UNAVAILABLE if no source answers, or no more may be downloaded today.
         """
+        self._shorter.clear()
+        if self.is_installed:
+            return
         staged = self._staged()
-        missing = 0
+        missing = {entry.path: _missing_bytes(entry, staged / entry.path) for entry in self._manifest.files}
+        if deltas:
+            self._find_ways(missing)
+        ways = self._shorter
+        payloads = sum(one.way.size_bytes for one in ways.values() if one.way is not None)
+        self._require_room(sum(entry.size_bytes for entry in self._manifest.files) + payloads + len(self._data), staged)
+        full = sum(size for path, size in missing.items() if path not in ways)
+        self._meter.require(full + payloads, self._what())
+
+    def _find_ways(self, missing: Mapping[str, int]) -> None:
+        bases = Bases(self._store, self._manifest.name)
         for entry in self._manifest.files:
-            path = staged / entry.path
-            present = path.stat().st_size if path.is_file() else 0
-            missing += max(0, entry.size_bytes - present)
-        used = folder_size_bytes(self._store.root)
-        if used + missing > self._limits.quota_bytes:
+            if missing[entry.path]:
+                way = find_way(
+                    self._mirrors,
+                    self._manifest,
+                    entry,
+                    bases,
+                    missing_bytes=missing[entry.path],
+                    timeout_s=self._limits.chunk_timeout_s,
+                )
+                if way is not None:
+                    self._shorter[entry.path] = way
+
+    def _require_room(self, size_bytes: int, staged: Path) -> None:
+        """Full files, payloads and manifest with a tenth in reserve must fit beside what is kept."""
+        needed = size_bytes + size_bytes // 10
+        if self._used_bytes(staged) + needed > self._limits.quota_bytes:
+            discard_partials(self._store, staged)
+        used = self._used_bytes(staged)
+        if used + needed > self._limits.quota_bytes:
             raise DiskFullError(
-                f"Not enough quota for {self._what()}: it needs {_mb(missing)} more, and {_mb(used)} of "
+                f"Not enough quota for {self._what()}: it needs {_mb(needed)}, and {_mb(used)} of "
                 f"{_mb(self._limits.quota_bytes)} are in use; raise `limits.quota_bytes`. The node serves on."
             )
-        free = shutil.disk_usage(self._store.root).free
-        if free - missing < self._limits.free_bytes_min:
+        free = shutil.disk_usage(self._store.root).free + folder_size_bytes(staged)
+        if free - needed < self._limits.free_bytes_min:
             raise DiskFullError(
-                f"The disk is too full for {self._what()}: it needs {_mb(missing)} and {_mb(free)} are free; "
+                f"The disk is too full for {self._what()}: it needs {_mb(needed)} and {_mb(free)} are free; "
                 "make room. The node serves on."
             )
 
-    def fetch(self) -> int:
-        """Fetch what is missing into the staging folder; returns the bytes that came over the network.
+    def _used_bytes(self, staged: Path) -> int:
+        return folder_size_bytes(self._store.root) - folder_size_bytes(staged)
+
+    def fetch(self, stop: threading.Event) -> None:
+        """Fetch payloads and files into the staging folder. `stop`, from another thread, ends it within one chunk.
 
         Raises:
+            DeltaError: if a payload is not there, or not what the index says.
             MeshError: as `Download.run`; DiskFullError if the disk is full.
         """
         staged = self._staged()
-        received = 0
         try:
             for entry in self._manifest.files:
-                remote = Remote(
-                    path=blob_path(entry.sha256), size_bytes=entry.size_bytes, sha256=entry.sha256, chunks=entry.chunks
-                )
-                received += self._download(remote, staged / entry.path)
+                shorter = self._shorter.get(entry.path)
+                if shorter is None:
+                    self._download(_blob(entry), staged / entry.path, stop)
+                elif shorter.remote is not None:
+                    self._fetch_payload(shorter.remote, staged / shorter.payload_name, stop)
         except OSError as error:
             raise self._full(error) from error
-        return received
+        finally:
+            with suppress(OSError):
+                self._meter.save()
 
-    def _download(self, remote: Remote, path: Path) -> int:
+    def _fetch_payload(self, remote: Remote, path: Path, stop: threading.Event) -> None:
+        try:
+            self._download(remote, path, stop)
+        except StatusError as error:
+            raise DeltaError(error.code, error.message) from error
+        except MeshError as error:
+            if error.code is Code.UNTRUSTED:
+                raise DeltaError(error.code, error.message) from error
+            raise
+
+    def _download(self, remote: Remote, path: Path, stop: threading.Event) -> None:
         limits = self._limits
         patience = Patience(chunk_timeout_s=limits.chunk_timeout_s, rate_bytes_per_s_min=limits.source_bytes_per_s_min)
-        download = Download(remote, path, self._supply, pace=self._pace, patience=patience, stop=self._stop)
-        download.run()
-        return download.received_bytes
+        download = Download(remote, path, self._supply, pace=self._meter, patience=patience, stop=stop)
+        try:
+            download.run()
+        finally:
+            self.received_bytes += download.received_bytes
+
+    def patch(self, stop: threading.Event) -> None:
+        """Make the files for which a shorter way was fetched.
+
+        Raises:
+            DeltaError: if a way does not lead to the signed file.
+            MeshError: UNAVAILABLE if parts of the full file were needed and not given; DiskFullError.
+        """
+        if not self._shorter:
+            return
+        staged = self._staged()
+        bases = Bases(self._store, self._manifest.name)
+        for shorter in self._shorter.values():
+            payload = staged / shorter.payload_name if shorter.way is not None else None
+            try:
+                data = payload.read_bytes() if payload is not None else b""
+                made = walk(shorter, data, self._manifest, bases, self._keys, self._range_reader(shorter.entry, stop))
+                (staged / shorter.entry.path).write_bytes(made)
+            except OSError as error:
+                raise self._full(error) from error
+            finally:
+                if payload is not None:
+                    payload.unlink(missing_ok=True)
+        self._shorter.clear()
+
+    def _range_reader(self, entry: File, stop: threading.Event) -> ReadRange:
+        read_range = range_reader(self._mirrors, entry, timeout_s=self._limits.chunk_timeout_s)
+
+        def read(start: int, size_bytes: int) -> bytes:
+            if stop.is_set():
+                raise MeshError(Code.CANCELLED, "The download was stopped.")
+            data = read_range(start, size_bytes)
+            self.received_bytes += size_bytes
+            self._meter.take(size_bytes, stop)
+            return data
+
+        return read
 
     def verify(self) -> None:
         """Hash every file that is to be served.
@@ -160,6 +268,34 @@ class Installer:
                 "make room. The node serves on."
             )
         return MeshError(Code.UNAVAILABLE, f"{self._what()} could not be written: {error.strerror or error}.")
+
+
+def _blob(entry: File) -> Remote:
+    return Remote(path=blob_path(entry.sha256), size_bytes=entry.size_bytes, sha256=entry.sha256, chunks=entry.chunks)
+
+
+def _missing_bytes(entry: File, path: Path) -> int:
+    """What is not yet on the disk of a staged file, in whole chunks."""
+    try:
+        with path.open("rb") as file:
+            missing = missing_chunks(entry.chunks, entry.size_bytes, file.fileno())
+    except FileNotFoundError:
+        return entry.size_bytes
+    spans = [_blob(entry).span(run) for run in runs(missing)]
+    return sum(end - start for start, end in spans)
+
+
+def discard_partials(store: Store, kept: Path) -> None:
+    """Remove what interrupted installations left: of the same model at once, of others when it has not been touched for
+    `PARTIAL_AGE_S`. `kept` is the staging folder of the release that is being installed.
+    """
+    for folder in (store.root / STAGING_FOLDER).glob("[!.]*/*"):
+        release = parse_release(folder.name)
+        if folder == kept or release is None or not folder.is_dir():
+            continue
+        touched = max((path.stat().st_mtime for path in folder.iterdir()), default=0.0)
+        if folder.parent == kept.parent or time.time() - touched > PARTIAL_AGE_S:
+            store.discard_staged(folder.parent.name, release)
 
 
 def installed_releases(store: Store, model: str) -> dict[int, str]:
