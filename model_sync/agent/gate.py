@@ -5,24 +5,56 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
 from nearcast.errors import Code, MeshError
-from nearcast.serving.gate_child import gate_command, gate_environment, read_verdict
+from nearcast.serving.gate_child import KILLED, gate_command, gate_environment, read_verdict
 
 OUTPUT_BYTES_MAX = 64 * 1024
+KILLS_MAX = 5
+"""A child that is killed from outside says nothing about the version, but so many times in a row it does: the version
+takes more memory than this node has, and each new try endangers what serves."""
+
+
+class Gate:
+    """The gate of one model. `tenant_keys` is the folder of the keys that open sealed versions."""
+
+    def __init__(self, tenant_keys: Path | None = None) -> None:
+        self._tenant_keys = tenant_keys
+        self._kills: Counter[Path] = Counter()
+
+    async def run(self, folder: Path, *, timeout_s: float) -> None:
+        """Return if the version in `folder` passes. A cancelled caller takes the child with it.
+
+        Raises:
+            MeshError: UNTRUSTED with the gate's reason, also if the child crashed, took longer than `timeout_s`, or was
+                killed `KILLS_MAX` times; UNAVAILABLE if it may pass later: it was killed, or a tenant's key is missing.
+            OSError: if no child could be started.
+        """
+        status, output, errors = await _run_child(folder, timeout_s, self._tenant_keys)
+        verdict = read_verdict(status, output, errors)
+        if status != KILLED:
+            del self._kills[folder]
+        else:
+            self._kills[folder] += 1
+        if verdict.is_transient and self._kills[folder] < KILLS_MAX:
+            raise MeshError(Code.UNAVAILABLE, f"its gate came to no end and is tried again: {verdict.error}")
+        if not verdict.ok:
+            del self._kills[folder]
+            raise MeshError(Code.UNTRUSTED, f"it did not pass the gate: {verdict.error}")
 
 
 async def run_gate(folder: Path, *, timeout_s: float) -> None:
-    """Return if the version in `folder` passes. A cancelled caller takes the child with it.
+    """One gate without a memory of those before."""
+    await Gate().run(folder, timeout_s=timeout_s)
 
-    Raises:
-        MeshError: UNTRUSTED with the gate's reason, also if the child crashed or took longer than `timeout_s`.
-        OSError: if no child could be started.
-    """
+
+async def _run_child(folder: Path, timeout_s: float, tenant_keys: Path | None) -> tuple[int, bytes, bytes]:
+    """Exit status, and the end of what the child wrote to stdout and stderr."""
     child = await asyncio.create_subprocess_exec(
-        *gate_command(folder),
+        *gate_command(folder, tenant_keys=tenant_keys),
         env=gate_environment(),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
@@ -42,9 +74,7 @@ async def run_gate(folder: Path, *, timeout_s: float) -> None:
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             await child.wait()
-    verdict = read_verdict(status, output, errors)
-    if not verdict.ok:
-        raise MeshError(Code.UNTRUSTED, f"it did not pass the gate: {verdict.error}")
+    return status, output, errors
 
 
 async def _read_tail(stream: asyncio.StreamReader) -> bytes:
