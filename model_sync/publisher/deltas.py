@@ -71,7 +71,8 @@ def upload_deltas(
         files = [entry for entry in _distinct(manifest) if _is_wanted(client, entry)] if budget_s > 0 else []
         if not files:
             return ()
-        pairs = _pairs(files, manifest, earlier_manifests(client, roles, manifest))
+        earlier = earlier_manifests(client, roles, manifest)
+        pairs = [(entry, find_bases(entry, manifest, earlier)) for entry in files]
         cache = BaseCache(operator / CACHE_FOLDER, client)
         for _, bases in pairs:
             for _, base in bases:
@@ -161,15 +162,12 @@ def _is_wanted(client: ControlClient, entry: File) -> bool:
     return status != 200
 
 
-def _pairs(files: Sequence[File], manifest: Manifest, earlier: Sequence[Manifest]) -> list[tuple[File, list[Base]]]:
-    """Each file with those of the same name or role in earlier releases, newest first."""
-    pairs = []
-    for entry in files:
-        bases: dict[str, Base] = {}
-        for old in earlier:
-            names = {entry.path, old.model_file if entry.path == manifest.model_file else entry.path}
-            for base in old.files:
-                if base.path in names and base.sha256 != entry.sha256:
-                    bases.setdefault(base.sha256, (old, base))
-        pairs.append((entry, list(bases.values())))
-    return pairs
+def find_bases(entry: File, manifest: Manifest, earlier: Sequence[Manifest]) -> list[Base]:
+    """Files of earlier releases with the name or the role of a new one; of equal ones the first."""
+    bases: dict[str, Base] = {}
+    for old in earlier:
+        names = {entry.path, old.model_file if entry.path == manifest.model_file else entry.path}
+        for base in old.files:
+            if base.path in names and base.sha256 != entry.sha256:
+                bases.setdefault(base.sha256, (old, base))
+    return list(bases.values())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nearcast.cli import bundle_diff
 from nearcast.cli.listing import json_option, print_json, print_table
 
 if TYPE_CHECKING:
@@ -17,7 +18,10 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 
 @click.group()
 def command() -> None:
-    """Create, verify and inspect model bundles."""
+    """Create, verify, compare and inspect model bundles."""
+
+
+command.add_command(bundle_diff.command)
 
 
 @command.command()
