@@ -8,6 +8,7 @@ takes from the clock of the machine and `set_reference_time` replaces by ours; a
 from __future__ import annotations
 
 import datetime as dt
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,11 +25,11 @@ from tuf.ngclient.updater import Updater
 from model_sync.agent.source import Source, StatusError
 from model_sync.replica.state import Goal, Want
 from model_sync.repository.layout import custom_rollback_ok, models_path, target_file_path
-from model_sync.rollout.document import ChannelDocument, Pick, Rollout
+from model_sync.rollout.document import ChannelDocument, Pick, Rollout, last_intent
 from model_sync.trust.vouching import TargetFacts, require_digest, vouched
 from nearcast.durable import make_folder, remove_leftovers, sync_folder, write_file
 from nearcast.errors import Code, MeshError
-from nearcast.store.manifest import MANIFEST_SIZE_BYTES_MAX, Manifest, decode_manifest
+from nearcast.store.manifest import MANIFEST_SIZE_BYTES_MAX, SHA256_PATTERN, Manifest, decode_manifest
 
 CHANNEL_SIZE_BYTES_MAX = 1024 * 1024
 
@@ -139,7 +140,9 @@ class MetadataSource:
         """
         try:
             return self._check(now)
-        except (exceptions.RepositoryError, exceptions.DownloadError) as error:
+        except (MeshError, OSError):
+            raise
+        except Exception as error:  # whatever a parser makes of hostile bytes: the next check must come
             raise explain(error, self._source.url) from error
 
     def manifest(self, sha256: str) -> bytes:
@@ -169,6 +172,7 @@ class MetadataSource:
             )
         data = self._small_target(target, path, CHANNEL_SIZE_BYTES_MAX)
         document = decode_channel(data, self._channel, self._models_max)
+        require_intent_of(root_version_of(updater), document)
         wants = {rollout.model: self._want(updater, rollout, document.intent) for rollout in document.rollouts}
         self._prune({one.sha256 for want in wants.values() for one in (want.stable, want.candidate) if one})
         return Checked(serial=serial_of(updater), intent=document.intent, wants=wants)
@@ -190,10 +194,10 @@ class MetadataSource:
         """One pick with what the models role says about it; a bad one is refused alone, with its reason."""
         try:
             target, manifest = self._vouched(updater, model, pick)
-        except MeshError as error:
-            return Goal(release=pick.release, sha256=pick.manifest_sha256, refusal=error.message)
-        except (exceptions.RepositoryError, exceptions.DownloadError) as error:
-            reason = explain(error, self._source.url).message
+        except OSError:
+            raise
+        except Exception as error:  # as in `check`: one team's hostile role must not hold up the others
+            reason = error.message if isinstance(error, MeshError) else explain(error, self._source.url).message
             return Goal(release=pick.release, sha256=pick.manifest_sha256, refusal=reason)
         return Goal(
             release=pick.release,
@@ -220,8 +224,8 @@ class MetadataSource:
 
     def _small_target(self, target: TargetFile, path: str, size_bytes_max: int) -> bytes:
         sha256 = target.hashes.get("sha256", "")
-        if len(sha256) != 64 or target.length > size_bytes_max:
-            raise MeshError(Code.UNTRUSTED, f"{path} has no sha256, or more than {size_bytes_max} bytes.")
+        if re.fullmatch(SHA256_PATTERN, sha256) is None or target.length > size_bytes_max:
+            raise MeshError(Code.UNTRUSTED, f"Refused {path}: it has no sha256, or more than {size_bytes_max} bytes.")
         place = self._targets / f"{sha256}.json"
         try:
             data = place.read_bytes()
@@ -250,6 +254,27 @@ def set_reference_time(updater: Updater, now: float) -> None:
 def serial_of(updater: Updater) -> int:
     """Version of the verified timestamp: what the hint counts."""
     return int(updater._trusted_set.timestamp.version)  # noqa: SLF001 (no other way)
+
+
+def root_version_of(updater: Updater) -> int:
+    """Version of the verified root."""
+    return int(updater._trusted_set.root.version)  # noqa: SLF001 (no other way)
+
+
+def require_intent_of(root_version: int, document: ChannelDocument) -> None:
+    """Refuse an intent beyond what the present root has room for.
+
+    Who stole the online key could else use up all numbers, and no document would ever be newer again.
+
+    Raises:
+        MeshError: UNTRUSTED.
+    """
+    if document.intent > last_intent(root_version):
+        raise MeshError(
+            Code.UNTRUSTED,
+            f"Refused the document of channel {document.channel!r}: intent {document.intent} is beyond what root "
+            f"{root_version} allows, so its key is in wrong hands; replace it with `nearcast keys rotate online`.",
+        )
 
 
 def decode_channel(data: bytes, channel: str, models_max: int) -> ChannelDocument:

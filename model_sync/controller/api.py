@@ -7,11 +7,13 @@ A client certificate is optional at the TLS level and required per route. What m
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hashlib
 import re
 import secrets
-from collections.abc import Awaitable, Callable
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import msgspec
@@ -29,11 +31,18 @@ from model_sync.controller.config import SyncLimits
 from model_sync.controller.delta_uploads import DeltaUploads
 from model_sync.controller.enrolment import EnrolmentAuthority
 from model_sync.controller.hint import Hint
+from model_sync.controller.home import ENROLMENT_FILE
+from model_sync.controller.lineage import Change, Lineage
 from model_sync.controller.node_directory import Announcement, NodeDirectory
+from model_sync.controller.online_key import make_next_online_key, settle_online_key
+from model_sync.controller.reports import Reports, Stop, verify_report
 from model_sync.controller.uploads import Uploads
+from model_sync.repository.layout import parse_models_path
 from model_sync.repository.repository import Repository
-from model_sync.rollout.document import Pick
+from model_sync.rollout.document import ChannelDocument, Pick, Rollout
+from model_sync.rollout.report import REPORT_SIZE_BYTES_MAX, SIGNATURE_HEADER
 from model_sync.rollout.transitions import Command, apply, find_rollout
+from model_sync.rollout.trial import TrialLimits
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import CATALOGUE, Code, MeshError
 from nearcast.identity import CertificateAuthority, JoinToken, parse_uri, peer_uri
@@ -41,6 +50,8 @@ from nearcast.store.manifest import is_model_name
 from nearcast.telemetry import get_logger
 
 NODE_ROLES = ("edge", "cloud", "router")
+CONTROLLER = "controller"
+"""Who changes a channel when nobody does."""
 MESH_ROLES = (*NODE_ROLES, "sync", "operator")
 _FOLDERS = ("metadata", "targets", "blobs", "deltas")
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,255}")
@@ -59,9 +70,11 @@ class Controller:
         device_authority: CertificateAuthority,
         *,
         limits: SyncLimits | None = None,
+        trial: TrialLimits | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         limits = limits or SyncLimits()
+        self._trial = trial or TrialLimits()
         self.url = ""
         self.hint = Hint(
             repository.serial,
@@ -76,6 +89,9 @@ class Controller:
         self._nodes = NodeDirectory(nodes_max=limits.nodes_max, ttl_s=limits.node_ttl_s, began=clock.monotonic())
         self._uploads = Uploads(repository.folder, limits)
         self._delta_uploads = DeltaUploads(repository.folder, self._uploads)
+        self._reports = Reports(self._trial, limits)
+        self._followed: dict[str, int] = {}
+        self._lineage = Lineage(repository.folder.parent / ENROLMENT_FILE)
         self._limits = limits
         self._clock = clock
         # One change at a time: each reads the present state, decides, and signs the next.
@@ -99,10 +115,15 @@ class Controller:
                 web.put("/v1/deltas/{result}/{name}", self._put_delta),
                 web.post("/v1/releases", self._publish),
                 web.post("/v1/roles", self._publish_offline),
+                web.post("/v1/online-key", self._offer_online_key),
                 web.post("/v1/rollouts", self._roll),
                 web.get("/v1/channels/{channel}", self._channel),
+                web.get("/v1/channels/{channel}/status", self._channel_status),
+                web.post("/v1/reports", self._take_report),
+                web.get("/v1/lineage", self._read_lineage),
             ]
         )
+        app.cleanup_ctx.append(self._judge_trials)
         return app
 
     async def refresh(self) -> bool:
@@ -157,6 +178,7 @@ class Controller:
             serial = await asyncio.to_thread(
                 self._repository.publish_models, wanted.team, bytes(wanted.metadata), manifests
             )
+            await asyncio.to_thread(self._record, [self._published(path, operator) for path in manifests])
         self.hint.announce(serial)
         _log.info("release_published", operator=operator, team=wanted.team, added=sorted(manifests), serial=serial)
         return web.json_response({"serial": serial})
@@ -164,27 +186,45 @@ class Controller:
     async def _publish_offline(self, request: web.Request) -> web.Response:
         _, operator = self._require(request, ("operator",))
         wanted = await self._body(request, RolesRequest, self._limits.body_size_bytes_max)
+        models = {name: bytes(role) for name, role in wanted.models.items()}
+        repository = self._repository
         async with self._change:
             serial = await asyncio.to_thread(
-                self._repository.publish_offline, bytes(wanted.root) or None, bytes(wanted.targets) or None
+                repository.publish_offline, bytes(wanted.root) or None, bytes(wanted.targets) or None, models
             )
+            settle_online_key(repository.folder.parent, repository.online_keyid)
         self.hint.announce(serial)
-        _log.info("offline_roles_renewed", operator=operator, serial=serial)
+        _log.info("offline_roles_changed", operator=operator, root=repository.root_version, serial=serial)
         return web.json_response({"serial": serial})
+
+    async def _offer_online_key(self, request: web.Request) -> web.Response:
+        """Make the next online key; it signs nothing before root and targets trust it."""
+        _, operator = self._require(request, ("operator",))
+        async with self._change:
+            signer = make_next_online_key(self._repository.folder.parent)
+            self._repository.offer_signer(signer)
+        _log.info("online_key_made", operator=operator, keyid=signer.public_key.keyid)
+        return web.json_response({"keyid": signer.public_key.keyid, "key": signer.public_key.to_dict()})
 
     async def _roll(self, request: web.Request) -> web.Response:
         _, operator = self._require(request, ("operator",))
-        wanted = await self._body(request, RolloutRequest)
-        async with self._change:
-            intent, serial = await asyncio.to_thread(self._decide, wanted)
-        self.hint.announce(serial)
-        _log.info(
-            "channel_changed", operator=operator, channel=wanted.channel, model=wanted.model, action=wanted.action,
-            release=wanted.release, intent=intent, serial=serial,
-        )  # fmt: skip
+        intent, serial = await self._change_channel(await self._body(request, RolloutRequest), operator)
         return web.json_response({"intent": intent, "serial": serial})
 
-    def _decide(self, wanted: RolloutRequest) -> tuple[int, int]:
+    async def _change_channel(self, wanted: RolloutRequest, by: str) -> tuple[int, int]:
+        async with self._change:
+            before = find_rollout(self._repository.channel(wanted.channel), wanted.model)
+            intent, serial = await asyncio.to_thread(self._decide, wanted, by)
+            await asyncio.to_thread(self._record, [self._changed(wanted, by, before, intent)])
+            self._follow(wanted.channel)
+        self.hint.announce(serial)
+        _log.info(
+            "channel_changed", by=by, channel=wanted.channel, model=wanted.model, action=wanted.action,
+            release=wanted.release, intent=intent, serial=serial, reason=wanted.reason,
+        )  # fmt: skip
+        return intent, serial
+
+    def _decide(self, wanted: RolloutRequest, by: str) -> tuple[int, int]:
         repository = self._repository
         pick = None
         if wanted.release is not None:
@@ -208,16 +248,125 @@ class Controller:
                 reason=wanted.reason,
                 newest=max(repository.releases(wanted.model), default=0),
                 rollback_ok=allowed,
+                disagreement_max=wanted.disagreement_max,
+                by=by,
+                at=round(self._clock.wall(), 3),
             ),
         )
-        return following.intent, repository.publish_channel(following)
+        serial = repository.publish_channel(following)
+        signed = repository.channel(wanted.channel)
+        assert signed is not None
+        return signed.intent, serial
 
     async def _channel(self, request: web.Request) -> web.Response:
-        name = request.match_info["channel"]
+        document = self._document(request.match_info["channel"])
+        return web.Response(body=msgspec.json.encode(document), content_type="application/json")
+
+    def _document(self, name: str) -> ChannelDocument:
         document = self._repository.channel(name) if is_model_name(name) else None
         if document is None:
             raise MeshError(Code.MODEL_NOT_FOUND, "There is no such channel yet; the first push to it makes it.")
-        return web.Response(body=msgspec.json.encode(document), content_type="application/json")
+        return document
+
+    # -- trials -------------------------------------------------------------------------------------------------------
+
+    async def _take_report(self, request: web.Request) -> web.Response:
+        _, name = self._require(request, NODE_ROLES)
+        data = await self._read(request, REPORT_SIZE_BYTES_MAX)
+        certificate = _tls(request).getpeercert(binary_form=True)
+        verify_report(data, request.headers.get(SIGNATURE_HEADER, ""), certificate)
+        accepted = self._reports.take(self._clock.monotonic(), name, data)
+        return web.json_response({"accepted": accepted})
+
+    async def _channel_status(self, request: web.Request) -> web.Response:
+        self._require(request, ("operator",))
+        channel, model = request.match_info["channel"], request.query.get("model", "")
+        self._follow(channel)
+        document = self._document(channel)
+        reporting = self._reports.names(self._clock.monotonic())
+        silent = [m.name for m in self._enrolment.members() if m.role in NODE_ROLES and m.name not in reporting]
+        picked = [one for one in document.rollouts if model in ("", one.model)]
+        return web.json_response(
+            {
+                "channel": channel,
+                "intent": document.intent,
+                "auto_stop": self._trial.auto_stop,
+                "reporting": len(reporting),
+                "silent": sorted(silent),
+                "rollouts": [self._reports.describe(channel, rollout) for rollout in picked],
+            }
+        )
+
+    async def _read_lineage(self, request: web.Request) -> web.Response:
+        self._require(request, ("operator",))
+        changes = await asyncio.to_thread(self._lineage.read, request.query.get("model", ""))
+        return web.Response(body=msgspec.json.encode({"changes": changes}), content_type="application/json")
+
+    async def _judge_trials(self, app: web.Application) -> AsyncIterator[None]:
+        del app
+        task = asyncio.get_running_loop().create_task(self._judge_forever())
+        yield
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    async def _judge_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._limits.judge_s)
+            for channel in list(self._followed):
+                self._follow(channel)
+            for stop in self._reports.judge():
+                _log.warning(
+                    "trial_failed", channel=stop.channel, model=stop.model, release=stop.release, reason=stop.reason
+                )
+                if self._trial.auto_stop:
+                    await self._stop(stop)
+
+    async def _stop(self, stop: Stop) -> None:
+        reason = f"Stopped by the controller: {stop.reason}."
+        wanted = RolloutRequest(
+            channel=stop.channel, model=stop.model, action="stop", release=stop.release, reason=reason[:1024]
+        )
+        try:
+            await self._change_channel(wanted, CONTROLLER)
+        except Exception:  # noqa: BLE001 - an operator was quicker, or the disk is full: the next report asks again
+            _log.exception("trial_not_stopped", channel=stop.channel, model=stop.model)
+
+    def _follow(self, channel: str) -> None:
+        """Learn of the channel's trials; only when anything was signed since the last time."""
+        serial = self._repository.serial
+        if self._followed.get(channel) == serial or not is_model_name(channel):
+            return
+        document = self._repository.channel(channel)
+        if document is not None:
+            self._followed[channel] = serial
+            self._reports.follow(channel, document)
+
+    def _record(self, changes: list[Change]) -> None:
+        try:
+            self._lineage.append(*changes)
+        except sqlite3.Error:
+            # What was signed stands, and names who and when by itself.
+            _log.exception("lineage_not_written")
+
+    def _published(self, path: str, by: str) -> Change:
+        model, release = parse_models_path(path)
+        published = self._repository.find(model, release)
+        return Change(
+            at=self._clock.wall(), by=by, channel="", model=model, action="publish", release=release,
+            manifest_sha256=published.manifest_sha256, data_sha256=published.manifest.data_sha256,
+        )  # fmt: skip
+
+    def _changed(self, wanted: RolloutRequest, by: str, before: Rollout | None, intent: int) -> Change:
+        tried = before.candidate.release if before is not None and before.candidate is not None else None
+        release = wanted.release if wanted.release is not None else tried
+        published = self._repository.find(wanted.model, release) if release is not None else None
+        return Change(
+            at=self._clock.wall(), by=by, channel=wanted.channel, model=wanted.model, action=wanted.action,
+            release=release, replaced=before.stable.release if before is not None else None, reason=wanted.reason,
+            manifest_sha256=published.manifest_sha256 if published is not None else None,
+            data_sha256=published.manifest.data_sha256 if published is not None else None, intent=intent,
+        )  # fmt: skip
 
     # -- members ------------------------------------------------------------------------------------------------------
 
@@ -291,6 +440,7 @@ class Controller:
             raise MeshError(Code.CONFLICT, "You cannot remove yourself; let another operator do it.")
         self._enrolment.remove(name)
         self._nodes.remove(name)
+        self._reports.forget(name)
         _log.info("node_removed", operator=operator, name=name)
         return web.json_response({"name": name})
 
@@ -308,13 +458,16 @@ class Controller:
         self._enrolment.require_member(name, role, hashlib.sha256(tls.getpeercert(binary_form=True)).hexdigest())
         return role, name
 
-    async def _body(self, request: web.Request, type_: type[T], size_bytes_max: int | None = None) -> T:
-        bound = size_bytes_max or self._limits.small_body_size_bytes_max
-        if (request.content_length or 0) > bound:
-            raise MeshError(Code.TOO_LARGE, f"The body is larger than {bound} bytes.")
+    async def _read(self, request: web.Request, size_bytes_max: int) -> bytes:
+        if (request.content_length or 0) > size_bytes_max:
+            raise MeshError(Code.TOO_LARGE, f"The body is larger than {size_bytes_max} bytes.")
         data = await request.read()
-        if len(data) > bound:
-            raise MeshError(Code.TOO_LARGE, f"The body is larger than {bound} bytes.")
+        if len(data) > size_bytes_max:
+            raise MeshError(Code.TOO_LARGE, f"The body is larger than {size_bytes_max} bytes.")
+        return data
+
+    async def _body(self, request: web.Request, type_: type[T], size_bytes_max: int | None = None) -> T:
+        data = await self._read(request, size_bytes_max or self._limits.small_body_size_bytes_max)
         try:
             return msgspec.json.decode(data, type=type_)
         except msgspec.DecodeError as error:

@@ -15,10 +15,10 @@ from aiohttp import web
 from model_sync.controller.api import Controller
 from model_sync.controller.config import SyncConfig
 from model_sync.controller.enrolment import EnrolmentAuthority
-from model_sync.controller.home import ENROLMENT_FILE, ONLINE_KEY, fresh_identity, last_port, lock_home, write_control
+from model_sync.controller.home import ENROLMENT_FILE, fresh_identity, last_port, lock_home, write_control
+from model_sync.controller.online_key import load_online_keys, settle_online_key
 from model_sync.home import default_home
 from model_sync.repository.repository import Repository
-from model_sync.repository.signing_key import load_key
 from nearcast import runtime, telemetry
 from nearcast.config import load_config
 from nearcast.errors import Code, MeshError
@@ -49,17 +49,20 @@ async def serve(config: SyncConfig, shutdown: Shutdown) -> int:
             invites_max=config.limits.invites_max,
             invite_ttl_s_max=config.limits.invite_ttl_s_max,
         )
+        repository = Repository(home / "repository", *load_online_keys(home))
+        settle_online_key(home, repository.online_keyid)
         controller = Controller(
-            Repository(home / "repository", load_key(home / ONLINE_KEY)),
+            repository,
             enrolment,
             authority,
             CertificateAuthority.load(home / "device-ca"),
             limits=config.limits,
+            trial=config.trial,
         )
         tls = server_tls(fresh_identity(home, authority), require_client=False, alpn=("http/1.1",))
         runner = web.AppRunner(controller.application(), access_log=None, shutdown_timeout=config.drain_s)
         try:
-            await controller.refresh()
+            await _refresh(controller)
             await runner.setup()
             controller.url = await listen(runner, config, home, tls)
             addresses = {"control": controller.url}
@@ -111,10 +114,17 @@ async def _keep_fresh(
             return
         try:
             reload_certificate(tls, fresh_identity(home, authority))
-            await controller.refresh()
         except (OSError, MeshError):
-            # A full disk must not end the process: what is signed still holds, and the next round tries again.
-            _log.exception("refresh_failed")
+            _log.exception("certificate_not_reloaded")
+        await _refresh(controller)
+
+
+async def _refresh(controller: Controller) -> None:
+    try:
+        await controller.refresh()
+    except (OSError, MeshError):
+        # A full disk or a lost key must not end the process: what is signed holds on, and the next round tries again.
+        _log.exception("refresh_failed")
 
 
 def load_sync_config(

@@ -41,10 +41,11 @@ class ReleaseRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RolesRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Body of `POST /v1/roles`: offline roles that were signed again, as JSON objects."""
+    """Body of `POST /v1/roles`: the next offline roles as JSON objects, those of the teams by role name."""
 
     root: msgspec.Raw = msgspec.Raw()
     targets: msgspec.Raw = msgspec.Raw()
+    models: dict[str, msgspec.Raw] = {}
 
 
 class RolloutRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -56,4 +57,5 @@ class RolloutRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     release: Release | None = None
     share: Share = 0.0
     wave: Share = 1.0
+    disagreement_max: Share | None = None
     reason: Annotated[str, msgspec.Meta(max_length=1024)] = ""

@@ -17,7 +17,6 @@ from nearcast.runtime import is_loopback, parse_address
 from nearcast.telemetry import get_logger
 
 SYNC_NAME = "sync"
-ONLINE_KEY = "online.pem"
 ENROLMENT_FILE = "control.db"
 _log = get_logger("model_sync.controller")
 
@@ -29,7 +28,7 @@ def lock_home(home: Path) -> Iterator[None]:
     Raises:
         MeshError: UNAVAILABLE if there are no keys, CONFLICT if another process serves this home.
     """
-    if not (home / ONLINE_KEY).exists():
+    if not (home / "repository").is_dir():
         raise MeshError(Code.UNAVAILABLE, f"{home} holds no keys of a sync process; make them: nearcast keys init.")
     descriptor = os.open(home / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:

@@ -82,8 +82,10 @@ class Repository:
     def __init__(self, folder: Path, *signers: CryptoSigner, lifetimes: Lifetimes | None = None) -> None:
         """Open a repository; of `signers`, the online keys at hand, the one is used that its roles trust.
 
+        With none of them it can be read, and can be given roles that trust another key; nothing else can be signed.
+
         Raises:
-            MeshError: UNAVAILABLE if the repository is missing or damaged, UNTRUSTED if its roles trust none of them.
+            MeshError: UNAVAILABLE if the repository is missing or damaged, UNTRUSTED if a signature does not hold.
         """
         self.folder = folder
         self._signers = list(signers)
@@ -91,7 +93,7 @@ class Repository:
         remove_leftovers(folder)
         finish_root(folder)
         self._state = read_state(folder)
-        self._signer = self._find_signer(self._state.root.signed, self._state.targets.signed)
+        self._signer_or_none = self._find_signer(self._state.root.signed, self._state.targets.signed)
 
     # -- what is published ------------------------------------------------------------------------------------------
 
@@ -107,12 +109,22 @@ class Repository:
 
     @property
     def online_keyid(self) -> str:
-        """Id of the key that signs here."""
-        return str(self._signer.public_key.keyid)
+        """Id of the key that signs here; "" if it is not at hand."""
+        return str(self._signer_or_none.public_key.keyid) if self._signer_or_none else ""
 
     def offer_signer(self, signer: CryptoSigner) -> None:
         """Hold another online key ready, in place of one offered before; it is used once root and targets trust it."""
-        self._signers = [self._signer, signer]
+        self._signers = [*([self._signer_or_none] if self._signer_or_none else []), signer]
+
+    @property
+    def _signer(self) -> CryptoSigner:
+        if self._signer_or_none is None:
+            raise MeshError(
+                Code.UNAVAILABLE,
+                "The online key that this repository trusts is not here, so nothing can be signed; bring online.pem "
+                "back, or replace it: nearcast keys rotate online.",
+            )
+        return self._signer_or_none
 
     def root_bytes(self, version: int | None = None) -> bytes:
         """One version of the root role, the newest by default."""
@@ -223,10 +235,16 @@ class Repository:
                 self._check_withdrawn(changed[name].signed, present.signed)
         next_root = succession.root or self._state.root
         signer = self._find_signer(next_root.signed, changed.get("targets", self._state.targets).signed)
-        if signer is not self._signer:
+        if signer is None:
+            raise MeshError(
+                Code.UNTRUSTED,
+                "Timestamp, snapshot and rollout must trust one online key, alone, that this controller holds; "
+                "make it with `nearcast keys rotate online`.",
+            )
+        if signer is not self._signer_or_none:
             changed["rollout"] = self._sign_channels_again(next_root.signed.version, signer)
         serial = self._commit(changed, root=succession.root, signer=signer)
-        self._signer, self._signers = signer, [signer]
+        self._signer_or_none, self._signers = signer, [signer]
         return serial
 
     def publish_channel(self, document: ChannelDocument) -> int:
@@ -285,15 +303,9 @@ class Repository:
 
     # -- checks of an operator's role -------------------------------------------------------------------------------
 
-    def _find_signer(self, root: Root, targets: Targets) -> CryptoSigner:
+    def _find_signer(self, root: Root, targets: Targets) -> CryptoSigner | None:
         trusted = online_keyids(root, targets)
-        for signer in self._signers:
-            if signer.public_key.keyid in trusted:
-                return signer
-        raise MeshError(
-            Code.UNTRUSTED,
-            "Timestamp, snapshot and rollout must trust one online key that this controller holds; none here is it.",
-        )
+        return next((signer for signer in self._signers if signer.public_key.keyid in trusted), None)
 
     def _check_withdrawn(self, role: Targets, current: Targets) -> None:
         """A withdrawn release stays withdrawn, its number is not used again, and no channel may point to it."""

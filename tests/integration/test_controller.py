@@ -33,7 +33,7 @@ from model_sync.publisher.bundle import BundleSpec, create_bundle
 from model_sync.publisher.control_client import ControlClient, connect
 from model_sync.publisher.keys import init_keys
 from model_sync.publisher.push import ControlFetcher, push
-from model_sync.publisher.renewal import renew_roles
+from model_sync.publisher.rotation import renew_roles
 from model_sync.repository.layout import models_path
 from model_sync.repository.signing_key import write_key
 from nearcast.errors import Code, MeshError

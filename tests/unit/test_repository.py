@@ -134,6 +134,7 @@ def mesh(tmp_path: Path) -> Mesh:
 def test_keys_are_apart_and_never_overwritten(mesh: Mesh) -> None:
     home = mesh.folder
     assert {path.name for path in (home / "operator").glob("*.pem")} == {"root.pem", "targets.pem", "models-core.pem"}
+    assert {path.name for path in (home / "backup").iterdir()} == {"root.pem"}
     assert {path.name for path in (home / "sync").glob("*.pem")} == {"online.pem"}
     for path in [*home.rglob("*.key"), *(home / "operator").glob("*.pem"), home / "sync" / "online.pem"]:
         assert path.stat().st_mode & 0o777 == 0o600, path
@@ -395,10 +396,20 @@ def test_superseded_versions_are_forgotten_in_the_end(mesh: Mesh, tmp_path: Path
     mesh.open()
 
 
-def test_another_online_key_is_refused(mesh: Mesh) -> None:
-    with pytest.raises(MeshError) as caught:
-        Repository(mesh.repository.folder, CryptoSigner.generate_ed25519())
-    assert caught.value.code is Code.UNTRUSTED
+def test_with_another_online_key_nothing_is_signed(mesh: Mesh) -> None:
+    mesh.publish(mesh.manifest(1))
+    before = (mesh.repository.folder / "metadata" / "timestamp.json").read_bytes()
+    mesh.repository = Repository(mesh.repository.folder, CryptoSigner.generate_ed25519())
+    assert mesh.repository.online_keyid == ""
+    for attempt in (
+        lambda: mesh.repository.refresh(force=True),
+        lambda: mesh.repository.publish_channel(mesh.document("stable", 1)),
+        lambda: mesh.publish(mesh.manifest(2)),
+    ):
+        with pytest.raises(MeshError, match="online key") as caught:
+            attempt()
+        assert caught.value.code is Code.UNAVAILABLE
+    assert (mesh.repository.folder / "metadata" / "timestamp.json").read_bytes() == before
 
 
 def test_a_damaged_repository_says_so(mesh: Mesh) -> None:
