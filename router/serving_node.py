@@ -71,7 +71,13 @@ class AgentSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         channel: which channel document it follows.
         poll_s: mean seconds between looks at the repository, where no hint comes.
         probation_s: how long a new version is watched before it is committed.
-        repository: URL of a mirror; "" = the controller's repository.
+        repository: where it is read: http(s)://, s3://bucket/prefix or a folder; "" = the controller's repository.
+        mirrors: further places of the same repository, asked when the ones before are down, slow or wrong.
+        quota_bytes: what the models of this node may occupy, downloads under way included.
+        download_bytes_per_s_max, download_bytes_per_day_max: what may be downloaded; 0 = unlimited.
+        on_delta_failure: what follows a delta that fails: the `full` file, the same again, or nothing.
+        metered: the link is paid for by the byte: a delta that fails is never followed by the full file.
+        apply_spread_s: a new stable version is taken over within this time, each node at its own moment.
     """
 
     enabled: bool = True
@@ -79,6 +85,13 @@ class AgentSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     poll_s: Annotated[float, msgspec.Meta(gt=0)] = 30.0
     probation_s: Annotated[float, msgspec.Meta(ge=0)] = 5.0
     repository: str = ""
+    mirrors: tuple[str, ...] = ()
+    quota_bytes: Annotated[int, msgspec.Meta(gt=0)] = 8 * 1024**3
+    download_bytes_per_s_max: Annotated[float, msgspec.Meta(ge=0)] = 0
+    download_bytes_per_day_max: Annotated[int, msgspec.Meta(ge=0)] = 0
+    on_delta_failure: Literal["full", "retry", "fail"] = "full"
+    metered: bool = False
+    apply_spread_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
 
 class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -87,12 +100,14 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     Attributes:
         name: this node's name where it has no identity; with one, the certificate's name counts.
         data_dir: identity, models, control socket, inbox, logs of children.
+        tenant_keys: folder with the keys of tenants whose versions are sealed; "" = none.
         seed: of the router's choices between near ties; 0 = a different one at each start.
         drain_s: how long requests may take to finish at the end; on an edge node again as long for devices.
     """
 
     name: str = "node"
     data_dir: str = ".nearcast/node"
+    tenant_keys: str = ""
     listen: ListenConfig = ListenConfig()
     agent: AgentSettings = AgentSettings()
     policy: PolicyConfig = PolicyConfig()
@@ -168,7 +183,14 @@ class ServingNode:
         self._telemetry = telemetry
         self.store = Store(self.data_dir / "models")
         registry = telemetry.registry
-        self.host = WatchedHost(self.store, node=self.name, tier=tier, role=role, registry=registry)
+        self.host = WatchedHost(
+            self.store,
+            node=self.name,
+            tier=tier,
+            role=role,
+            registry=registry,
+            tenant_keys=Path(config.tenant_keys) if config.tenant_keys else None,
+        )
         seed = config.seed or random.SystemRandom().getrandbits(48)
         self.router = Router(
             Policy(config.policy, seed),
@@ -313,7 +335,7 @@ class ServingNode:
 
     def _agent_toml(self) -> str:
         settings = self.config.agent
-        values: dict[str, str | float] = {
+        values: dict[str, str | float | tuple[str, ...]] = {
             "node": self.name,
             "role": self._role,
             "control": self.control_url,
@@ -324,9 +346,17 @@ class ServingNode:
             "channel": settings.channel,
             "poll_s": settings.poll_s,
             "probation_s": settings.probation_s,
+            "mirrors": settings.mirrors,
+            "on_delta_failure": settings.on_delta_failure,
+            "metered": settings.metered,
+            "apply_spread_s": settings.apply_spread_s,
+            "tenant_keys": str(Path(self.config.tenant_keys).resolve()) if self.config.tenant_keys else "",
+            "limits.quota_bytes": settings.quota_bytes,
+            "limits.download_bytes_per_s_max": settings.download_bytes_per_s_max,
+            "limits.download_bytes_per_day_max": settings.download_bytes_per_day_max,
             "log_level": self.config.telemetry.level,
         }
-        # JSON's strings and numbers are TOML's too.
+        # JSON's strings, numbers and lists are TOML's too.
         return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
 
     def _models(self) -> dict[str, list[str]]:
