@@ -7,13 +7,11 @@ A client certificate is optional at the TLS level and required per route. What m
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import hashlib
 import re
 import secrets
-import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import msgspec
@@ -31,15 +29,12 @@ from model_sync.controller.config import SyncLimits
 from model_sync.controller.delta_uploads import DeltaUploads
 from model_sync.controller.enrolment import EnrolmentAuthority
 from model_sync.controller.hint import Hint
-from model_sync.controller.home import ENROLMENT_FILE
-from model_sync.controller.lineage import Change, Lineage
 from model_sync.controller.node_directory import Announcement, NodeDirectory
 from model_sync.controller.online_key import make_next_online_key, settle_online_key
-from model_sync.controller.reports import Reports, Stop, verify_report
+from model_sync.controller.trial_watch import TrialWatch
 from model_sync.controller.uploads import Uploads
-from model_sync.repository.layout import parse_models_path
 from model_sync.repository.repository import Repository
-from model_sync.rollout.document import ChannelDocument, Pick, Rollout
+from model_sync.rollout.document import ChannelDocument, Pick
 from model_sync.rollout.report import REPORT_SIZE_BYTES_MAX, SIGNATURE_HEADER
 from model_sync.rollout.transitions import Command, apply, find_rollout
 from model_sync.rollout.trial import TrialLimits
@@ -50,8 +45,6 @@ from nearcast.store.manifest import is_model_name
 from nearcast.telemetry import get_logger
 
 NODE_ROLES = ("edge", "cloud", "router")
-CONTROLLER = "controller"
-"""Who changes a channel when nobody does."""
 MESH_ROLES = (*NODE_ROLES, "sync", "operator")
 _FOLDERS = ("metadata", "targets", "blobs", "deltas")
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,255}")
@@ -74,7 +67,6 @@ class Controller:
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         limits = limits or SyncLimits()
-        self._trial = trial or TrialLimits()
         self.url = ""
         self.hint = Hint(
             repository.serial,
@@ -89,9 +81,9 @@ class Controller:
         self._nodes = NodeDirectory(nodes_max=limits.nodes_max, ttl_s=limits.node_ttl_s, began=clock.monotonic())
         self._uploads = Uploads(repository.folder, limits)
         self._delta_uploads = DeltaUploads(repository.folder, self._uploads)
-        self._reports = Reports(self._trial, limits)
-        self._followed: dict[str, int] = {}
-        self._lineage = Lineage(repository.folder.parent / ENROLMENT_FILE)
+        self._trials = TrialWatch(
+            repository, trial=trial or TrialLimits(), limits=limits, clock=clock, change=self._change_channel
+        )
         self._limits = limits
         self._clock = clock
         # One change at a time: each reads the present state, decides, and signs the next.
@@ -123,7 +115,7 @@ class Controller:
                 web.get("/v1/lineage", self._read_lineage),
             ]
         )
-        app.cleanup_ctx.append(self._judge_trials)
+        app.cleanup_ctx.append(self._trials.run)
         return app
 
     async def refresh(self) -> bool:
@@ -178,7 +170,7 @@ class Controller:
             serial = await asyncio.to_thread(
                 self._repository.publish_models, wanted.team, bytes(wanted.metadata), manifests
             )
-            await asyncio.to_thread(self._record, [self._published(path, operator) for path in manifests])
+            await self._trials.record_published(manifests, operator)
         self.hint.announce(serial)
         _log.info("release_published", operator=operator, team=wanted.team, added=sorted(manifests), serial=serial)
         return web.json_response({"serial": serial})
@@ -215,8 +207,7 @@ class Controller:
         async with self._change:
             before = find_rollout(self._repository.channel(wanted.channel), wanted.model)
             intent, serial = await asyncio.to_thread(self._decide, wanted, by)
-            await asyncio.to_thread(self._record, [self._changed(wanted, by, before, intent)])
-            self._follow(wanted.channel)
+            await self._trials.record(wanted, by, before, intent)
         self.hint.announce(serial)
         _log.info(
             "channel_changed", by=by, channel=wanted.channel, model=wanted.model, action=wanted.action,
@@ -274,99 +265,19 @@ class Controller:
         _, name = self._require(request, NODE_ROLES)
         data = await self._read(request, REPORT_SIZE_BYTES_MAX)
         certificate = _tls(request).getpeercert(binary_form=True)
-        verify_report(data, request.headers.get(SIGNATURE_HEADER, ""), certificate)
-        accepted = self._reports.take(self._clock.monotonic(), name, data)
+        accepted = self._trials.take(name, data, request.headers.get(SIGNATURE_HEADER, ""), certificate)
         return web.json_response({"accepted": accepted})
 
     async def _channel_status(self, request: web.Request) -> web.Response:
         self._require(request, ("operator",))
-        channel, model = request.match_info["channel"], request.query.get("model", "")
-        self._follow(channel)
-        document = self._document(channel)
-        reporting = self._reports.names(self._clock.monotonic())
-        silent = [m.name for m in self._enrolment.members() if m.role in NODE_ROLES and m.name not in reporting]
-        picked = [one for one in document.rollouts if model in ("", one.model)]
-        return web.json_response(
-            {
-                "channel": channel,
-                "intent": document.intent,
-                "auto_stop": self._trial.auto_stop,
-                "reporting": len(reporting),
-                "silent": sorted(silent),
-                "rollouts": [self._reports.describe(channel, rollout) for rollout in picked],
-            }
-        )
+        document = self._document(request.match_info["channel"])
+        members = [member.name for member in self._enrolment.members() if member.role in NODE_ROLES]
+        return web.json_response(self._trials.describe(document, request.query.get("model", ""), members))
 
     async def _read_lineage(self, request: web.Request) -> web.Response:
         self._require(request, ("operator",))
-        changes = await asyncio.to_thread(self._lineage.read, request.query.get("model", ""))
+        changes = await self._trials.history(request.query.get("model", ""))
         return web.Response(body=msgspec.json.encode({"changes": changes}), content_type="application/json")
-
-    async def _judge_trials(self, app: web.Application) -> AsyncIterator[None]:
-        del app
-        task = asyncio.get_running_loop().create_task(self._judge_forever())
-        yield
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-
-    async def _judge_forever(self) -> None:
-        while True:
-            await asyncio.sleep(self._limits.judge_s)
-            for channel in list(self._followed):
-                self._follow(channel)
-            for stop in self._reports.judge():
-                _log.warning(
-                    "trial_failed", channel=stop.channel, model=stop.model, release=stop.release, reason=stop.reason
-                )
-                if self._trial.auto_stop:
-                    await self._stop(stop)
-
-    async def _stop(self, stop: Stop) -> None:
-        reason = f"Stopped by the controller: {stop.reason}."
-        wanted = RolloutRequest(
-            channel=stop.channel, model=stop.model, action="stop", release=stop.release, reason=reason[:1024]
-        )
-        try:
-            await self._change_channel(wanted, CONTROLLER)
-        except Exception:  # noqa: BLE001 - an operator was quicker, or the disk is full: the next report asks again
-            _log.exception("trial_not_stopped", channel=stop.channel, model=stop.model)
-
-    def _follow(self, channel: str) -> None:
-        """Learn of the channel's trials; only when anything was signed since the last time."""
-        serial = self._repository.serial
-        if self._followed.get(channel) == serial or not is_model_name(channel):
-            return
-        document = self._repository.channel(channel)
-        if document is not None:
-            self._followed[channel] = serial
-            self._reports.follow(channel, document)
-
-    def _record(self, changes: list[Change]) -> None:
-        try:
-            self._lineage.append(*changes)
-        except sqlite3.Error:
-            # What was signed stands, and names who and when by itself.
-            _log.exception("lineage_not_written")
-
-    def _published(self, path: str, by: str) -> Change:
-        model, release = parse_models_path(path)
-        published = self._repository.find(model, release)
-        return Change(
-            at=self._clock.wall(), by=by, channel="", model=model, action="publish", release=release,
-            manifest_sha256=published.manifest_sha256, data_sha256=published.manifest.data_sha256,
-        )  # fmt: skip
-
-    def _changed(self, wanted: RolloutRequest, by: str, before: Rollout | None, intent: int) -> Change:
-        tried = before.candidate.release if before is not None and before.candidate is not None else None
-        release = wanted.release if wanted.release is not None else tried
-        published = self._repository.find(wanted.model, release) if release is not None else None
-        return Change(
-            at=self._clock.wall(), by=by, channel=wanted.channel, model=wanted.model, action=wanted.action,
-            release=release, replaced=before.stable.release if before is not None else None, reason=wanted.reason,
-            manifest_sha256=published.manifest_sha256 if published is not None else None,
-            data_sha256=published.manifest.data_sha256 if published is not None else None, intent=intent,
-        )  # fmt: skip
 
     # -- members ------------------------------------------------------------------------------------------------------
 
@@ -440,7 +351,7 @@ class Controller:
             raise MeshError(Code.CONFLICT, "You cannot remove yourself; let another operator do it.")
         self._enrolment.remove(name)
         self._nodes.remove(name)
-        self._reports.forget(name)
+        self._trials.forget(name)
         _log.info("node_removed", operator=operator, name=name)
         return web.json_response({"name": name})
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import msgspec
 
+from model_sync.rollout.trial import TrialLimits
 from nearcast.telemetry import TelemetryConfig
 
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
@@ -24,6 +25,9 @@ class SyncLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         hint_waiters_max: long polls of enrolled nodes; hint_strangers_max: of anyone else.
         hint_wait_s_max: one long poll.
         nodes_max: entries of the directory; node_ttl_s: time after its last word when a node leaves it.
+        report_ttl_s: time after its last report when a node counts as silent.
+        reports_bytes_max: the last reports of all nodes together.
+        judge_s: time between two looks at the running trials.
         invites_max: invitations that nobody has used yet; invite_ttl_s_max: how long one may hold.
     """
 
@@ -37,6 +41,9 @@ class SyncLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     hint_wait_s_max: Seconds = 60.0
     nodes_max: Count = 10_000
     node_ttl_s: Seconds = 90.0
+    report_ttl_s: Seconds = 180.0
+    reports_bytes_max: Count = 256 * 1024**2
+    judge_s: Seconds = 1.0
     invites_max: Count = 10_000
     invite_ttl_s_max: Seconds = 7 * 86_400.0
 
@@ -52,6 +59,7 @@ class SyncConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         certificate_lifetime_s: of the certificates that it issues to nodes; they renew at two thirds.
         refresh_s: how often it looks whether a signature has passed half of its life.
         drain_s: how long requests may take to finish at the end.
+        trial: when it ends a trial by itself.
     """
 
     home: str = ""
@@ -62,4 +70,5 @@ class SyncConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     refresh_s: Seconds = 600.0
     drain_s: Seconds = 3.0
     telemetry: TelemetryConfig = TelemetryConfig()
+    trial: TrialLimits = TrialLimits()
     limits: SyncLimits = SyncLimits()
