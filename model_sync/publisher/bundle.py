@@ -1,4 +1,8 @@
-"""Bundles: a folder with `manifest.json` and the files that it names. No archive, no code, always the same bytes."""
+"""Bundles: a folder with `manifest.json` and the files that it names. No archive, no code, always the same bytes.
+
+The same bytes: on another day, by another user, from another folder. Golden outputs that the author leaves out are
+computed, and processors may differ in the last bit: who wants the same bundle from every machine states them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 
 from model_sync.publisher.golden import GOLDEN_FILE, VECTORS_MAX, pack_vectors, read_vectors
+from model_sync.publisher.licence import PublishPolicy, require_licence
+from model_sync.publisher.sbom import SBOM_FILE, require_sbom, write_sbom
 from nearcast.errors import Code, MeshError
+from nearcast.store.contents import Contents
 from nearcast.store.manifest import (
     CHUNK_SIZE_BYTES,
     MANIFEST_FILE,
@@ -22,9 +29,11 @@ from nearcast.store.manifest import (
     Manifest,
     ModelName,
     Release,
+    Sha256,
     Tensor,
     decode_manifest,
 )
+from nearcast.store.sealing import TenantKeys, derive_data_key, key_id, seal_file
 
 if TYPE_CHECKING:
     from nearcast.serving.gate_child import GateResult
@@ -41,6 +50,10 @@ class BundleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         golden: `.npz` files, one vector each (arrays `in_<name>`, `out_<name>`), or `.json` files with a list of
             `{"inputs": {name: nested lists}, "outputs": {...}}`. Outputs that are left out are computed by the engine.
         atol: how far an answer may be from a golden output.
+        licence: an SPDX expression that the operator's policy allows.
+        quality: what the author measured, in [0, 1]; compared only between versions of one model.
+        data_sha256: digest of the data that the model was trained on.
+        parent: the earlier release that it was trained or converted from.
     """
 
     name: ModelName
@@ -60,8 +73,17 @@ class BundleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     atol: Annotated[float, msgspec.Meta(ge=0)] = 1e-4
     rollback_ok: tuple[Release, ...] = ()
     labels: tuple[str, ...] = ()
+    data_sha256: Sha256 | None = None
+    parent: Release | None = None
     description: str = ""
     properties: dict[str, str] = {}
+
+
+class Seal(msgspec.Struct, frozen=True, kw_only=True):
+    """For whom a bundle is sealed: the tenant's name and key."""
+
+    tenant: ModelName
+    key: bytes
 
 
 def read_spec(path: Path) -> BundleSpec:
@@ -78,18 +100,24 @@ def read_spec(path: Path) -> BundleSpec:
         raise MeshError(Code.INVALID_REQUEST, f"The specification {path} does not fit: {error}.") from error
 
 
-def create_bundle(spec: BundleSpec, source: Path, out: Path) -> Manifest:
+def create_bundle(
+    spec: BundleSpec, source: Path, out: Path, *, policy: PublishPolicy | None = None, seal: Seal | None = None
+) -> Manifest:
     """Make a bundle folder.
 
     Args:
         spec: what to make.
         source: folder that holds the files which `spec` names.
         out: the new folder; missing or empty. It appears only once it is whole.
+        policy: which licences are allowed; None = the usual ones.
+        seal: for whom to seal every file; None = they stay plain.
 
     Raises:
-        MeshError: CONFLICT if `out` holds something, INVALID_REQUEST if files are missing or do not fit, UNTRUSTED if
-            the model cannot be loaded as specified.
+        MeshError: CONFLICT if `out` holds something, INVALID_REQUEST if files are missing or do not fit, FORBIDDEN if
+            the licence is not allowed, UNTRUSTED if the model cannot be loaded as specified, TOO_LARGE to be sealed.
     """
+    licence = require_licence(spec.licence, policy or PublishPolicy())
+    spec = msgspec.structs.replace(spec, licence=licence)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise MeshError(Code.CONFLICT, f"{out} exists already; choose a new folder.")
     if not spec.model_file.endswith(SUFFIXES[spec.engine]):
@@ -97,15 +125,24 @@ def create_bundle(spec: BundleSpec, source: Path, out: Path) -> Manifest:
             Code.INVALID_REQUEST, f"{spec.engine} opens {' or '.join(SUFFIXES[spec.engine])}, not {spec.model_file}."
         )
     names = [spec.model_file, *spec.files]
-    if len({*names, GOLDEN_FILE, MANIFEST_FILE}) != len(names) + 2:
+    made_here = (GOLDEN_FILE, SBOM_FILE, MANIFEST_FILE)
+    if len({*names, *made_here}) != len(names) + len(made_here):
         raise MeshError(
-            Code.INVALID_REQUEST,
-            f"A file is named twice, or {GOLDEN_FILE} or {MANIFEST_FILE}, which are made here.",
+            Code.INVALID_REQUEST, f"A file is named twice, or as one that is made here: {', '.join(made_here)}."
         )
+    if spec.parent is not None and spec.parent >= spec.release:
+        raise MeshError(Code.INVALID_REQUEST, f"The parent {spec.parent} is no earlier release than {spec.release}.")
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         manifest = _fill(draft, spec, source, names)
+        if seal is not None:
+            manifest = _seal(draft, manifest, seal)
+        data = manifest.encode()
+        decode_manifest(data)
+        (draft / MANIFEST_FILE).write_bytes(data)
+        for path in draft.iterdir():
+            path.chmod(0o644)
         draft.chmod(0o755)
         if out.exists():
             out.rmdir()
@@ -137,6 +174,8 @@ def _fill(draft: Path, spec: BundleSpec, source: Path, names: list[str]) -> Mani
         rollback_ok=spec.rollback_ok,
         labels=spec.labels,
         licence=spec.licence,
+        data_sha256=spec.data_sha256,
+        parent=spec.parent,
         description=spec.description,
         properties=dict(sorted(spec.properties.items())),
     )
@@ -145,10 +184,22 @@ def _fill(draft: Path, spec: BundleSpec, source: Path, names: list[str]) -> Mani
         golden = pack_vectors(vectors, manifest, draft, spec.atol)
         files = (*manifest.files, describe_file(draft / GOLDEN_FILE))
         manifest = msgspec.structs.replace(manifest, golden=golden, files=files)
-    data = manifest.encode()
-    decode_manifest(data)
-    (draft / MANIFEST_FILE).write_bytes(data)
-    return manifest
+    write_sbom(manifest, draft)
+    files = (*manifest.files, describe_file(draft / SBOM_FILE))
+    return msgspec.structs.replace(manifest, sbom_file=SBOM_FILE, files=files)
+
+
+def _seal(draft: Path, manifest: Manifest, seal: Seal) -> Manifest:
+    """Put the seal of each file in its place."""
+    digests = [(entry.path, entry.sha256) for entry in manifest.files]
+    data_key = derive_data_key(seal.key, seal.tenant, manifest, digests)
+    identifier = key_id(seal.key)
+    encryption = TenantKeys({identifier: seal.key}).wrap(data_key, seal.tenant, identifier)
+    manifest = msgspec.structs.replace(manifest, encryption=encryption)
+    for index, entry in enumerate(manifest.files):
+        path = draft / entry.path
+        path.write_bytes(seal_file(manifest, index, entry.path, path.read_bytes(), data_key))
+    return msgspec.structs.replace(manifest, files=tuple(describe_file(draft / entry.path) for entry in manifest.files))
 
 
 def describe_file(path: Path) -> File:
@@ -193,24 +244,41 @@ def verify_bundle(folder: Path) -> Manifest:
         raise MeshError(Code.UNTRUSTED, f"The bundle lacks files that its manifest names: {', '.join(missing)}.")
     for entry in manifest.files:
         path = folder / entry.path
-        if path.is_symlink() or not path.is_file() or describe_file(path) != entry:
+        if path.is_symlink() or not path.is_file() or path.lstat().st_nlink > 1 or describe_file(path) != entry:
             raise MeshError(
-                Code.UNTRUSTED, f"The file {entry.path} has other bytes than its manifest says; make the bundle again."
+                Code.UNTRUSTED,
+                f"The file {entry.path} has other bytes than its manifest says, or is a link; make the bundle again.",
             )
     if not manifest.model_file.endswith(SUFFIXES[manifest.engine]):
         raise MeshError(Code.UNTRUSTED, f"{manifest.model_file} is no format that {manifest.engine} opens.")
     return manifest
 
 
-def pass_gate(folder: Path) -> GateResult:
+def check_sbom(folder: Path, manifest: Manifest, tenant_keys: Path | None = None) -> None:
+    """Check that the bill of materials, if there is one, lists exactly the files of a bundle.
+
+    Raises:
+        MeshError: UNTRUSTED if it does not; as `Contents.read`.
+    """
+    if manifest.sbom_file is None:
+        return
+    contents = Contents(manifest, folder, tenant_keys=tenant_keys)
+    others = [entry.path for entry in manifest.files if entry.path != manifest.sbom_file]
+    digests = {path: hashlib.sha256(contents.read(path)).hexdigest() for path in others}
+    require_sbom(manifest, contents.read(manifest.sbom_file), digests)
+
+
+def pass_gate(folder: Path, tenant_keys: Path | None = None) -> GateResult:
     """Load a verified bundle in a child process and run its golden vectors; answers what the child measured.
 
     Raises:
-        MeshError: UNTRUSTED if the model does not load, crashes, is too slow or answers otherwise than it must.
+        MeshError: UNTRUSTED if the model does not load, crashes, is too slow or answers otherwise than it must;
+            UNAVAILABLE if this machine cannot check it, for example because the tenant's key is not in `tenant_keys`.
     """
     from nearcast.serving.gate_child import run_gate
 
-    result = run_gate(folder)
+    result = run_gate(folder, tenant_keys=tenant_keys)
     if not result.ok:
-        raise MeshError(Code.UNTRUSTED, f"The model does not pass its gate: {result.error}")
+        code = Code.UNAVAILABLE if result.is_transient else Code.UNTRUSTED
+        raise MeshError(code, f"The model does not pass its gate: {result.error}")
     return result

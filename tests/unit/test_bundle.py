@@ -89,7 +89,7 @@ def test_missing_outputs_are_computed_by_the_engine(source: Path, spec: BundleSp
     assert golden_output(tmp_path / "bundle", manifest, 0) == [[4, 5]]
     assert golden_output(tmp_path / "bundle", manifest, 1) == [[8, 9], [10, 11]]
     assert verify_bundle(tmp_path / "bundle") == manifest
-    assert {entry.path for entry in manifest.files} == {"affine.onnx", "notes.txt", "golden.bin"}
+    assert {entry.path for entry in manifest.files} == {"affine.onnx", "notes.txt", "golden.bin", "sbom.cdx.json"}
     assert len(manifest.file("notes.txt").chunks) == 2
 
 
