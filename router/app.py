@@ -79,7 +79,7 @@ class RouterApp:
         if link is not None:
             announcer = Announcer(
                 link,
-                addresses=self.addresses,
+                addresses=lambda: self.addresses,
                 heed_removed=self._members.remove_only,
                 interval_s=self._config.probe.announce_ms / 1e3,
             )

@@ -95,7 +95,7 @@ class Announcer:
 
     Args:
         control: the link to the control API.
-        addresses: listeners by name: grpc, http, mesh, metrics, mqtt.
+        addresses: listeners by name: grpc, http, mesh, metrics, mqtt, peer.
         models: what this node holds, as JSON; read at each word.
         heed_removed: told with each answer which names were removed from the mesh.
         interval_s: pause between two words.
@@ -105,13 +105,13 @@ class Announcer:
         self,
         control: Control,
         *,
-        addresses: Mapping[str, str],
+        addresses: Callable[[], Mapping[str, str]],
         models: Callable[[], Mapping[str, Any]] = dict,
         heed_removed: Callable[[list[str]], None] = lambda _: None,
         interval_s: float = 5.0,
     ) -> None:
         self._control = control
-        self._addresses = {name: address for name, address in addresses.items() if address}
+        self._addresses = addresses
         self._models = models
         self._heed_removed = heed_removed
         self._interval_s = interval_s
@@ -136,7 +136,8 @@ class Announcer:
             await self._speak()
 
     async def _speak(self) -> None:
-        body = {"addresses": self._addresses, "models": dict(self._models())}
+        addresses = {name: address for name, address in self._addresses().items() if address}
+        body = {"addresses": addresses, "models": dict(self._models())}
         try:
             answer = await self._control.call("POST", "/v1/nodes/self", body)
             removed = msgspec.convert(answer.get("removed", []), list[str])

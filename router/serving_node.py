@@ -78,6 +78,8 @@ class AgentSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         on_delta_failure: what follows a delta that fails: the `full` file, the same again, or nothing.
         metered: the link is paid for by the byte: a delta that fails is never followed by the full file.
         apply_spread_s: a new stable version is taken over within this time, each node at its own moment.
+        peer_listen: host:port where the agent gives chunks of models to other nodes; "" = it neither gives nor takes.
+        upload_bytes_per_s_max: what it may give; 0 = unlimited.
     """
 
     enabled: bool = True
@@ -92,6 +94,8 @@ class AgentSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     on_delta_failure: Literal["full", "retry", "fail"] = "full"
     metered: bool = False
     apply_spread_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    peer_listen: str = ""
+    upload_bytes_per_s_max: Annotated[float, msgspec.Meta(ge=0)] = 0
 
 
 class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -258,7 +262,7 @@ class ServingNode:
             interval_s = self.config.probe.announce_ms / 1e3
             announcer = Announcer(
                 self._link,
-                addresses=self.addresses,
+                addresses=self._announced,
                 models=self._models,
                 heed_removed=self._members.remove_only,
                 interval_s=interval_s,
@@ -350,6 +354,8 @@ class ServingNode:
             "on_delta_failure": settings.on_delta_failure,
             "metered": settings.metered,
             "apply_spread_s": settings.apply_spread_s,
+            "peer_listen": settings.peer_listen,
+            "limits.upload_bytes_per_s_max": settings.upload_bytes_per_s_max,
             "tenant_keys": str(Path(self.config.tenant_keys).resolve()) if self.config.tenant_keys else "",
             "limits.quota_bytes": settings.quota_bytes,
             "limits.download_bytes_per_s_max": settings.download_bytes_per_s_max,
@@ -358,6 +364,16 @@ class ServingNode:
         }
         # JSON's strings, numbers and lists are TOML's too.
         return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+
+    def _announced(self) -> dict[str, str]:
+        """Our listeners, and the one that the agent says it has opened."""
+        if not self.config.agent.peer_listen:
+            return self.addresses
+        try:
+            status = json.loads((self.store.root / ".agent" / "status.json").read_bytes())
+            return {**self.addresses, "peer": str(status.get("peer", ""))}
+        except (OSError, ValueError):
+            return self.addresses
 
     def _models(self) -> dict[str, list[str]]:
         """What the directory shows: the hot versions of each model."""

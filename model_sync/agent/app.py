@@ -25,11 +25,14 @@ from model_sync.agent.metadata import Checked, MetadataSource
 from model_sync.agent.meter import Meter
 from model_sync.agent.mirrors import Mirrors, SharedHealth
 from model_sync.agent.model_shell import ModelShell, Surroundings
+from model_sync.agent.peer_side import PeerSide
+from model_sync.agent.peers_fetch import Peers
 from model_sync.agent.report import Reporter
 from model_sync.agent.source import asked_pause_s
 from model_sync.agent.sources import make_source
 from model_sync.agent.status import AgentStatus, write_status
 from model_sync.replica.events import CheckFailed, Intended, Polled, ReportFailed
+from model_sync.replica.pause import check_pause_s
 from model_sync.replica.state import Want
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.durable import make_folder
@@ -73,6 +76,7 @@ class Agent:
         self._retry_s = 0.0
         self._hint: HintListener | None = None
         self._reporter: Reporter | None = None
+        self._peer_side: PeerSide | None = None
         self._loop_task: asyncio.Task[None] | None = None
         self._health = SharedHealth(1 + len(config.mirrors))
         self._meter = Meter(
@@ -119,6 +123,7 @@ class Agent:
             meter=self._meter,
             draw=self._random.random,
             changed=self._write_status,
+            peers=await self._join_peers(),
         )
         for model in sorted({*self._store.models(), *journal.memories}):
             await self._shell(model)
@@ -140,6 +145,8 @@ class Agent:
                 await self._loop_task
         for shell in self._shells.values():
             await shell.close(orderly=orderly)
+        if self._peer_side is not None:
+            await self._peer_side.close()
         for pool in (self._checker, self._workers):
             pool.shutdown(wait=True, cancel_futures=True)
         self._source.close()
@@ -238,11 +245,28 @@ class Agent:
                     await self._wake.wait()
 
     def _pause_s(self) -> float:
-        """Full jitter after the cap, so that a fleet that was offline together does not come back together."""
-        span = 2.0 * self.config.poll_s
-        if self._failures:
-            span = min(span, self.config.limits.backoff_base_s * 2.0 ** min(self._failures, 16))
-        return max(0.05, self._retry_s + span * self._random.random())
+        return check_pause_s(
+            self._random.random,
+            poll_s=self.config.poll_s,
+            failures=self._failures,
+            backoff_base_s=self.config.limits.backoff_base_s,
+            retry_s=self._retry_s,
+        )
+
+    async def _join_peers(self) -> Peers | None:
+        """Give chunks to other nodes, and take them from those, where that is wanted."""
+        if not self.config.peer_listen or self.config.mode == "follow":
+            return None
+        self._peer_side = PeerSide(
+            self.config,
+            self._store,
+            self._identity,
+            tls=self._tls(any_time=True),
+            make_origin=self._make_source,
+            draw=self._random.random,
+        )
+        self._note(peer=await self._peer_side.start())
+        return self._peer_side.peers
 
     def _listen(self) -> None:
         loop = asyncio.get_running_loop()

@@ -23,6 +23,7 @@ class AgentLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         connect_timeout_s, chunk_timeout_s: for a connection, and for each 256 KiB chunk or metadata file.
         source_bytes_per_s_min: a source slower than this is left for another one, if there is another; 0 = never.
         download_bytes_per_s_max, download_bytes_per_day_max: what the whole agent may download; 0 = unlimited.
+        upload_bytes_per_s_max: what it may give to other nodes; 0 = unlimited.
         check_s … activate_s: deadline of each state of an installation.
         backoff_base_s, backoff_cap_s: retry after attempt n waits uniformly in [0, min(cap, base * 2**n)].
         boots_max: starts of the agent during one probation before it is judged as failed.
@@ -44,6 +45,7 @@ class AgentLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     source_bytes_per_s_min: Annotated[float, msgspec.Meta(ge=0)] = 32 * 1024
     download_bytes_per_s_max: Annotated[float, msgspec.Meta(ge=0)] = 0
     download_bytes_per_day_max: Annotated[int, msgspec.Meta(ge=0)] = 0
+    upload_bytes_per_s_max: Annotated[float, msgspec.Meta(ge=0)] = 0
     check_s: Seconds = 60.0
     plan_s: Seconds = 30.0
     fetch_s: Seconds = 3600.0
@@ -89,6 +91,8 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         hint_wait_s: long-poll time asked of the control API.
         report_s: mean seconds between reports to the control API; trial_report_s: while a version is on trial.
         probation_s: how long a new version is watched before it is committed.
+        peer_listen: host:port where this node gives chunks to others, over mTLS; it takes them from others, too. Port 0
+            lets the system choose; "" = neither.
         build_time: seconds since 1970 before which no clock is believed; 0 = that of this release.
     """
 
@@ -111,6 +115,7 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     report_s: Seconds = 60.0
     trial_report_s: Seconds = 10.0
     probation_s: Annotated[float, msgspec.Meta(ge=0)] = 5.0
+    peer_listen: str = ""
     build_time: Annotated[int, msgspec.Meta(ge=0)] = 0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     limits: AgentLimits = AgentLimits()

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import msgspec
 
 from model_sync.agent.http_source import HttpSource
+from model_sync.agent.source import asked_pause_s
+from model_sync.replica.pause import hint_pause_s
 from nearcast.errors import MeshError
 
 GRACE_S = 10.0
@@ -67,10 +69,10 @@ class HintListener:
             began = time.monotonic()
             try:
                 serial = self._ask()
-            except (MeshError, msgspec.DecodeError):
+            except (MeshError, msgspec.DecodeError) as error:
                 failures += 1
-                span = min(self._backoff_cap_s, 2.0 ** min(failures, 16))
-                self._stop.wait(max(0.05, span * self._draw()))
+                retry_s = asked_pause_s(error)
+                self._stop.wait(hint_pause_s(self._draw, failures=failures, cap_s=self._backoff_cap_s, retry_s=retry_s))
                 continue
             failures = 0
             if serial > self._serial:

@@ -19,6 +19,7 @@ from model_sync.agent.journal import Journal
 from model_sync.agent.metadata import MetadataSource
 from model_sync.agent.meter import Meter
 from model_sync.agent.mirrors import Mirrors
+from model_sync.agent.peers_fetch import Peers
 from model_sync.agent.shorter_ways import DeltaError
 from model_sync.agent.source import asked_pause_s
 from model_sync.agent.status import ModelStatus, pointer_fields
@@ -64,6 +65,7 @@ class Surroundings:
     meter: Meter
     draw: Callable[[], float]
     changed: Callable[[], None]
+    peers: Peers | None = None
 
 
 class ModelShell:
@@ -264,6 +266,7 @@ class ModelShell:
             meter=around.meter,
             limits=around.config.limits,
             keys=TenantKeys.load(Path(folder) if folder else None),
+            peers=around.peers,
         )
 
     def _work(self, installer: Installer, step: State, stop: threading.Event, *, deltas: bool) -> None:

@@ -32,7 +32,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AgentStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole agent. Times are wall-clock seconds since 1970; 0 = never."""
+    """The whole agent. Times are wall-clock seconds since 1970; 0 = never. `peer`: where it gives chunks to others."""
 
     node: str
     channel: str
@@ -44,6 +44,7 @@ class AgentStatus(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
     clock_ok: bool = True
     clock_note: str = ""
+    peer: str = ""
     models: dict[str, ModelStatus] = {}
 
 

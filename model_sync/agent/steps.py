@@ -15,6 +15,7 @@ from model_sync.agent.config import AgentLimits
 from model_sync.agent.fetch import Download, Patience, Remote, Supply, missing_chunks, runs, verify_file
 from model_sync.agent.meter import Meter
 from model_sync.agent.mirrors import Mirrors
+from model_sync.agent.peers_fetch import Peers
 from model_sync.agent.shorter_ways import Bases, DeltaError, ShorterWay, find_way, range_reader, walk
 from model_sync.agent.source import StatusError
 from model_sync.delta.limits import ReadRange
@@ -46,6 +47,7 @@ class Installer:
         mirrors: whom to ask about deltas.
         supply: whom to ask for chunks.
         keys: the tenants' keys that are on this node.
+        peers: other nodes, to be asked first; None = nobody.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Installer:
         meter: Meter,
         limits: AgentLimits,
         keys: TenantKeys,
+        peers: Peers | None = None,
     ) -> None:
         self.received_bytes = 0
         self._store = store
@@ -68,6 +71,7 @@ class Installer:
         self._meter = meter
         self._limits = limits
         self._keys = keys
+        self._peers = peers
         self._shorter: dict[str, ShorterWay] = {}
 
     @property
@@ -163,6 +167,8 @@ class Installer:
     def _fetch_payload(self, remote: Remote, path: Path, stop: threading.Event) -> None:
         try:
             self._download(remote, path, stop)
+            if self._peers is not None:
+                self._peers.keep(remote, path)
         except StatusError as error:
             raise DeltaError(error.code, error.message) from error
         except MeshError as error:
@@ -172,6 +178,8 @@ class Installer:
 
     def _download(self, remote: Remote, path: Path, stop: threading.Event) -> None:
         limits = self._limits
+        if self._peers is not None:
+            self.received_bytes += self._peers.fetch(remote, path, pace=self._meter, stop=stop)
         patience = Patience(chunk_timeout_s=limits.chunk_timeout_s, rate_bytes_per_s_min=limits.source_bytes_per_s_min)
         download = Download(remote, path, self._supply, pace=self._meter, patience=patience, stop=stop)
         try:

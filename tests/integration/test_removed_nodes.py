@@ -104,7 +104,7 @@ async def test_the_last_word_of_the_controller_holds_while_it_is_away() -> None:
     controller, heard = Controller(), []
     for answer in ({"removed": ["e1"]}, MeshError(Code.UNAVAILABLE, "away"), {"removed": [7]}, {}):
         controller.answers.append(answer)
-        announcer = Announcer(controller, addresses={}, heed_removed=heard.append, interval_s=60)
+        announcer = Announcer(controller, addresses=dict, heed_removed=heard.append, interval_s=60)
         await announcer.start()
         await announcer.close()
     # Neither silence nor nonsense lets anyone in again; a controller that names nobody does.

@@ -119,7 +119,10 @@ async def test_the_directory_is_followed_and_outlived(folders: Path, control: Co
     fixed = NodeView(name="cloud-1", role="cloud", address="127.0.0.1:9")
     reader = DirectoryReader(link, targets, interval_s=0.05, fixed=[fixed])
     announcer = Announcer(
-        link, addresses={"grpc": "127.0.0.1:7", "mqtt": ""}, models=lambda: {"m": ["1"]}, interval_s=0.05
+        link,
+        addresses=lambda: {"grpc": "127.0.0.1:7", "mqtt": ""},
+        models=lambda: {"m": ["1"]},
+        interval_s=0.05,
     )
     try:
         control.nodes = [entry("a", "127.0.0.1:1"), entry("r", "127.0.0.1:2"), entry("s", "127.0.0.1:3", "sync")]
