@@ -67,9 +67,10 @@ class KeyRing:
         return keyid in self._extra or keyid in self.files() or bool(note and note.uri and not _is_gone(note.uri))
 
     def note(self, place: Place) -> None:
-        """Remember where a key is."""
+        """Remember where a key is. What lies in the folder itself is noted by its name: the folder may be copied."""
+        is_own = place.uri.startswith("/") and Path(place.uri).parent == self._operator.resolve()
         self._notes[place.key.keyid] = Note(
-            uri=place.uri,
+            uri=Path(place.uri).name if is_own else place.uri,
             seen=datetime.now(UTC).replace(microsecond=0),
             key=place.key.to_dict(),
         )
@@ -112,7 +113,9 @@ class KeyRing:
 
 
 def _is_gone(uri: str) -> bool:
-    return uri.startswith("/") and not Path(uri).exists()
+    """Whether a file is not where it was; files of the folder itself are looked for by key id instead."""
+    is_place = uri.startswith("/") or ":" in uri
+    return not is_place or (uri.startswith("/") and not Path(uri).exists())
 
 
 def _read_notes(path: Path) -> dict[str, Note]:

@@ -17,14 +17,15 @@ from tuf.api.exceptions import DownloadHTTPError, RepositoryError
 from tuf.api.metadata import Metadata, TargetFile, Targets  # type: ignore[attr-defined]
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig  # type: ignore[attr-defined]
 
-from model_sync.publisher.bundle import pass_gate, read_bundle, verify_bundle
+from model_sync.publisher.bundle import check_sbom, pass_gate, read_bundle, verify_bundle
 from model_sync.publisher.control_client import ControlClient
 from model_sync.publisher.deltas import BUDGET_S, PublishedWay, upload_deltas
+from model_sync.publisher.licence import read_policy, require_licence
 from model_sync.publisher.meter import Meter, SilentMeter
+from model_sync.publisher.release_signing import find_team, forget_draft, sign_release
 from model_sync.repository.layout import METADATA_SIZE_BYTES_MAX, blob_path, make_target, models_path
 from model_sync.repository.layout import parse_models_path as parse_path
 from model_sync.repository.repository import Lifetimes
-from model_sync.repository.signing_key import load_key
 from nearcast.errors import Code, MeshError
 from nearcast.store.manifest import Manifest
 from nearcast.store.sealing import TenantKeys
@@ -74,8 +75,9 @@ def push(
     rollback_ok: Sequence[int] = (),
     reason: str = "",
     meter: Meter | None = None,
-    keys: TenantKeys | None = None,
+    tenant_keys: Path | None = None,
     delta_budget_s: float = BUDGET_S,
+    draft: Path | None = None,
 ) -> Pushed:
     """Publish a bundle and make it the stable release or, with `share`, the candidate of a channel.
 
@@ -91,18 +93,24 @@ def push(
         rollback_ok: releases to allow a rollback to, beside the last two.
         reason: goes into the channel document.
         meter: shows the upload.
-        keys: open sealed versions, so that deltas can be made of them.
+        tenant_keys: folder with the keys that open sealed versions: for the gate, and for deltas.
         delta_budget_s: how long the search for deltas may take; 0 = none.
+        draft: folder that collects signatures if the team needs more than are in reach; None = `draft` beside
+            `operator`.
 
     Raises:
         MeshError: UNTRUSTED if the bundle or the controller's metadata cannot be trusted, CONFLICT if the release is
-            not newer than what is published, FORBIDDEN without the team's key.
+            not newer than what is published or other holders have to sign first, FORBIDDEN without the team's key or
+            with a licence that is not allowed, UNAUTHENTICATED without the key of a sealed bundle.
     """
     manifest = verify_bundle(bundle)
-    pass_gate(bundle)
-    team = team or find_team(operator)
-    signer = load_key(operator / f"models-{team}.pem")
+    require_licence(manifest.licence, read_policy(operator))
+    if manifest.encryption is not None:
+        TenantKeys.load(tenant_keys).unwrap(manifest.encryption)
+    check_sbom(bundle, manifest, tenant_keys)
+    pass_gate(bundle, tenant_keys)
     roles = fetch_models_roles(client, operator, manifest.name)
+    team = team or find_team(operator)
     name = f"models-{team}"
     if name not in roles:
         raise MeshError(Code.UNTRUSTED, f"The mesh delegates nothing to the team {team!r}; known: {_teams(roles)}.")
@@ -119,13 +127,15 @@ def push(
         role.signed.targets[path] = target
         role.signed.version += 1
         role.signed.expires = datetime.now(UTC).replace(microsecond=0) + Lifetimes().models
-        role.sign(signer)
+        role.signatures.clear()
+        role = sign_release(name, role, roles, operator, draft)
         uploaded_bytes = upload_blobs(client, bundle, manifest, meter)
         deltas = upload_deltas(
-            client, bundle, manifest, roles, operator, meter=meter, keys=keys, budget_s=delta_budget_s
+            client, bundle, manifest, roles, operator, meter=meter, keys=TenantKeys.load(tenant_keys), budget_s=delta_budget_s
         )
         metadata = role.to_dict()
         client.call("POST", "/v1/releases", {"team": team, "metadata": metadata, "manifests": {path: data.decode()}})
+        forget_draft(name, operator, draft)
     action = "stable" if share is None or not has_stable(client, channel, manifest.name) else "candidate"
     wish: dict[str, Any] = {"channel": channel, "model": manifest.name, "action": action, "release": manifest.release}
     if action == "candidate":
@@ -143,20 +153,6 @@ def push(
         rollback_ok=listed,
         deltas=deltas,
     )
-
-
-def find_team(operator: Path) -> str:
-    """The team whose key lies in an operator's folder.
-
-    Raises:
-        MeshError: FORBIDDEN if there is none, INVALID_REQUEST if there are several.
-    """
-    teams = sorted(path.stem.removeprefix("models-") for path in operator.glob("models-*.pem"))
-    if not teams:
-        raise MeshError(Code.FORBIDDEN, f"{operator} holds no key of a team; only who holds one can push.")
-    if len(teams) > 1:
-        raise MeshError(Code.INVALID_REQUEST, f"There are keys of several teams; choose --team of {', '.join(teams)}.")
-    return teams[0]
 
 
 def fetch_models_roles(client: ControlClient, operator: Path, model: str) -> dict[str, Metadata[Targets]]:
@@ -180,11 +176,11 @@ def fetch_models_roles(client: ControlClient, operator: Path, model: str) -> dic
         # No release is numbered 0, so the search goes through every role that may speak of this model.
         updater.get_targetinfo(models_path(model, 0))
         targets = Metadata[Targets].from_file(str(cache / "targets.json"))
-        names = targets.signed.delegations.roles if targets.signed.delegations else None
+        # A role that may not speak of this model was not asked for, so what the cache has of it is not verified.
         return {
             name: Metadata[Targets].from_file(str(cache / f"{name}.json"))
-            for name in names or {}
-            if name.startswith("models-")
+            for name, role in ((targets.signed.delegations.roles or {}) if targets.signed.delegations else {}).items()
+            if name.startswith("models-") and role.is_delegated_path(models_path(model, 0))
         }
     except OSError as error:
         raise MeshError(Code.UNAVAILABLE, f"{operator} cannot be used: {error}.") from error

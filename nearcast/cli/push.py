@@ -26,6 +26,11 @@ from nearcast.cli.operator_options import channel_option, operator_options, reas
     help="Share of the nodes that try it.",
 )
 @click.option("--team", default="", help="Whose key signs; default: the only one there is.")
+@click.option(
+    "--draft",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder that collects signatures if the team needs several. Default: HOME/draft.",
+)
 @click.option("--rollback-ok", type=int, multiple=True, help="Allow a return to this release too; repeatable.")
 @reason_option
 @operator_options
@@ -36,6 +41,7 @@ def command(
     share: float | None,
     wave: float,
     team: str,
+    draft: Path | None,
     rollback_ok: tuple[int, ...],
     reason: str,
     home: Path,
@@ -58,6 +64,7 @@ def command(
             team=team,
             share=share,
             wave=wave,
+            draft=draft,
             rollback_ok=rollback_ok,
             reason=reason,
             meter=bar,
