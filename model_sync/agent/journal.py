@@ -61,7 +61,7 @@ def read_journal(path: Path) -> dict[str, Memory]:
         return {}
     memories = {}
     for line in lines:
-        memory = _decode(line)
+        memory = decode_record(line)
         if memory is not None:
             memories[memory.model] = memory
     return memories
@@ -72,7 +72,8 @@ def _encode(memory: Memory) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(data), data)
 
 
-def _decode(line: bytes) -> Memory | None:
+def decode_record(line: bytes) -> Memory | None:
+    """The memory of one line without its end; None if it is torn or damaged."""
     checksum, _, data = line.partition(b" ")
     if b"%08x" % zlib.crc32(data) != checksum:
         return None
