@@ -86,27 +86,16 @@ class Reports:
         self._sums: dict[tuple[str, int], _Sum] = {}
         self._running: dict[tuple[str, str], _Running] = {}
 
-    def take(self, now: float, node: str, data: bytes) -> bool:
-        """Take a report over, unless it is a repeated or an older one.
-
-        Args:
-            now: monotonic seconds.
-            node: the name in the certificate of the connection.
-            data: the report as JSON.
+    def take(self, now: float, report: SyncReport, size_bytes: int) -> bool:
+        """Take a report over, unless it is a repeated or an older one; `now` in monotonic seconds.
 
         Raises:
-            MeshError: INVALID_REQUEST if it is malformed, FORBIDDEN if it is about another node, OVERLOADED if there
-                is no room.
+            MeshError: OVERLOADED if there is no room.
         """
-        try:
-            report = msgspec.json.decode(data, type=SyncReport)
-        except msgspec.DecodeError as error:
-            raise MeshError(Code.INVALID_REQUEST, f"The report does not fit: {error}.") from error
-        if report.node != node:
-            raise MeshError(Code.FORBIDDEN, f"The node {node} reports about {report.node[:64]!r}; each for itself.")
+        node = report.node
         known = self._nodes.get(node)
         if known is None:
-            self._add(now, node, report, len(data))
+            self._add(now, report, size_bytes)
             return True
         if report.epoch == known.report.epoch:
             if report.sequence <= known.report.sequence:
@@ -115,9 +104,9 @@ class Reports:
             return False
         else:
             known.retired.append(known.report.epoch)
-        self._require_room(len(data) - known.size_bytes)
-        self._size_bytes += len(data) - known.size_bytes
-        before, known.report, known.size_bytes, known.heard = known.report, report, len(data), now
+        self._require_room(size_bytes - known.size_bytes)
+        self._size_bytes += size_bytes - known.size_bytes
+        before, known.report, known.size_bytes, known.heard = known.report, report, size_bytes, now
         self._count(node, before, report)
         return True
 
@@ -208,16 +197,15 @@ class Reports:
             if node.report.channel == channel:
                 yield from (one for one in node.report.models if one.model == model)
 
-    def _add(self, now: float, node: str, report: SyncReport, size_bytes: int) -> None:
+    def _add(self, now: float, report: SyncReport, size_bytes: int) -> None:
         if len(self._nodes) >= self._limits.nodes_max:
-            silent = [name for name in self._nodes if name not in self.names(now)]
-            for name in silent:
+            for name in self._nodes.keys() - self.names(now):
                 self.forget(name)
         if len(self._nodes) >= self._limits.nodes_max:
             raise MeshError(Code.OVERLOADED, f"{self._limits.nodes_max} nodes report already, which is the bound.")
         self._require_room(size_bytes)
         self._size_bytes += size_bytes
-        self._nodes[node] = _Node(report, size_bytes, now)
+        self._nodes[report.node] = _Node(report, size_bytes, now)
         for model in report.models:
             self._mark(report.channel, model.model)
             for release in model.releases:
@@ -265,11 +253,12 @@ class Reports:
         return found
 
 
-def verify_report(data: bytes, signature: str, certificate: bytes) -> None:
-    """Check that the owner of the connection's certificate (DER) signed exactly these bytes.
+def read_report(data: bytes, node: str, signature: str, certificate: bytes) -> SyncReport:
+    """A report, once it is sure that the owner of the connection's certificate (DER) says this of itself.
 
     Raises:
-        MeshError: UNAUTHENTICATED if not.
+        MeshError: UNAUTHENTICATED if its key did not sign exactly these bytes, INVALID_REQUEST if they are malformed,
+            FORBIDDEN if they are about another node.
     """
     key = x509.load_der_x509_certificate(certificate).public_key()
     try:
@@ -280,6 +269,13 @@ def verify_report(data: bytes, signature: str, certificate: bytes) -> None:
         raise MeshError(
             Code.UNAUTHENTICATED, "The report is not signed by the key of this connection's certificate."
         ) from error
+    try:
+        report = msgspec.json.decode(data, type=SyncReport)
+    except msgspec.DecodeError as error:
+        raise MeshError(Code.INVALID_REQUEST, f"The report does not fit: {error}.") from error
+    if report.node != node:
+        raise MeshError(Code.FORBIDDEN, f"The node {node} reports about {report.node!r}; each speaks for itself.")
+    return report
 
 
 def _reasons(reports: list[ModelReport], release: int) -> list[str]:

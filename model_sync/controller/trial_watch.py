@@ -14,7 +14,7 @@ from model_sync.controller.bodies import RolloutRequest
 from model_sync.controller.config import SyncLimits
 from model_sync.controller.home import ENROLMENT_FILE
 from model_sync.controller.lineage import Change, Lineage
-from model_sync.controller.reports import Reports, Stop, verify_report
+from model_sync.controller.reports import Reports, Stop, read_report
 from model_sync.repository.layout import parse_models_path
 from model_sync.repository.repository import Repository
 from model_sync.rollout.document import ChannelDocument, Rollout
@@ -61,10 +61,11 @@ class TrialWatch:
         """Take a node's report; false if it is a repeated or an older one.
 
         Raises:
-            MeshError: UNAUTHENTICATED if the signature is not by the key of `certificate` (DER); as `Reports.take`.
+            MeshError: as `read_report` and `Reports.take`.
         """
-        verify_report(data, signature, certificate)
-        return self._reports.take(self._clock.monotonic(), node, data)
+        report = read_report(data, node, signature, certificate)
+        self.follow(report.channel)
+        return self._reports.take(self._clock.monotonic(), report, len(data))
 
     def forget(self, node: str) -> None:
         """The node was removed from the mesh."""
