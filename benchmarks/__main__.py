@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.rows import Row
 
 HERE = Path(__file__).parent
-NAMES = ("echo", "serving", "router", "policy", "wire", "coldstart", "footprint", "canary")
+NAMES = ("echo", "serving", "router", "policy", "wire", "coldstart", "footprint", "delta", "canary")
 PACKAGES = (
     "nearcast",
     "ngh2",

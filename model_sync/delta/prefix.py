@@ -10,6 +10,7 @@ from model_sync.delta.limits import inflate
 from model_sync.delta.zstd import CompressionParameter as Parameter
 from model_sync.delta.zstd import DecompressionParameter, ZstdCompressor, ZstdDecompressor, ZstdDict
 
+_PREFIX_SIZE_BYTES_MIN = 8
 LEVEL = 19
 LEVEL_LARGE = 12
 LARGE_SIZE_BYTES = 32 * 1024 * 1024
@@ -26,12 +27,16 @@ def encode(old: bytes, new: bytes) -> bytes:
         Parameter.content_size_flag: 1,
         Parameter.dict_id_flag: 0,
     }
-    compressor = ZstdCompressor(options=options, zstd_dict=ZstdDict(old, is_raw=True).as_prefix)
+    compressor = ZstdCompressor(options=options, zstd_dict=_before(old))
     return compressor.compress(new, ZstdCompressor.FLUSH_FRAME)
 
 
 def decode(payload: bytes, old: bytes, size_bytes: int) -> bytes:
     """The new file, of at most `size_bytes`."""
     options: dict[int, int] = {DecompressionParameter.window_log_max: WINDOW_LOG_MAX}
-    decompressor = ZstdDecompressor(zstd_dict=ZstdDict(old, is_raw=True).as_prefix, options=options)
+    decompressor = ZstdDecompressor(zstd_dict=_before(old), options=options)
     return inflate(decompressor, payload, size_bytes).getvalue()
+
+
+def _before(old: bytes) -> tuple[ZstdDict, int]:
+    return ZstdDict(old.ljust(_PREFIX_SIZE_BYTES_MIN, b"\0"), is_raw=True).as_prefix
