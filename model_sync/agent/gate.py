@@ -46,11 +46,6 @@ class Gate:
             raise MeshError(Code.UNTRUSTED, f"it did not pass the gate: {verdict.error}")
 
 
-async def run_gate(folder: Path, *, timeout_s: float) -> None:
-    """One gate without a memory of those before."""
-    await Gate().run(folder, timeout_s=timeout_s)
-
-
 async def _run_child(folder: Path, timeout_s: float, tenant_keys: Path | None) -> tuple[int, bytes, bytes]:
     """Exit status, and the end of what the child wrote to stdout and stderr."""
     child = await asyncio.create_subprocess_exec(

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
@@ -266,6 +266,25 @@ def check_sbom(folder: Path, manifest: Manifest, tenant_keys: Path | None = None
     others = [entry.path for entry in manifest.files if entry.path != manifest.sbom_file]
     digests = {path: hashlib.sha256(contents.read(path)).hexdigest() for path in others}
     require_sbom(manifest, contents.read(manifest.sbom_file), digests)
+
+
+def read_sbom(folder: Path, manifest: Manifest, tenant_keys: Path | None = None) -> dict[str, Any] | None:
+    """The bill of materials; None without one, or if it is sealed and the key is not in `tenant_keys`.
+
+    Raises:
+        MeshError: UNTRUSTED if its bytes are not what the manifest says, or no JSON.
+    """
+    if manifest.sbom_file is None:
+        return None
+    try:
+        data = Contents(manifest, folder, tenant_keys=tenant_keys).read(manifest.sbom_file)
+        return msgspec.json.decode(data, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise MeshError(Code.UNTRUSTED, f"{manifest.sbom_file} is no JSON: {error}.") from error
+    except MeshError as error:
+        if error.code is Code.UNAUTHENTICATED and tenant_keys is None:
+            return None
+        raise
 
 
 def pass_gate(folder: Path, tenant_keys: Path | None = None) -> GateResult:

@@ -105,8 +105,9 @@ def push(
     """
     manifest = verify_bundle(bundle)
     require_licence(manifest.licence, read_policy(operator))
+    keys = TenantKeys.load(tenant_keys)
     if manifest.encryption is not None:
-        TenantKeys.load(tenant_keys).unwrap(manifest.encryption)
+        keys.unwrap(manifest.encryption)
     check_sbom(bundle, manifest, tenant_keys)
     pass_gate(bundle, tenant_keys)
     roles = fetch_models_roles(client, operator, manifest.name)
@@ -131,7 +132,7 @@ def push(
         role = sign_release(name, role, roles, operator, draft)
         uploaded_bytes = upload_blobs(client, bundle, manifest, meter)
         deltas = upload_deltas(
-            client, bundle, manifest, roles, operator, meter=meter, keys=TenantKeys.load(tenant_keys), budget_s=delta_budget_s
+            client, bundle, manifest, roles, operator, meter=meter, keys=keys, budget_s=delta_budget_s
         )
         metadata = role.to_dict()
         client.call("POST", "/v1/releases", {"team": team, "metadata": metadata, "manifests": {path: data.decode()}})
