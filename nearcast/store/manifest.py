@@ -13,12 +13,14 @@ CHUNK_SIZE_BYTES = 256 * 1024
 """Unit of download and verification: what a cut connection costs at most."""
 MANIFEST_FILE = "manifest.json"
 MANIFEST_SIZE_BYTES_MAX = 4 * 1024 * 1024
-NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,63}$"
-PATH_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+# \Z and not $: that would let a name end in a line break.
+NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,63}\Z"
+PATH_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z"
+SHA256_PATTERN = r"^[0-9a-f]{64}\Z"
 
 ModelName = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
 FileName = Annotated[str, msgspec.Meta(pattern=PATH_PATTERN)]
-Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+Sha256 = Annotated[str, msgspec.Meta(pattern=SHA256_PATTERN)]
 Release = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
 
 
@@ -75,7 +77,7 @@ class Encryption(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
     algorithm: Literal["AES-256-GCM"] = "AES-256-GCM"
     tenant: ModelName
-    key_id: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}$")]
+    key_id: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
     wrapped_key: Annotated[str, msgspec.Meta(max_length=128)]
 
 

@@ -172,15 +172,16 @@ def attacked(
     hostile: Hostile | None = None,
     *,
     well_signed: Collection[str] = (),
+    also: Collection[bytes] = (),
 ) -> Iterator[None]:
     """Whatever happens inside: nothing false is kept, no version falls, no file appears elsewhere, the node serves on.
 
     `hostile` answers instead of the publisher meanwhile. Files of the roles `well_signed`, whose keys were stolen for
-    this attack and which pass every check by themselves, may be kept too.
+    this attack and which pass every check by themselves, may be kept too; so may `also`.
     """
     store = Store(Path(config.store))
     before, pointer, names = trusted_files(config), store.pointer(MODEL), _names_around(store)
-    allowed = genuine(publisher) | set(before.values())
+    allowed = genuine(publisher) | set(before.values()) | set(also)
     if hostile is not None:
         allowed |= {hostile.path(name).read_bytes() for name in well_signed}
     if hostile is not None:
@@ -195,8 +196,11 @@ def attacked(
     old, new = versions(before), versions(after)
     assert {name: new.get(name, 0) for name in old if new.get(name, 0) < old[name]} == {}, "a version fell"
     assert _names_around(store) - names <= {"status.json", ".status.json.new"}, "a name became a path"
-    assert store.pointer(MODEL) == pointer
-    if pointer is not None and pointer.stable is not None:
+    served = store.pointer(MODEL)
+    assert pointer is not None
+    assert served is not None
+    assert (served.stable, served.candidate) == (pointer.stable, pointer.candidate)
+    if pointer.stable is not None:
         for entry in store.manifest(MODEL, pointer.stable).files:
             verify_file(entry, store.folder(MODEL, pointer.stable) / entry.path)
 
