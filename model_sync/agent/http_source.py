@@ -130,7 +130,7 @@ class HttpSource(Source):
         return self._connection
 
     def _pieces(self, response: http.client.HTTPResponse, timeout_s: float) -> Iterator[bytes]:
-        complete = False
+        connection, complete = self._connection, False
         try:
             with self._explained():
                 while True:
@@ -146,8 +146,10 @@ class HttpSource(Source):
         finally:
             if complete and not response.will_close:
                 response.close()
-            else:
+            elif connection is self._connection:
                 self.close()
+            elif connection is not None:
+                connection.close()  # given up long ago and only now collected: by now there is another one
 
     def _finish(self, response: http.client.HTTPResponse) -> None:
         """Keep the connection after a refusal if its body is short, as a 404 of every check is."""

@@ -266,6 +266,7 @@ class ModelShell:
             meter=around.meter,
             limits=around.config.limits,
             keys=TenantKeys.load(Path(folder) if folder else None),
+            metered=around.config.metered,
             peers=around.peers,
         )
 

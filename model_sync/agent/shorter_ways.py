@@ -122,9 +122,9 @@ def find_way(
     """The cheapest way to one file; None if to fetch the `missing_bytes` of it is best.
 
     Raises:
-        MeshError: UNAVAILABLE if no source says whether there is a delta.
+        MeshError: if no source says whether there is a delta.
     """
-    if entry.sha256 in bases:
+    if missing_bytes and entry.sha256 in bases:
         return ShorterWay(entry=entry)
     if missing_bytes < SIZE_BYTES_MIN:
         return None
@@ -142,10 +142,10 @@ def find_way(
 
 
 def read_index(mirrors: Mirrors, sha256: str, *, timeout_s: float) -> DeltaIndex | None:
-    """The index of the ways to a blob, of the first source that answers; None if there is none.
+    """The index of the ways to a blob, of the first source that gives one; None if there is none.
 
     Raises:
-        MeshError: UNAVAILABLE if no source answers.
+        MeshError: the last refusal if no source answers, or none with an index.
     """
     refusal: MeshError | None = None
     for source in mirrors.attempts():
@@ -161,9 +161,7 @@ def read_index(mirrors: Mirrors, sha256: str, *, timeout_s: float) -> DeltaIndex
                 raise
             refusal = error
         mirrors.failed(source, None, refusal)
-    if refusal is not None and refusal.code is not Code.UNTRUSTED:
-        raise refusal
-    return None
+    raise refusal or MeshError(Code.UNAVAILABLE, "No repository can be asked for a delta.")
 
 
 def walk(

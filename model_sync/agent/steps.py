@@ -47,6 +47,7 @@ class Installer:
         mirrors: whom to ask about deltas.
         supply: whom to ask for chunks.
         keys: the tenants' keys that are on this node.
+        metered: rather wait than fetch a full file because nobody says whether there is a delta.
         peers: other nodes, to be asked first; None = nobody.
     """
 
@@ -60,6 +61,7 @@ class Installer:
         meter: Meter,
         limits: AgentLimits,
         keys: TenantKeys,
+        metered: bool = False,
         peers: Peers | None = None,
     ) -> None:
         self.received_bytes = 0
@@ -71,6 +73,7 @@ class Installer:
         self._meter = meter
         self._limits = limits
         self._keys = keys
+        self._metered = metered
         self._peers = peers
         self._shorter: dict[str, ShorterWay] = {}
 
@@ -110,17 +113,21 @@ class Installer:
     def _find_ways(self, missing: Mapping[str, int]) -> None:
         bases = Bases(self._store, self._manifest.name)
         for entry in self._manifest.files:
-            if missing[entry.path]:
-                way = find_way(
-                    self._mirrors,
-                    self._manifest,
-                    entry,
-                    bases,
-                    missing_bytes=missing[entry.path],
-                    timeout_s=self._limits.chunk_timeout_s,
-                )
-                if way is not None:
-                    self._shorter[entry.path] = way
+            way = self._find_way(entry, bases, missing[entry.path])
+            if way is not None:
+                self._shorter[entry.path] = way
+
+    def _find_way(self, entry: File, bases: Bases, missing_bytes: int) -> ShorterWay | None:
+        """As `find_way`; whoever hides or garbles the hint must not hold the node back, or make it pay unasked."""
+        timeout_s = self._limits.chunk_timeout_s
+        try:
+            return find_way(
+                self._mirrors, self._manifest, entry, bases, missing_bytes=missing_bytes, timeout_s=timeout_s
+            )
+        except MeshError as error:
+            if error.code is Code.CANCELLED or self._metered:
+                raise
+            return None
 
     def _require_room(self, size_bytes: int, staged: Path) -> None:
         """Full files, payloads and manifest with a tenth in reserve must fit beside what is kept."""
@@ -192,7 +199,7 @@ class Installer:
 
         Raises:
             DeltaError: if a way does not lead to the signed file.
-            MeshError: UNAVAILABLE if parts of the full file were needed and not given; DiskFullError.
+            MeshError: UNAVAILABLE on a metered link if parts of the full file were needed and not given; DiskFullError.
         """
         if not self._shorter:
             return
@@ -217,7 +224,12 @@ class Installer:
         def read(start: int, size_bytes: int) -> bytes:
             if stop.is_set():
                 raise MeshError(Code.CANCELLED, "The download was stopped.")
-            data = read_range(start, size_bytes)
+            try:
+                data = read_range(start, size_bytes)
+            except MeshError as error:
+                if error.code is Code.CANCELLED or self._metered:
+                    raise
+                raise DeltaError(error.code, error.message) from error
             self.received_bytes += size_bytes
             self._meter.take(size_bytes, stop)
             return data

@@ -141,11 +141,11 @@ class Origin:
         data = place.read_bytes()
         if self.fault is not None and self.fault(handler, path, data):
             return
-        start = range_start(handler)
-        self.served.append((path, start, len(data) - start))
-        if start:
-            extra = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
-            self.reply(handler, 206, data[start:], extra)
+        start, end = range_of(handler, len(data))
+        self.served.append((path, start, end - start))
+        if (start, end) != (0, len(data)):
+            extra = {"Content-Range": f"bytes {start}-{end - 1}/{len(data)}"}
+            self.reply(handler, 206, data[start:end], extra)
         else:
             self.reply(handler, 200, data)
 
@@ -173,8 +173,13 @@ class Origin:
 
 
 def range_start(handler: http.server.BaseHTTPRequestHandler) -> int:
-    asked = handler.headers.get("Range", "")
-    return int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
+    return range_of(handler, 0)[0]
+
+
+def range_of(handler: http.server.BaseHTTPRequestHandler, size_bytes: int) -> tuple[int, int]:
+    """First byte asked for, and the one after the last."""
+    first, _, last = handler.headers.get("Range", "").removeprefix("bytes=").partition("-")
+    return int(first or 0), int(last) + 1 if last else size_bytes
 
 
 @contextlib.contextmanager

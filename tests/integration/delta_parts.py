@@ -1,0 +1,70 @@
+"""Deltas in a test's repository: payloads by the real codecs, indexes that tell the truth or lie."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import onnx
+
+from model_sync.delta.index import INDEX_FILE, DeltaIndex, Way
+from model_sync.delta.search import describe_way, search
+from model_sync.repository.layout import blob_path, delta_path
+from nearcast.store.manifest import File
+from tests.integration.agent_parts import Publisher
+from tests.tiny_models import affine_model
+
+WEIGHTS_BYTES = 600_000
+
+
+def weights(seed: int = 7, *, changed: float = 0.0) -> bytes:
+    """Bytes like those of an int8 tensor; `changed` of them one step away."""
+    values = np.random.default_rng(seed).normal(0.0, 16.0, WEIGHTS_BYTES).clip(-100, 100).astype(np.int8)
+    places = np.random.default_rng(seed + 1).random(WEIGHTS_BYTES) < changed
+    return (values + places.astype(np.int8)).astype(np.int8).tobytes()
+
+
+def blob(publisher: Publisher, entry: File) -> bytes:
+    return (publisher.repository.folder / blob_path(entry.sha256)).read_bytes()
+
+
+def publish_delta(publisher: Publisher, old: File | None, new: File, *, codec: str | None = None) -> Way:
+    """The smallest real payload from `old` to `new`, or that of one codec, and an index that names it alone."""
+    base = blob(publisher, old) if old is not None else None
+    found = [
+        one
+        for one in search(base, blob(publisher, new), clock=time.monotonic, budget_s=30.0)
+        if one.payload is not None and codec in (None, one.codec)
+    ]
+    best = min(found, key=lambda one: len(one.payload or b""))
+    assert best.payload is not None
+    named = old.sha256 if old is not None and best.codec not in ("zstd", "chunks") else None
+    way = describe_way(best.codec, named, best.payload)
+    write_payload(publisher, new, way, best.payload)
+    write_index(publisher, new, way)
+    return way
+
+
+def write_payload(publisher: Publisher, new: File, way: Way, payload: bytes) -> None:
+    place = publisher.repository.folder / delta_path(new.sha256, way.name)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(payload)
+
+
+def write_index(publisher: Publisher, new: File, *ways: Way) -> None:
+    write_index_bytes(publisher, new, DeltaIndex(result=new.sha256, size_bytes=new.size_bytes, ways=ways).encode())
+
+
+def write_index_bytes(publisher: Publisher, new: File, data: bytes) -> None:
+    place = publisher.repository.folder / delta_path(new.sha256, INDEX_FILE)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(data)
+
+
+def push_weights(publisher: Publisher, release: int, data: bytes) -> File:
+    """A real model with `data` among its tensors; returns the entry of the model's file."""
+    model = onnx.load_from_string(affine_model(2.0))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.frombuffer(data, np.int8), "w"))
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    golden = (({"x": x}, {"y": x * np.float32(2.0)}),)
+    return publisher.push_model(release, model.SerializeToString(), golden=golden).file("model.onnx")

@@ -1,0 +1,292 @@
+"""The agent on its shorter ways: deltas that work, deltas that lie, and what it does then."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from model_sync.agent.folder_source import FolderSource
+from model_sync.agent.mirrors import Mirrors, SharedHealth
+from model_sync.agent.shorter_ways import Bases, find_way
+from model_sync.delta.index import INDEX_SIZE_BYTES_MAX, WAYS_MAX, DeltaIndex
+from model_sync.repository.layout import blob_path
+from nearcast.errors import MeshError
+from nearcast.store import Store
+from nearcast.store.manifest import CHUNK_SIZE_BYTES, File
+from tests.integration.agent_parts import (
+    MODEL,
+    Origin,
+    Publisher,
+    make_config,
+    running,
+    serving,
+    settled,
+    status_of,
+    until,
+)
+from tests.integration.delta_parts import (
+    publish_delta,
+    push_weights,
+    weights,
+    write_index,
+    write_index_bytes,
+    write_payload,
+)
+
+
+class Pair:
+    """Two releases of which the second differs in 2 % of its weights; the first is what the channel names."""
+
+    def __init__(self, folder: Path) -> None:
+        self.publisher = Publisher(folder)
+        self.old = push_weights(self.publisher, 1, weights())
+        self.publisher.roll(1)
+        self.new = push_weights(self.publisher, 2, weights(changed=0.02))
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    return Pair(tmp_path / "home")
+
+
+@pytest.fixture
+def origin(pair: Pair) -> Iterator[Origin]:
+    with serving(pair.publisher) as running_origin:
+        yield running_origin
+
+
+def fetched(origin: Origin, what: str) -> list[tuple[str, int, int]]:
+    return [one for one in origin.served if what in one[0]]
+
+
+def require_installed(config: Any, entry: File, release: int) -> None:
+    data = (Store(Path(config.store)).folder(MODEL, release) / entry.path).read_bytes()
+    assert hashlib.sha256(data).hexdigest() == entry.sha256
+
+
+async def test_an_update_costs_the_delta_alone(tmp_path: Path, pair: Pair, origin: Origin) -> None:
+    way = publish_delta(pair.publisher, pair.old, pair.new)
+    config = make_config(tmp_path, pair.publisher, origin)
+    async with running(config) as agent:
+        await settled(agent, stable=1)
+        origin.served.clear()
+        before = status_of(agent).received_bytes
+        pair.publisher.roll(2)
+        await agent.check()
+        await settled(agent, stable=2)
+        assert status_of(agent).received_bytes - before == way.size_bytes
+    require_installed(config, pair.new, 2)
+    assert way.size_bytes < 0.03 * pair.new.size_bytes
+    assert fetched(origin, "/blobs/") == [], "model and golden vectors are the same, the rest is patched"
+    assert [one[2] for one in fetched(origin, way.name)] == [way.size_bytes]
+
+
+async def test_a_fresh_node_takes_the_compressed_file(tmp_path: Path, pair: Pair, origin: Origin) -> None:
+    way = publish_delta(pair.publisher, None, pair.old, codec="zstd")
+    config = make_config(tmp_path, pair.publisher, origin)
+    async with running(config) as agent:
+        await settled(agent, stable=1)
+    require_installed(config, pair.old, 1)
+    assert fetched(origin, way.name)
+    assert fetched(origin, blob_path(pair.old.sha256)) == []
+
+
+async def test_chunks_serve_a_base_that_the_publisher_does_not_know(tmp_path: Path, pair: Pair, origin: Origin) -> None:
+    middle = weights()[:300_000] + b"new" * 10_000 + weights()[300_000:]
+    new = push_weights(pair.publisher, 3, middle)
+    publish_delta(pair.publisher, None, new, codec="chunks")
+    config = make_config(tmp_path, pair.publisher, origin)
+    async with running(config) as agent:
+        await settled(agent, stable=1)
+        before = status_of(agent).received_bytes
+        pair.publisher.roll(3)
+        await agent.check()
+        await settled(agent, stable=3)
+        assert status_of(agent).received_bytes - before < 0.25 * new.size_bytes
+    require_installed(config, new, 3)
+
+
+def damaged_payload(pair: Pair) -> None:
+    """Its chunks are what the index says, and it leads nowhere."""
+    way = publish_delta(pair.publisher, pair.old, pair.new)
+    garbage = b"\0" * 1000
+    digest = hashlib.sha256(garbage).hexdigest()
+    lying = msgspec.structs.replace(way, size_bytes=1000, sha256=digest, chunks=(digest,))
+    write_payload(pair.publisher, pair.new, lying, garbage)
+    write_index(pair.publisher, pair.new, lying)
+
+
+def payload_of_another_file(pair: Pair) -> None:
+    """A genuine payload, to another result."""
+    other = push_weights(pair.publisher, 3, weights(changed=0.03))
+    way = publish_delta(pair.publisher, pair.old, other)
+    payload = (pair.publisher.repository.folder / f"deltas/{other.sha256}/{way.name}").read_bytes()
+    write_payload(pair.publisher, pair.new, way, payload)
+    write_index(pair.publisher, pair.new, way)
+
+
+def wrong_base(pair: Pair) -> None:
+    """Made from a file that is not the one it names."""
+    other = push_weights(pair.publisher, 3, weights(seed=99))
+    way = publish_delta(pair.publisher, other, pair.new, codec="zstd-prefix")
+    payload = (pair.publisher.repository.folder / f"deltas/{pair.new.sha256}/{way.name}").read_bytes()
+    lying = msgspec.structs.replace(way, base=pair.old.sha256)
+    write_payload(pair.publisher, pair.new, lying, payload)
+    write_index(pair.publisher, pair.new, lying)
+
+
+def absent_payload(pair: Pair) -> None:
+    way = publish_delta(pair.publisher, pair.old, pair.new)
+    (pair.publisher.repository.folder / f"deltas/{pair.new.sha256}/{way.name}").unlink()
+
+
+def changed_chunk(pair: Pair) -> None:
+    """Bytes that are not those of the index."""
+    way = publish_delta(pair.publisher, pair.old, pair.new)
+    write_payload(pair.publisher, pair.new, way, b"\0" * way.size_bytes)
+
+
+@pytest.mark.parametrize(
+    "damage", [damaged_payload, payload_of_another_file, wrong_base, absent_payload, changed_chunk]
+)
+async def test_a_delta_that_fails_is_followed_by_the_full_file(
+    tmp_path: Path, pair: Pair, origin: Origin, damage: Any
+) -> None:
+    damage(pair)
+    config = make_config(tmp_path, pair.publisher, origin)
+    async with running(config) as agent:
+        await settled(agent, stable=1)
+        origin.served.clear()
+        pair.publisher.roll(2)
+        await agent.check()
+        await settled(agent, stable=2)
+        assert status_of(agent).quarantined == ()
+    require_installed(config, pair.new, 2)
+    assert fetched(origin, blob_path(pair.new.sha256))
+    assert len(fetched(origin, "index.json")) == 1, "and the delta is not tried again"
+
+
+@pytest.mark.parametrize("policy", [{"metered": True}, {"on_delta_failure": "fail"}])
+async def test_no_full_download_behind_the_operators_back(
+    tmp_path: Path, pair: Pair, origin: Origin, policy: dict[str, Any]
+) -> None:
+    damaged_payload(pair)
+    config = make_config(tmp_path, pair.publisher, origin, **policy)
+    async with running(config) as agent:
+        await settled(agent, stable=1)
+        origin.served.clear()
+        pair.publisher.roll(2)
+        await agent.check()
+        await until(lambda: "forbids the full file" in status_of(agent).error, "it waits for the operator")
+        await agent.check()
+        assert status_of(agent).stable == 1
+    assert fetched(origin, blob_path(pair.new.sha256)) == []
+    config = make_config(tmp_path, pair.publisher, origin)
+    async with running(config) as agent:
+        await settled(agent, stable=2)
+    require_installed(config, pair.new, 2)
+
+
+async def test_a_damaged_base_is_no_base(tmp_path: Path, pair: Pair, origin: Origin) -> None:
+    publish_delta(pair.publisher, pair.old, pair.new)
+    config = make_config(tmp_path, pair.publisher, origin)
+    async with running(config) as agent:
+        await settled(agent, stable=1)
+        base = Store(Path(config.store)).folder(MODEL, 1) / pair.old.path
+        base.write_bytes(b"x" + base.read_bytes()[1:])
+        pair.publisher.roll(2)
+        await agent.check()
+        await settled(agent, stable=2)
+    require_installed(config, pair.new, 2)
+
+
+def hostile_indexes(new: File, way: Any) -> dict[str, bytes]:
+    make = lambda **fields: DeltaIndex(  # noqa: E731 (one word for a table)
+        **{"result": new.sha256, "size_bytes": new.size_bytes, "ways": (way,)} | fields
+    ).encode()
+    plain = make()
+    return {
+        "too long": plain + b" " * INDEX_SIZE_BYTES_MAX,
+        "no JSON": b"<html>404</html>",
+        "another result": make(result="0" * 64),
+        "another size": make(size_bytes=new.size_bytes + 1),
+        "unknown codec": plain.replace(way.codec.encode(), b"rm -rf"),
+        "too many ways": make(ways=(way,) * (WAYS_MAX + 1)),
+        "a path as digest": plain.replace(way.base.encode(), b"../" * 21 + b"a"),
+        "a size that is none": make(ways=(msgspec.structs.replace(way, size_bytes=1, chunks=way.chunks),)).replace(
+            b'"chunks":[', b'"chunks":["' + b"0" * 64 + b'",'
+        ),
+        "larger than the file": make(ways=(msgspec.structs.replace(way, size_bytes=2**40, chunks=("0" * 64,) * 3),)),
+        "nothing": b"",
+    }
+
+
+def test_a_hostile_index_names_no_way(pair: Pair) -> None:
+    way = publish_delta(pair.publisher, pair.old, pair.new)
+    store = Store(pair.publisher.folder / "store")
+    staged = store.stage_folder(MODEL, 1)
+    for path in (pair.publisher.folder / "bundle-1").iterdir():
+        (staged / path.name).write_bytes(path.read_bytes())
+    store.commit(MODEL, 1, staged)
+    source = FolderSource(pair.publisher.repository.folder)
+    new = store.manifest(MODEL, 1)
+
+    def find() -> Any:
+        mirrors, bases = Mirrors([source], SharedHealth(1)), Bases(store, MODEL)
+        return find_way(mirrors, new, pair.new, bases, missing_bytes=pair.new.size_bytes, timeout_s=1.0)
+
+    assert find().way == way
+    for name, data in hostile_indexes(pair.new, way).items():
+        write_index_bytes(pair.publisher, pair.new, data)
+        try:
+            found = find()
+        except MeshError:
+            found = None
+        assert found is None, name
+
+
+@pytest.mark.parametrize("index", [b" " * (INDEX_SIZE_BYTES_MAX + 1), b"<html>"])
+async def test_a_hostile_index_costs_nothing_but_the_full_file(
+    tmp_path: Path, pair: Pair, origin: Origin, index: bytes
+) -> None:
+    write_index_bytes(pair.publisher, pair.new, index)
+    config = make_config(tmp_path, pair.publisher, origin)
+    async with running(config) as agent:
+        await settled(agent, stable=1)
+        pair.publisher.roll(2)
+        await agent.check()
+        await settled(agent, stable=2)
+    require_installed(config, pair.new, 2)
+
+
+async def test_a_cut_payload_is_resumed(tmp_path: Path, pair: Pair, origin: Origin) -> None:
+    new = push_weights(pair.publisher, 3, weights(seed=50) + weights(seed=60, changed=0.3))
+    way = publish_delta(pair.publisher, None, new, codec="zstd")
+    assert way.size_bytes > 2 * CHUNK_SIZE_BYTES
+    cut_at = CHUNK_SIZE_BYTES + 1000
+
+    def cut(handler: Any, path: str, data: bytes) -> bool:
+        if way.name not in path or handler.headers.get("Range"):
+            return False
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data[:cut_at])
+        handler.close_connection = True
+        return True
+
+    config = make_config(tmp_path, pair.publisher, origin)
+    async with running(config) as agent:
+        await settled(agent, stable=1)
+        origin.fault = cut
+        origin.served.clear()
+        pair.publisher.roll(3)
+        await agent.check()
+        await settled(agent, stable=3)
+    require_installed(config, new, 3)
+    assert [one[1] for one in fetched(origin, way.name)] == [CHUNK_SIZE_BYTES], "the rest, from the first chunk on"
