@@ -168,6 +168,8 @@ class Reports:
             "reason": rollout.reason,
             "by": rollout.by,
             "at": rollout.at,
+            "following": sum(node.report.channel == channel for node in self._nodes.values()),
+            "intents": dict(Counter(str(one.intent) for one in reports)),
             "states": dict(Counter(one.state for one in reports)),
             "stable_nodes": dict(Counter(str(one.stable or "none") for one in reports)),
             "candidate_nodes": sum(one.candidate is not None and one.candidate == candidate for one in reports),

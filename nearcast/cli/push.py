@@ -6,12 +6,17 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from nearcast.cli.listing import json_option, print_json
 from nearcast.cli.operator_options import channel_option, operator_options, reason_option
+from nearcast.runtime.exit import ExitCode
+
+if TYPE_CHECKING:
+    from model_sync.publisher.outcome import Outcome
+    from model_sync.publisher.push import Pushed
 
 
 @click.command()
@@ -31,6 +36,12 @@ from nearcast.cli.operator_options import channel_option, operator_options, reas
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder that collects signatures if the team needs several. Default: HOME/draft.",
 )
+@click.option(
+    "--tenant-keys",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder with the keys that open sealed bundles.",
+)
+@click.option("--wait", "wait_s", type=click.FloatRange(min=0), help="Wait so many seconds for the nodes.")
 @click.option("--rollback-ok", type=int, multiple=True, help="Allow a return to this release too; repeatable.")
 @reason_option
 @operator_options
@@ -42,6 +53,8 @@ def command(
     wave: float,
     team: str,
     draft: Path | None,
+    tenant_keys: Path | None,
+    wait_s: float | None,
     rollback_ok: tuple[int, ...],
     reason: str,
     home: Path,
@@ -51,8 +64,20 @@ def command(
     """Check BUNDLE, sign it with the team's key, upload it and point a channel to it.
 
     Without --share it becomes the stable release; with it, a candidate beside the stable one.
+    With --wait the command ends once every node that follows the channel has said what became of it.
+
+    \b
+    Exit codes for a pipeline:
+      0   published; with --wait: every node has obeyed, none refused it
+      1   --wait: a node refused the release, or its trial was stopped
+      65  the bundle or the controller is not to be trusted
+      69  the controller cannot be reached
+      75  --wait: not every node reported in time; or a conflict: raise the release number
+      77  no key, or a licence that is not allowed
+    All others: nearcast --help.
     """
     from model_sync.publisher.control_client import connect
+    from model_sync.publisher.outcome import wait_for_nodes
     from model_sync.publisher.push import push
 
     with connect(home, control) as client, UploadBar() as bar:
@@ -65,16 +90,35 @@ def command(
             share=share,
             wave=wave,
             draft=draft,
+            tenant_keys=tenant_keys,
             rollback_ok=rollback_ok,
             reason=reason,
             meter=bar,
         )
+        outcome = None if wait_s is None else wait_for_nodes(client, pushed, wait_s)
     if as_json:
-        print_json(asdict(pushed))
-        return
+        print_json(asdict(pushed) | ({} if outcome is None else {"outcome": asdict(outcome)}))
+    else:
+        _tell(pushed, share, outcome)
+    if outcome is not None and outcome.result != "holding":
+        sys.exit(ExitCode.TRY_AGAIN if outcome.result == "waiting" else ExitCode.FAILED)
+
+
+def _tell(pushed: Pushed, share: float | None, outcome: Outcome | None) -> None:
     what = f"candidate for {share:.0%} of the requests" if pushed.action == "candidate" else "stable"
     known = "" if pushed.is_published else " (published before)"
-    click.echo(f"{pushed.model} {pushed.release} is {what} in channel {channel}{known}, intent {pushed.intent}.")
+    click.echo(f"{pushed.model} {pushed.release} is {what} in channel {pushed.channel}{known}, intent {pushed.intent}.")
+    if outcome is None:
+        return
+    why = f": {'; '.join(outcome.reasons)}" if outcome.reasons else ""
+    counts = f"{outcome.holding} of {outcome.nodes} nodes hold it, {outcome.refused} refused it"
+    said = {
+        "holding": f"{counts}.",
+        "refused": f"{counts}{why}.",
+        "stopped": f"It is not picked any more{why}.",
+        "waiting": f"Not every node has reported in time; {counts}{why}.",
+    }
+    click.echo(said[outcome.result])
 
 
 class UploadBar:
