@@ -83,7 +83,7 @@ class Reports:
         self._limits = limits
         self._nodes: dict[str, _Node] = {}
         self._size_bytes = 0
-        self._sums: dict[tuple[str, int], _Sum] = {}
+        self._sums: dict[tuple[str, str, int], _Sum] = {}
         self._running: dict[tuple[str, str], _Running] = {}
 
     def take(self, now: float, report: SyncReport, size_bytes: int) -> bool:
@@ -174,7 +174,7 @@ class Reports:
             "stable_nodes": dict(Counter(str(one.stable or "none") for one in reports)),
             "candidate_nodes": sum(one.candidate is not None and one.candidate == candidate for one in reports),
             "received_bytes": sum(one.received_bytes for one in reports),
-            "releases": {str(release): self._describe_release(rollout.model, release) for release in picked},
+            "releases": {str(release): self._describe_release((channel, rollout.model, release)) for release in picked},
             "trial": msgspec.to_builtins(running.verdict) if running is not None else None,
             "quarantined": [
                 {"release": release, "nodes": count, "reasons": _reasons(reports, release)}
@@ -183,8 +183,8 @@ class Reports:
             "errors": dict(Counter(one.error for one in reports if one.error).most_common(REASONS_MAX)),
         }
 
-    def _describe_release(self, model: str, release: int) -> dict[str, Any]:
-        one = self._sums.get((model, release), _Sum())
+    def _describe_release(self, key: tuple[str, str, int]) -> dict[str, Any]:
+        one = self._sums.get(key, _Sum())
         return {
             "requests": one.requests,
             "errors": one.errors,
@@ -211,7 +211,7 @@ class Reports:
         for model in report.models:
             self._mark(report.channel, model.model)
             for release in model.releases:
-                self._sum(model.model, release.release).add(counted_since(None, release))
+                self._sum(report.channel, model.model, release.release).add(counted_since(None, release))
 
     def _require_room(self, more_bytes: int) -> None:
         if self._size_bytes + more_bytes > self._limits.reports_bytes_max:
@@ -230,7 +230,7 @@ class Reports:
                 if base is not None and before.epoch != report.epoch and release.requests < base.requests:
                     base = None  # the host began anew; an agent that did, beside the same host, counts on
                 new[release.release] = counted_since(base, release)
-                self._sum(model.model, release.release).add(new[release.release])
+                self._sum(report.channel, model.model, release.release).add(new[release.release])
             running = self._running.get((report.channel, model.model))
             if running is not None:
                 _, stable, candidate = running.key
@@ -246,12 +246,13 @@ class Reports:
         if running is not None:
             running.is_stale = True
 
-    def _sum(self, model: str, release: int) -> _Sum:
-        found = self._sums.get((model, release))
+    def _sum(self, channel: str, model: str, release: int) -> _Sum:
+        key = (channel, model, release)
+        found = self._sums.get(key)
         if found is None:
             if len(self._sums) >= RELEASES_MAX:
                 del self._sums[next(iter(self._sums))]
-            found = self._sums[model, release] = _Sum()
+            found = self._sums[key] = _Sum()
         return found
 
 
