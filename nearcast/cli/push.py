@@ -19,7 +19,19 @@ if TYPE_CHECKING:
     from model_sync.publisher.push import Pushed
 
 
-@click.command()
+EXIT_CODES = """\b
+Exit codes for a pipeline:
+  0   published; with --wait: every node has obeyed, none refused it
+  1   --wait: a node refused the release, or its trial was stopped
+  65  the bundle or the controller is not to be trusted
+  69  the controller cannot be reached
+  75  --wait: not every node reported in time; or a conflict: raise the release number
+  77  no key, or a licence that is not allowed
+All others: nearcast --help.
+"""
+
+
+@click.command(epilog=EXIT_CODES)
 @click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
 @channel_option
 @click.option("--share", type=click.FloatRange(0, 1, min_open=True), help="Try it on this share of the requests.")
@@ -65,16 +77,6 @@ def command(
 
     Without --share it becomes the stable release; with it, a candidate beside the stable one.
     With --wait the command ends once every node that follows the channel has said what became of it.
-
-    \b
-    Exit codes for a pipeline:
-      0   published; with --wait: every node has obeyed, none refused it
-      1   --wait: a node refused the release, or its trial was stopped
-      65  the bundle or the controller is not to be trusted
-      69  the controller cannot be reached
-      75  --wait: not every node reported in time; or a conflict: raise the release number
-      77  no key, or a licence that is not allowed
-    All others: nearcast --help.
     """
     from model_sync.publisher.control_client import connect
     from model_sync.publisher.outcome import wait_for_nodes
