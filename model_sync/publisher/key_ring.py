@@ -37,7 +37,7 @@ class KeyRing:
     """
 
     def __init__(self, operator: Path, extra: Iterable[str] = ()) -> None:
-        self._operator = operator
+        self._operator = operator.resolve()
         self._notes = _read_notes(operator / NOTES_FILE)
         self._extra = {place.key.keyid: place for place in map(find_key, extra)}
         self.reasons: list[str] = []
@@ -68,7 +68,7 @@ class KeyRing:
 
     def note(self, place: Place) -> None:
         """Remember where a key is. What lies in the folder itself is noted by its name: the folder may be copied."""
-        is_own = place.uri.startswith("/") and Path(place.uri).parent == self._operator.resolve()
+        is_own = place.uri.startswith("/") and Path(place.uri).parent == self._operator
         self._notes[place.key.keyid] = Note(
             uri=Path(place.uri).name if is_own else place.uri,
             seen=datetime.now(UTC).replace(microsecond=0),
@@ -88,7 +88,7 @@ class KeyRing:
         for path in sorted(self._operator.glob("*.pem")):
             place = find_key(str(path))
             if place.uri:
-                found[place.key.keyid] = path.resolve()
+                found[place.key.keyid] = path
         return found
 
     def settle(self, role: str, keyids: Iterable[str]) -> None:

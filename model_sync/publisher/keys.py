@@ -68,7 +68,9 @@ class _Held:
             role.sign(signer, append=True)
 
 
-def init_keys(home: Path, team: str = "core", roles: Mapping[str, RoleKeys] | None = None) -> None:
+def init_keys(
+    home: Path, team: str = "core", roles: Mapping[str, RoleKeys] | None = None, *, root_version: int = 1
+) -> None:
     """Make all keys of a new mesh and the first, empty state of its repository.
 
     Everything is made beside its place and moved there at the end, so that an interrupted run leaves nothing behind
@@ -78,6 +80,8 @@ def init_keys(home: Path, team: str = "core", roles: Mapping[str, RoleKeys] | No
         home: gets the folders of `FOLDERS`.
         team: the first team.
         roles: keys that exist already, by "root", "targets" and "models". Root without: two keys, of which one signs.
+        root_version: of the first root. A mesh that replaces another begins above that one's last: then its intents
+            are newer than all that the nodes have obeyed (`rollout.document.first_intent`).
 
     Raises:
         MeshError: CONFLICT if there are keys already; they are never overwritten. INVALID_REQUEST if a threshold
@@ -95,7 +99,7 @@ def init_keys(home: Path, team: str = "core", roles: Mapping[str, RoleKeys] | No
     draft = home / f".keys-{secrets.token_hex(6)}"
     draft.mkdir(mode=0o700)
     try:
-        _write_all(draft, team, roles or {})
+        _write_all(draft, team, roles or {}, root_version)
         for name in FOLDERS:
             if (draft / name).exists():
                 (draft / name).rename(home / name)
@@ -127,7 +131,7 @@ def public_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.pub.pem")
 
 
-def _write_all(draft: Path, team: str, roles: Mapping[str, RoleKeys]) -> None:
+def _write_all(draft: Path, team: str, roles: Mapping[str, RoleKeys], root_version: int) -> None:
     operator, sync = draft / "operator", draft / "sync"
     for folder in (operator, sync):
         folder.mkdir(mode=0o700)
@@ -140,7 +144,7 @@ def _write_all(draft: Path, team: str, roles: Mapping[str, RoleKeys]) -> None:
     write_key(sync / ONLINE_KEY, online)
     lifetimes = Lifetimes()
     thresholds = {name: wanted.threshold for name, wanted in roles.items()}
-    root_role = _make_root(root, targets, online.public_key, thresholds)
+    root_role = _make_root(root, targets, online.public_key, thresholds, root_version)
     targets_role = _make_targets(targets, models_name, models, online.public_key, thresholds.get("models", 1))
     empty = Metadata(Targets(expires=now() + lifetimes.models))
     models.sign(empty)
@@ -209,8 +213,8 @@ def renew_operator(home: Path) -> Identity:
     return load_identity(folder)
 
 
-def _make_root(root: _Held, targets: _Held, online: Key, thresholds: Mapping[str, int]) -> Metadata[Root]:
-    signed = Root(expires=now() + Lifetimes().root, consistent_snapshot=True)
+def _make_root(root: _Held, targets: _Held, online: Key, thresholds: Mapping[str, int], version: int) -> Metadata[Root]:
+    signed = Root(version=version, expires=now() + Lifetimes().root, consistent_snapshot=True)
     for name, held in (("root", root), ("targets", targets)):
         for key in held.keys:
             signed.add_key(key, name)

@@ -53,7 +53,14 @@ def command() -> None:
 @click.option("--targets-threshold", default=1, show_default=True, help="How many targets keys must sign.")
 @click.option("--models-key", multiple=True, metavar="KEY", help="The team's key, in the same forms.")
 @click.option("--models-threshold", default=1, show_default=True, help="How many of the team's keys must sign.")
-def init(home: Path, team: str, **wanted: Any) -> None:
+@click.option(
+    "--root-version",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="First root; above the last of a mesh that this one replaces.",
+)
+def init(home: Path, team: str, root_version: int, **wanted: Any) -> None:
     """Make all keys of a new mesh: HOME/operator (offline keys) and HOME/sync (what the controller needs).
 
     Without --root-key there are two root keys, of which either can sign; one of them is a backup to be put away.
@@ -64,7 +71,7 @@ def init(home: Path, team: str, **wanted: Any) -> None:
         role: RoleKeys(keys=wanted[f"{role}_key"], threshold=wanted[f"{role}_threshold"])
         for role in ("root", "targets", "models")
     }
-    init_keys(home, team, roles)
+    init_keys(home, team, roles, root_version=root_version)
     click.echo(f"{home / 'operator'}  root, targets and models-{team}: keep it on your own machine, never on a server")
     if (home / "backup").exists():
         click.echo(f"{home / 'backup'}  the second root key: copy it to a stick, put that away, delete the folder here")
