@@ -37,6 +37,8 @@ SUBCOMMANDS: Mapping[str, Entry] = {
     "push": Entry("nearcast.cli.push", "Sign a bundle and publish it to a channel."),
     "rollout": Entry("nearcast.cli.rollout", "Start, watch, promote or stop a rollout."),
     "rollback": Entry("nearcast.cli.rollback", "Return a model to an earlier version."),
+    "export": Entry("nearcast.cli.export", "Copy what a channel wants to a folder or a stick."),
+    "import": Entry("nearcast.cli.import_", "Take such a copy into a node's store or a mirror."),
     "nodes": Entry("nearcast.cli.nodes", "List, invite and remove nodes."),
     "route": Entry("nearcast.cli.route", "Explain where a request would go."),
     "simulate": Entry("nearcast.cli.simulate", "Simulate a fleet on virtual time."),

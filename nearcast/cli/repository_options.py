@@ -1,0 +1,83 @@
+"""What the commands share that read a repository as a node does: where it is, and which root to trust."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from nearcast.cli.operator_options import home_option
+
+CONNECT_TIMEOUT_S = 10.0
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def trust_options(function: F) -> F:
+    """Add `--root`, `--identity` and `--home`: where the pinned root.json is."""
+    root = click.option(
+        "--root", type=click.Path(path_type=Path, dir_okay=False), help="The pinned root.json; default: the identity's."
+    )
+    identity = click.option(
+        "--identity",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="A node's identity folder; default: the operator of --home.",
+    )
+    return root(identity(home_option(function)))
+
+
+def repository_options(function: F) -> F:
+    """Add `--from` to the options of trust."""
+    repository = click.option(
+        "--from",
+        "repository",
+        default="",
+        metavar="URL",
+        help="http(s)://, s3://, file:// or a folder. Default: the mesh's own.",
+    )
+    return repository(trust_options(function))
+
+
+def read_root(root: Path | None, identity: Path | None, home: Path) -> bytes:
+    """The pinned root: the one given, the node's, or the operator's.
+
+    Raises:
+        MeshError: UNAUTHENTICATED if there is none.
+    """
+    from nearcast.errors import Code, MeshError
+
+    path = root or (identity / "root.json" if identity is not None else home / "operator" / "root.json")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise MeshError(
+            Code.UNAUTHENTICATED,
+            f"{path} cannot be read ({error.strerror}); give --root FILE or --identity FOLDER: the root to trust.",
+        ) from error
+
+
+def open_repository(repository: str, *, root: Path | None, identity: Path | None, home: Path) -> tuple[Any, bytes]:
+    """The source and the pinned root that the options name.
+
+    Only the controller of our own mesh sees our certificate; any other place is outside, and untrusted anyway.
+    """
+    import ssl
+
+    from model_sync.agent.sources import make_source
+    from model_sync.publisher.control_client import find_control
+    from nearcast.identity import client_tls, load_identity
+
+    pinned = read_root(root, identity, home)
+    folder = identity if identity is not None else home / "operator" / "identity"
+    url = repository or f"{find_control(folder)}/repository"
+
+    def tls() -> ssl.SSLContext:
+        if repository:
+            return ssl.create_default_context()
+        known = load_identity(folder)
+        return client_tls(known, ca=known.ca, alpn=("http/1.1",))
+
+    roles = () if repository else ("sync",)
+    timeout_s = CONNECT_TIMEOUT_S
+    return make_source(url, tls=tls, connect_timeout_s=timeout_s, timeout_s=timeout_s, roles=roles), pinned
