@@ -136,8 +136,8 @@ def main(arguments: list[str]) -> int:
     except MeshError as error:
         result = GateResult(ok=False, error=error.message, is_transient=error.code in TRANSIENT)
     except (MemoryError, OSError, ValueError) as error:
-        reason = f"The version cannot be checked: {type(error).__name__}."
-        result = GateResult(ok=False, error=reason, is_transient=isinstance(error, OSError))
+        # A disk that does not give the files is UNAVAILABLE; what is left are the child's own bounds.
+        result = GateResult(ok=False, error=f"The version cannot be checked: {type(error).__name__}.")
     if "--json" in options:
         sys.stdout.write(msgspec.json.encode(result).decode() + "\n")
     else:
