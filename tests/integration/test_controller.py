@@ -526,8 +526,11 @@ def test_the_commands(sync: Sync, tmp_path: Path) -> None:
     assert "said 1 is stable" in done.stdout
     assert "candidate for 20%" in run("push", str(second), "--channel", "cli", "--share", "0.2").stdout
     shown = json.loads(run("rollout", "status", "--channel", "cli", "--json").stdout)
-    assert shown["channel"]["rollouts"][0]["candidate"]["release"] == 2
-    assert "said" in run("rollout", "status", "--channel", "cli").stdout
+    assert (shown["channel"], shown["rollouts"][0]["candidate"]) == ("cli", 2)
+    assert "candidate 2" in run("rollout", "status", "--channel", "cli").stdout
+    (newest, *_) = json.loads(run("rollout", "history", "said", "--json").stdout)
+    assert (newest["action"], newest["release"], newest["replaced"], newest["by"]) == ("candidate", 2, 1, "operator")
+    assert "instead of" in run("rollout", "history", "said").stdout
     assert "50%" in run("rollout", "start", "said", "--release", "2", "--share", "0.5", "--channel", "cli").stdout
     assert run("rollout", "promote", "said", "--channel", "cli").returncode == 0
     again = run("rollout", "stop", "said", "--channel", "cli")

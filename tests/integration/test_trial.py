@@ -293,7 +293,7 @@ async def test_the_signed_bound_on_other_answers_condemns_on_the_node(mesh: Sync
     await asyncio.to_thread(start_trial, mesh, "answers", disagreement_max=0.05)
     with Reporting(mesh, tmp_path, "answers-2", "answers") as other:
         other.report()  # in a fleet of two, one alone stops nothing: the node has to find out by itself
-        async with running(mesh, tmp_path, "answers-1", "answers", probation_s=6.0) as node:
+        async with running(mesh, tmp_path, "answers-1", "answers", probation_s=3.0) as node:
             await until(lambda: node.status.state == "PROBATION" and node.status.candidate == 2, "it is on probation")
             while node.status.state == "PROBATION":
                 assert await node.ask() == 2.0
