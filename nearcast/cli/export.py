@@ -12,7 +12,7 @@ import click
 
 from nearcast.cli.listing import json_option, print_json, print_table
 from nearcast.cli.operator_options import channel_option
-from nearcast.cli.repository_options import open_repository, repository_options
+from nearcast.cli.repository_options import from_option, identity_options, open_source, read_root, root_option
 
 UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 SHORT_S = 86_400.0
@@ -40,7 +40,9 @@ class Duration(click.ParamType[float]):
 @click.option("--model", "models", multiple=True, help="Only this model; repeatable. Default: all of the channel.")
 @click.option("--for", "hold_s", type=Duration(), default=0.0, help="Refuse unless it holds this long, such as 3d.")
 @click.option("--deltas/--no-deltas", default=True, show_default=True, help="Take the deltas too.")
-@repository_options
+@from_option
+@root_option
+@identity_options
 @json_option
 def command(
     out: Path,
@@ -60,7 +62,8 @@ def command(
     """
     from model_sync.publisher.export import Export
 
-    source, pinned = open_repository(repository, root=root, identity=identity, home=home)
+    pinned = read_root(root, identity, home)
+    source = open_source(repository, identity=identity, home=home)
     try:
         export = Export(source, pinned, out, channel=channel, now=time.time(), models=models, deltas=deltas)
         exported = export.run(hold_s=hold_s)

@@ -12,7 +12,7 @@ import click
 from nearcast.cli.export import print_exported
 from nearcast.cli.listing import json_option, print_json, print_table, printable
 from nearcast.cli.operator_options import channel_option
-from nearcast.cli.repository_options import read_root, trust_options
+from nearcast.cli.repository_options import identity_options, read_root, root_option
 
 
 @click.command()
@@ -21,7 +21,8 @@ from nearcast.cli.repository_options import read_root, trust_options
 @click.option("--store", type=click.Path(path_type=Path, file_okay=False), help="Store of a node that is stopped.")
 @click.option("--mirror", type=click.Path(path_type=Path, file_okay=False), help="Folder that nodes read as a mirror.")
 @click.option("--node", default="", help="With --store: name of the node; default: the one of --identity.")
-@trust_options
+@root_option
+@identity_options
 @json_option
 def command(
     folder: Path,

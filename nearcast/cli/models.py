@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import click
 
 from nearcast.cli.listing import json_option, print_json, print_table, printable
+from nearcast.cli.repository_options import from_option, identity_options, open_source
 
 
 @click.group("models")
@@ -33,6 +35,42 @@ def list_models(store: Path | None, socket_path: Path | None, as_json: bool) -> 
     else:
         _print(rows, running=store is None)
         _print_agent(agent)
+
+
+@command.command("fsck", short_help="Check what lies in a node's store, and repair it.")
+@click.option(
+    "--store",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    required=True,
+    help="A node's store folder; the node must be stopped.",
+)
+@click.option("--repair", is_flag=True, help="Fetch the bad chunks again, and clear away what the agent makes anew.")
+@from_option
+@identity_options
+@json_option
+def check_store(store: Path, repair: bool, repository: str, identity: Path | None, home: Path, as_json: bool) -> None:
+    """Check every version, pointer, journal record and trusted role in a store. Exit code 1 if a fault is left."""
+    from model_sync.agent.fsck import Check, locked
+    from nearcast.store import Store
+
+    with locked(store):
+        source = open_source(repository, identity=identity, home=home) if repair else None
+        report = Check(Store(store), source=source).run()
+        if source is not None:
+            source.close()
+    if as_json:
+        import msgspec
+
+        print_json(msgspec.to_builtins(report) | {"is_whole": report.is_whole})
+    else:
+        rows = [[fault.path, fault.problem, fault.repair] for fault in report.faults]
+        if rows:
+            print_table(["path", "problem", "repair"], rows)
+        click.echo(
+            f"{report.models} models, {report.releases} releases, {report.files} files: "
+            + ("all fine." if not rows else f"{len(rows)} faults, {sum(1 for row in rows if row[2])} repaired.")
+        )
+    sys.exit(0 if report.is_whole else 1)
 
 
 def _from_store(root: Path) -> list[dict[str, Any]]:

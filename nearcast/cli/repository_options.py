@@ -4,39 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from nearcast.cli.operator_options import home_option
 
+if TYPE_CHECKING:
+    from model_sync.agent.source import Source
+
 CONNECT_TIMEOUT_S = 10.0
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def trust_options(function: F) -> F:
-    """Add `--root`, `--identity` and `--home`: where the pinned root.json is."""
-    root = click.option(
-        "--root", type=click.Path(path_type=Path, dir_okay=False), help="The pinned root.json; default: the identity's."
-    )
+def identity_options(function: F) -> F:
+    """Add `--identity` and `--home`: as whom, and so in which mesh."""
     identity = click.option(
         "--identity",
         type=click.Path(path_type=Path, file_okay=False),
         help="A node's identity folder; default: the operator of --home.",
     )
-    return root(identity(home_option(function)))
+    return identity(home_option(function))
 
 
-def repository_options(function: F) -> F:
-    """Add `--from` to the options of trust."""
-    repository = click.option(
+def root_option(function: F) -> F:
+    """Add `--root`."""
+    root = click.Path(path_type=Path, dir_okay=False)
+    return click.option("--root", type=root, help="The pinned root.json; default: the identity's.")(function)
+
+
+def from_option(function: F) -> F:
+    """Add `--from`."""
+    return click.option(
         "--from",
         "repository",
         default="",
         metavar="URL",
-        help="http(s)://, s3://, file:// or a folder. Default: the mesh's own.",
-    )
-    return repository(trust_options(function))
+        help="http(s)://, s3://, file:// or a folder. Default: the mesh's own repository.",
+    )(function)
 
 
 def read_root(root: Path | None, identity: Path | None, home: Path) -> bytes:
@@ -57,8 +62,8 @@ def read_root(root: Path | None, identity: Path | None, home: Path) -> bytes:
         ) from error
 
 
-def open_repository(repository: str, *, root: Path | None, identity: Path | None, home: Path) -> tuple[Any, bytes]:
-    """The source and the pinned root that the options name.
+def open_source(repository: str, *, identity: Path | None, home: Path) -> Source:
+    """The repository that the options name.
 
     Only the controller of our own mesh sees our certificate; any other place is outside, and untrusted anyway.
     """
@@ -68,7 +73,6 @@ def open_repository(repository: str, *, root: Path | None, identity: Path | None
     from model_sync.publisher.control_client import find_control
     from nearcast.identity import client_tls, load_identity
 
-    pinned = read_root(root, identity, home)
     folder = identity if identity is not None else home / "operator" / "identity"
     url = repository or f"{find_control(folder)}/repository"
 
@@ -80,4 +84,4 @@ def open_repository(repository: str, *, root: Path | None, identity: Path | None
 
     roles = () if repository else ("sync",)
     timeout_s = CONNECT_TIMEOUT_S
-    return make_source(url, tls=tls, connect_timeout_s=timeout_s, timeout_s=timeout_s, roles=roles), pinned
+    return make_source(url, tls=tls, connect_timeout_s=timeout_s, timeout_s=timeout_s, roles=roles)
