@@ -62,6 +62,11 @@ class Publisher:
         folder = self.folder / f"bundle-{release}"
         rollback_ok = tuple(range(max(1, release - 2), release))
         manifest = write_version(folder, model, name=MODEL, release=release, rollback_ok=rollback_ok, **fields)
+        return self.push_folder(folder, manifest)
+
+    def push_folder(self, folder: Path, manifest: Manifest) -> Manifest:
+        """A finished bundle, sealed or not."""
+        release = manifest.release
         for entry in manifest.files:
             place = self.repository.folder / blob_path(entry.sha256)
             place.parent.mkdir(parents=True, exist_ok=True)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import time
 
+import msgspec
 import numpy as np
 import onnx
 
 from model_sync.delta.index import INDEX_FILE, DeltaIndex, Way
-from model_sync.delta.search import describe_way, search
+from model_sync.delta.sealed import seal_delta
+from model_sync.delta.search import ENCODERS, describe_way, search
+from model_sync.publisher.bundle import describe_file
 from model_sync.repository.layout import blob_path, delta_path
+from nearcast.store import Manifest
 from nearcast.store.manifest import File
-from tests.integration.agent_parts import Publisher
-from tests.tiny_models import affine_model
+from nearcast.store.sealing import TenantKeys, derive_data_key, key_id, open_file, seal_file
+from tests.integration.agent_parts import MODEL, Publisher
+from tests.tiny_models import affine_model, write_version
 
 WEIGHTS_BYTES = 600_000
+_X = np.arange(8, dtype=np.float32).reshape(2, 4)
+GOLDEN = (({"x": _X}, {"y": _X * np.float32(2.0)}),)
 
 
 def weights(seed: int = 7, *, changed: float = 0.0) -> bytes:
@@ -63,8 +70,43 @@ def write_index_bytes(publisher: Publisher, new: File, data: bytes) -> None:
 
 def push_weights(publisher: Publisher, release: int, data: bytes) -> File:
     """A real model with `data` among its tensors; returns the entry of the model's file."""
+    return publisher.push_model(release, model_with(data), golden=GOLDEN).file("model.onnx")
+
+
+def model_with(data: bytes) -> bytes:
+    """y = 2 x, and int8 tensors that nothing uses."""
     model = onnx.load_from_string(affine_model(2.0))
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.frombuffer(data, np.int8), "w"))
-    x = np.arange(8, dtype=np.float32).reshape(2, 4)
-    golden = (({"x": x}, {"y": x * np.float32(2.0)}),)
-    return publisher.push_model(release, model.SerializeToString(), golden=golden).file("model.onnx")
+    return model.SerializeToString()
+
+
+def push_sealed(publisher: Publisher, release: int, data: bytes, key: bytes) -> Manifest:
+    """The same, every file sealed for tenant `acme`."""
+    folder = publisher.folder / f"sealed-{release}"
+    plain = write_version(folder, model_with(data), name=MODEL, release=release, golden=GOLDEN)
+    digests = [(entry.path, entry.sha256) for entry in plain.files]
+    data_key = derive_data_key(key, "acme", plain, digests)
+    identifier = key_id(key)
+    encryption = TenantKeys({identifier: key}).wrap(data_key, "acme", identifier)
+    manifest = msgspec.structs.replace(plain, encryption=encryption)
+    files = []
+    for index, entry in enumerate(plain.files):
+        path = folder / entry.path
+        path.write_bytes(seal_file(manifest, index, entry.path, path.read_bytes(), data_key))
+        files.append(describe_file(path))
+    return publisher.push_folder(folder, msgspec.structs.replace(manifest, files=tuple(files)))
+
+
+def publish_sealed_delta(publisher: Publisher, old: Manifest, new: Manifest, key: bytes) -> Way:
+    """A delta between the plain models of two sealed versions, itself sealed as the publisher does it."""
+    keys = TenantKeys({key_id(key): key})
+    before, after = old.file("model.onnx"), new.file("model.onnx")
+    plain = [open_file(one, "model.onnx", blob(publisher, one.file("model.onnx")), keys) for one in (old, new)]
+    payload = ENCODERS["residual-bz2"](*plain)
+    assert new.encryption is not None
+    name = f"{before.sha256}.residual-bz2"
+    sealed = seal_delta(payload, after.sha256, name, keys.unwrap(new.encryption))
+    way = describe_way("residual-bz2", before.sha256, sealed)
+    write_payload(publisher, after, way, sealed)
+    write_index(publisher, after, way)
+    return way

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from model_sync.repository.layout import blob_path
 from nearcast.errors import MeshError
 from nearcast.store import Store
 from nearcast.store.manifest import CHUNK_SIZE_BYTES, File
+from nearcast.store.sealing import KEY_SIZE_BYTES
 from tests.integration.agent_parts import (
     MODEL,
     Origin,
@@ -31,6 +33,8 @@ from tests.integration.agent_parts import (
 )
 from tests.integration.delta_parts import (
     publish_delta,
+    publish_sealed_delta,
+    push_sealed,
     push_weights,
     weights,
     write_index,
@@ -290,3 +294,44 @@ async def test_a_cut_payload_is_resumed(tmp_path: Path, pair: Pair, origin: Orig
         await settled(agent, stable=3)
     require_installed(config, new, 3)
     assert [one[1] for one in fetched(origin, way.name)] == [CHUNK_SIZE_BYTES], "the rest, from the first chunk on"
+
+
+async def test_a_sealed_version_is_patched_in_memory(tmp_path: Path) -> None:
+    """What the node stores is the sealed file that was signed; of the plain one the disk never sees a byte."""
+    publisher, folder = Publisher(tmp_path / "home"), tmp_path / "keys"
+    folder.mkdir()
+    key = os.urandom(KEY_SIZE_BYTES)
+    (folder / "acme.key").write_bytes(key)
+    (folder / "acme.key").chmod(0o600)
+    old, new = (push_sealed(publisher, 1, weights(), key), push_sealed(publisher, 2, weights(changed=0.02), key))
+    way = publish_sealed_delta(publisher, old, new, key)
+    publisher.roll(1)
+    with serving(publisher) as origin:
+        config = make_config(tmp_path, publisher, origin, tenant_keys=str(folder))
+        async with running(config) as agent:
+            await settled(agent, stable=1)
+            origin.served.clear()
+            publisher.roll(2)
+            await agent.check()
+            await settled(agent, stable=2)
+        assert [one[2] for one in fetched(origin, way.name)] == [way.size_bytes]
+        assert fetched(origin, new.file("model.onnx").sha256) == fetched(origin, "/deltas/")
+    require_installed(config, new.file("model.onnx"), 2)
+    plain = weights(changed=0.02)[:64]
+    for path in Path(config.store).rglob("*"):
+        assert not path.is_file() or plain not in path.read_bytes(), path
+
+
+async def test_without_the_tenants_key_nothing_is_lost(tmp_path: Path) -> None:
+    publisher, key = Publisher(tmp_path / "home"), os.urandom(KEY_SIZE_BYTES)
+    push_weights(publisher, 1, weights())
+    push_sealed(publisher, 2, weights(changed=0.02), key)
+    publisher.roll(1)
+    with serving(publisher) as origin:
+        config = make_config(tmp_path, publisher, origin)
+        async with running(config) as agent:
+            await settled(agent, stable=1)
+            publisher.roll(2)
+            await agent.check()
+            await until(lambda: "tenant key" in status_of(agent).error, "the missing key is named")
+            assert (status_of(agent).stable, status_of(agent).quarantined) == (1, ())

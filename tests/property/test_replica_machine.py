@@ -22,7 +22,7 @@ from model_sync.replica.events import (
 )
 from model_sync.replica.instructions import Cancel, Collect, Discard, Refresh, Remember, Run, Watch, WritePointer
 from model_sync.replica.machine import Replica
-from model_sync.replica.state import Failure, Goal, Memory, State, Want
+from model_sync.replica.state import Failure, Goal, Memory, ReplicaLimits, State, Want
 from nearcast.store.pointer import Pointer
 
 RELEASES = st.integers(1, 5)
@@ -58,7 +58,8 @@ class World(RuleBasedStateMachine):
 
     def boot(self, stop_after: int | None) -> None:
         self.runs, self.refresh, self.watch = [], None, None
-        self.machine = Replica("edge-1", self.memory, self.pointer, self.folders)
+        limits = ReplicaLimits(apply_spread_s=5.0)
+        self.machine = Replica("edge-1", self.memory, self.pointer, self.folders, limits=limits)
         self.apply(self.machine.handle(self.now, Booted()), stop_after)
 
     def send(self, event: object, stop_after: int | None = None) -> None:
@@ -75,11 +76,14 @@ class World(RuleBasedStateMachine):
         match one:
             case Remember(memory):
                 self.check_commit(memory)
+                self.check_end_of_trial(memory)
                 self.memory = memory
             case WritePointer(pointer):
+                self.check_point(pointer)
                 self.pointer = pointer
             case Run():
                 self.check_not_banned(one.goal)
+                self.check_run(one)
                 self.runs = [one]
             case Cancel(job):
                 self.runs = [run for run in self.runs if run.job != job]
@@ -97,8 +101,9 @@ class World(RuleBasedStateMachine):
                     self.remove(release)
 
     def remove(self, release: int) -> None:
-        pointer = self.pointer or Pointer()
-        assert release not in (pointer.stable, pointer.candidate, pointer.last_good), "I8: a pinned folder was removed"
+        for pointer in (self.pointer or Pointer(), self.memory.previous or Pointer()):
+            pinned = (pointer.stable, pointer.candidate, pointer.last_good)
+            assert release not in pinned or release not in self.folders, "I8: a pinned folder was removed"
         self.folders.pop(release, None)
 
     def check_commit(self, memory: Memory) -> None:
@@ -107,6 +112,36 @@ class World(RuleBasedStateMachine):
             allowed = [w for w in self.wants if w.rollback and w.stable is not None and w.stable.release == new]
             assert allowed, "I3: the committed release fell without a signed rollback"
         self.committed = new
+
+    def check_point(self, new: Pointer) -> None:
+        """What a boot must know of a pointer is durable before the pointer is."""
+        old = self.pointer or Pointer()
+        self.check_verdicts()
+        goal = self.machine.memory.goal
+        if self.machine.state is State.ROLLBACK and goal and goal.sha256 in {ban.sha256 for ban in self.memory.bans}:
+            served = (new.stable, new.candidate, new.last_good)
+            assert goal.release not in served, "what was condemned just now is served on"
+        for release in {new.stable, new.candidate} - {old.stable, old.candidate, None}:
+            returning = release in (old.last_good, self.memory.committed)
+            on_trial = self.memory.goal is not None and self.memory.goal.release == release
+            assert on_trial or returning, "a crash now would leave a new release served without a trial"
+            assert not on_trial or self.memory.previous is not None, "a crash now would forget the way back"
+
+    def check_verdicts(self) -> None:
+        verdicts = {ban.sha256 for ban in self.machine.memory.bans}
+        assert verdicts <= {ban.sha256 for ban in self.memory.bans}, "I6: a crash now would forget a verdict"
+
+    def check_run(self, run: Run) -> None:
+        self.check_verdicts()
+        assert self.memory.delta_failed == self.machine.memory.delta_failed, "a crash now would try the delta again"
+        assert run.deltas == (self.memory.delta_failed != run.goal.sha256)
+        if run.step is State.GATE:
+            assert (self.memory.state, self.memory.goal) == (State.GATE, run.goal), "a crash in the gate is not counted"
+
+    def check_end_of_trial(self, new: Memory) -> None:
+        old, pointer = self.memory, self.pointer or Pointer()
+        if old.previous is not None and new.previous is None and new.state is not State.COMMIT and old.goal is not None:
+            assert old.goal.release not in (pointer.stable, pointer.candidate), "it is served on, and tried no more"
 
     def check_not_banned(self, goal: Goal) -> None:
         for ban in self.machine.memory.bans:
@@ -164,7 +199,7 @@ class World(RuleBasedStateMachine):
                 self.finish_step("done", None)
             elif self.refresh is not None:
                 self.host_answers("hot", None)
-            elif self.watch is not None:
+            elif self.watch is not None or self.machine.state is State.SPREAD:
                 self.now = self.machine.deadline
                 self.watch = None
                 self.send(Ticked())
