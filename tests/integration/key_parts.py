@@ -29,10 +29,19 @@ PAGE = Path(__file__).parents[2] / "docs" / "keys.md"
 
 def page_commands(title: str) -> list[str]:
     """The commands of one section of docs/keys.md, line by line."""
-    sections = re.split(r"^#+ ", PAGE.read_text(), flags=re.MULTILINE)
-    section = next(text for text in sections if text.startswith(f"{title}\n"))
-    blocks = re.findall(r"^```sh\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```sh\n(.*?)^```", page_sections()[title], flags=re.MULTILINE | re.DOTALL)
     return [line for block in blocks for line in block.splitlines() if line]
+
+
+def titles_with_commands() -> set[str]:
+    """The sections that tell the reader to run something."""
+    return {title for title, text in page_sections().items() if "```sh" in text}
+
+
+def page_sections() -> dict[str, str]:
+    """The text of each section by its title."""
+    sections = re.split(r"^#+ ", PAGE.read_text(), flags=re.MULTILINE)
+    return {title: text for title, _, text in (section.partition("\n") for section in sections)}
 
 
 def run_command(line: str, words: Mapping[str, str] | None = None) -> tuple[int, str]:

@@ -23,7 +23,15 @@ from model_sync.repository.signing_key import load_key
 from model_sync.rollout.document import ChannelDocument, Pick, first_intent, last_intent
 from nearcast.errors import Code, MeshError
 from tests.integration.agent_parts import MODEL, running, settled, status_of
-from tests.integration.key_parts import Controller, Node, newest, page_commands, run_command, run_page
+from tests.integration.key_parts import (
+    Controller,
+    Node,
+    newest,
+    page_commands,
+    run_command,
+    run_page,
+    titles_with_commands,
+)
 
 NOT_NOW = 75
 
@@ -135,6 +143,22 @@ async def follows(node: Node, stable: int) -> None:
     async with running(node.config) as agent:
         assert await agent.check(), agent._status.error
         await settled(agent, stable=stable)
+
+
+def test_no_command_of_the_page_is_left_out() -> None:
+    """A section with commands that nobody runs would rot; name it here once a test above or below runs it."""
+    assert titles_with_commands() == {
+        "One operator",
+        "A company",
+        "The online key is lost or stolen",
+        "A team's key is lost",
+        "A team's key is stolen, and a release of the thief is published",
+        "The targets key is lost or stolen",
+        "The laptop with the operator's root key is lost",
+        "One of three root keys is lost",
+        "A key more, a key less, a new team",
+        "So many root keys are lost that the threshold cannot be met",
+    }
 
 
 async def test_a_stolen_online_key_is_replaced(mesh: Mesh, tmp_path: Path) -> None:
