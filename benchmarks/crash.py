@@ -11,7 +11,7 @@ import sys
 
 from benchmarks.crash_explore import Found, Plan, explore_in_processes, memory_folder
 from benchmarks.crash_kills import Killed, kill_everywhere
-from benchmarks.crash_mutants import MUTANTS, caught_mutants
+from benchmarks.crash_mutants import MUTANTS, first_fault_of
 from benchmarks.crash_points import POINTS
 from benchmarks.crash_scenario import Recording, live, stage
 from benchmarks.crash_trace import is_available
@@ -34,7 +34,7 @@ def run(*, quick: bool) -> list[Row]:
         with stage(home / "life") as life:
             recording = live(life, rounds=1 if quick else 4)
         found = explore_in_processes(recording, QUICK if quick else FULL, WORKERS)
-        caught = caught_mutants(recording, home / "mutant")
+        caught = {name: first_fault_of(name, recording, home / "mutant") for name in MUTANTS}
         with stage(home / "kills") as scene:
             killed = kill_everywhere(scene, kills=1 if quick else KILLS)
     for violation in [*found.examples, *(one for point in killed for one in point.violations)]:

@@ -140,9 +140,9 @@ def first_fault(
     folder: Path,
     *,
     per: int,
-) -> tuple[str, int]:
-    """The first violation of a changed trace, looking only near the positions given, and the images that it took."""
-    disk, seen, images = Disk(), set[object](), 0
+) -> str:
+    """The first violation of a changed trace, looking only near the positions given; "" = none."""
+    disk, seen = Disk(), set[object]()
     wanted = frozenset(near)
     with asyncio.Runner() as runner:
         for known, call in zip(positions(promised, MODEL), calls, strict=True):
@@ -150,12 +150,11 @@ def first_fault(
             if known.index not in wanted:
                 continue
             for image in _new_images(disk, known, per, seen):
-                images += 1
                 faults = judge_image(image, known, recording)
                 faults = faults or runner.run(judge_boot(image, known, recording, folder))
                 if faults:
-                    return faults[0], images
-    return "", images
+                    return faults[0]
+    return ""
 
 
 def _quotas(calls: Sequence[Call], plan: Plan) -> dict[str, float]:

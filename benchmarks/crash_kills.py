@@ -62,13 +62,15 @@ class Killed:
     violations: list[str]
 
 
-def kill_everywhere(stage: Stage, *, kills: int, points: Iterable[str] = POINTS, workers: int = 2) -> list[Killed]:
-    """Prepare a disk with releases to keep and to collect, then kill an agent on a copy of it at each point."""
+def kill_everywhere(
+    stage: Stage, *, kills: int, points: Iterable[str] = POINTS, updates: int = 2, workers: int = 2
+) -> list[Killed]:
+    """Prepare a disk by updates, two if C11 is to collect one, then kill an agent on a copy of it at each point."""
     stage.push(padding=0)
     stage.publisher.roll(stage.release)
     stage.start(traced=False)
     stage.agent.rests(stage.release)
-    for _ in range(2):
+    for _ in range(updates):
         stage.update()
     stage.agent.end(signal.SIGTERM)
     good, bad = stage.host, ScriptedHost(stage.home / "bad-host")

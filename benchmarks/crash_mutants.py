@@ -108,16 +108,13 @@ MUTANTS: dict[str, tuple[Mutate, bool]] = {
 """What was done wrong → the change, and whether it reorders: then only what the mutant itself promised counts."""
 
 
-def caught_mutants(recording: Recording, folder: Path) -> dict[str, str]:
-    """For each mutant the first violation found, "" if it went unnoticed."""
-    caught = {}
-    for name, (mutate, reorders) in MUTANTS.items():
-        calls = mutate(recording.calls)
-        changed = [at for at, call in enumerate(calls) if call != recording.calls[at]]
-        near = {at + step for at in _spread(changed) for step in range(-2, AROUND)} | {*_spread(range(len(calls)))}
-        promised = calls if reorders else recording.calls
-        caught[name], _ = first_fault(recording, calls, near, promised, folder, per=PER_POSITION)
-    return caught
+def first_fault_of(name: str, recording: Recording, folder: Path) -> str:
+    """The first violation that a mutant is found out by, "" if it goes unnoticed."""
+    mutate, reorders = MUTANTS[name]
+    calls = mutate(recording.calls)
+    changed = [at for at, call in enumerate(calls) if call != recording.calls[at]]
+    near = {at + step for at in _spread(changed) for step in range(-2, AROUND)} | {*_spread(range(len(calls)))}
+    return first_fault(recording, calls, near, calls if reorders else recording.calls, folder, per=PER_POSITION)
 
 
 def _spread(places: Sequence[int]) -> Sequence[int]:

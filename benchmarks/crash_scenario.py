@@ -183,12 +183,12 @@ class Stage:
         """The one that runs."""
         return self.agents[-1]
 
-    def start(self, *, traced: bool = True, **fields: object) -> None:
-        """A new agent process on the same disk."""
+    def start(self, *, traced: bool = True, prefix: Sequence[str] = (), **fields: object) -> None:
+        """A new agent process on the same disk, run by a tracer or by what stands in `prefix`."""
         number = len(self.agents)
         trace = self.home / f"trace-{number}"
         fields = {"host_socket": str(self.host.path), **fields}
-        prefix = record_prefix(trace) if traced else ()
+        prefix = record_prefix(trace) if traced else prefix
         self.agents.append(AgentProcess(self.home, self.repository, number, prefix=prefix, **fields))
         self.traces += [trace] if traced else []
 
@@ -245,20 +245,38 @@ def live(stage: Stage, *, rounds: int) -> Recording:
     good = 1
     for turn in range(rounds):
         good = _one_round(stage, good, turn)
-    last = stage.push(padding=LAST_PADDING_BYTES)
-    stage.publisher.roll(last)
-    stage.agent.rests(last)
+    stage.publisher.roll(stage.push(padding=LAST_PADDING_BYTES))
+    stage.agent.rests(stage.release)
     stage.agent.end(signal.SIGTERM)
     return stage.recording()
 
 
-def _one_round(stage: Stage, good: int, turn: int) -> int:
+def short_life(stage: Stage) -> Recording:
+    """The least that touches every point: an installation, an update, a release that fails on probation."""
+    stage.push(padding=0)
+    stage.publisher.roll(stage.release)
+    stage.start()
+    stage.agent.rests(1)
+    stage.update()
     good = stage.update()
-    bad = stage.push()  # fails on probation
+    _fail(stage, good)
+    stage.publisher.roll(stage.push(padding=LAST_PADDING_BYTES))
+    stage.agent.rests(stage.release)
+    stage.agent.end(signal.SIGTERM)
+    return stage.recording()
+
+
+def _fail(stage: Stage, good: int) -> None:
+    bad = stage.push()
     stage.host.bad.add(bad)
     stage.publisher.roll(bad)
     stage.agent.until("it returns from a bad release", lambda model: bad in model.quarantined)
     stage.agent.rests(good)
+
+
+def _one_round(stage: Stage, good: int, turn: int) -> int:
+    good = stage.update()
+    _fail(stage, good)
     broken = stage.push(expected=99.0)  # fails at the gate
     stage.publisher.roll(broken)
     stage.agent.until("the gate refuses it", lambda model: broken in model.quarantined)
