@@ -377,13 +377,8 @@ class Replica:
         if returning or self._limits.probation_s <= 0:
             return self._commit(now)
         self.memory = replace(self.memory, state=State.PROBATION)
-        self._probation = Probation(
-            requests=event.requests,
-            errors=event.errors,
-            latency=event.latency,
-            compared=event.compared,
-            disagreed=event.disagreed,
-        )
+        bound = self._want.disagreement_max if self._want is not None else 1.0
+        self._probation = Probation(began=event, disagreement_max=bound)
         self._enter(State.PROBATION, now)
         self._job += 1
         return [Remember(self.memory), Watch(self._job, goal.release)]
@@ -395,17 +390,7 @@ class Replica:
             return self._roll_back(now, f"the model host could not serve it: {event.failed}")
         if not event.heard:
             return []
-        reason = self._probation.judge(
-            event.requests,
-            event.errors,
-            self._limits,
-            latency=event.latency,
-            reference=event.reference,
-            compared=event.compared,
-            disagreed=event.disagreed,
-            disagreement_max=self._want.disagreement_max if self._want is not None else 1.0,
-        )
-        if reason:
+        if reason := self._probation.judge(event, self._limits):
             return self._roll_back(now, reason)
         return self._commit(now) if self._probation.asked >= self._limits.probation_requests else []
 

@@ -31,17 +31,18 @@ def answers(fast: int, slow: int = 0, *, fast_ms: float = 2.0, slow_ms: float = 
     ],
 )
 def test_the_p99(latency: dict[str, int], reference: dict[str, int], fails: bool) -> None:
-    reason = Probation().judge(2000, 0, LIMITS, latency=latency, reference=reference)
+    reason = Probation().judge(Sampled(1, 2000, latency=latency, reference=reference), LIMITS)
     assert bool(reason) is fails
     assert ("p99" in reason) is fails
 
 
 def test_only_answers_since_the_trial_began_count() -> None:
-    probation = Probation(requests=500, latency=answers(400, 100), compared=60, disagreed=60)
-    now = {"latency": answers(700, 100), "reference": answers(1000), "compared": 160, "disagreed": 61}
-    assert not probation.judge(800, 0, LIMITS, **now, disagreement_max=0.05)
-    restarted = {"latency": answers(200, 50), "reference": answers(1000)}
-    assert "p99" in probation.judge(250, 0, LIMITS, **restarted), "the host counts from zero again"
+    began = Loaded(1, requests=500, latency=answers(400, 100), compared=60, disagreed=60)
+    probation = Probation(began=began, disagreement_max=0.05)
+    now = Sampled(2, 800, latency=answers(700, 100), reference=answers(1000), compared=160, disagreed=61)
+    assert not probation.judge(now, LIMITS)
+    restarted = Sampled(2, 250, latency=answers(200, 50), reference=answers(1000))
+    assert "p99" in probation.judge(restarted, LIMITS), "the host counts from zero again"
 
 
 @pytest.mark.parametrize(
@@ -49,10 +50,10 @@ def test_only_answers_since_the_trial_began_count() -> None:
     [(50, 3, 0.05, True), (49, 49, 0.05, False), (60, 3, 0.05, False), (60, 60, 1.0, False), (50, 1, 0.0, True)],
 )
 def test_other_answers(compared: int, disagreed: int, bound: float, fails: bool) -> None:
-    reason = Probation().judge(0, 0, LIMITS, compared=compared, disagreed=disagreed, disagreement_max=bound)
+    now = Sampled(1, compared=compared, disagreed=disagreed)
+    reason = Probation(disagreement_max=bound).judge(now, LIMITS)
     assert bool(reason) is fails
-    strict = ReplicaLimits(disagreement_share_max=bound)
-    assert Probation().judge(0, 0, strict, compared=compared, disagreed=disagreed) == reason
+    assert Probation().judge(now, ReplicaLimits(disagreement_share_max=bound)) == reason
 
 
 def goal(release: int) -> Goal:

@@ -248,14 +248,14 @@ def test_probation_rolls_back_and_quarantines() -> None:
     [(4, 4, False), (5, 5, True), (25, 5, True), (26, 5, False), (1000, 199, False), (1000, 200, True)],
 )
 def test_the_judgement(requests: int, errors: int, fails: bool) -> None:
-    probation = Probation(requests=100, errors=7)
-    assert bool(probation.judge(100 + requests, 7 + errors, ReplicaLimits())) is fails
+    probation = Probation(began=Loaded(1, requests=100, errors=7))
+    assert bool(probation.judge(Sampled(2, 100 + requests, 7 + errors), ReplicaLimits())) is fails
 
 
 def test_the_judgement_after_the_host_restarted() -> None:
-    probation = Probation(requests=100, errors=7)
-    assert not probation.judge(4, 4, ReplicaLimits())
-    assert probation.judge(5, 5, ReplicaLimits())
+    probation = Probation(began=Loaded(1, requests=100, errors=7))
+    assert not probation.judge(Sampled(2, 4, 4), ReplicaLimits())
+    assert probation.judge(Sampled(2, 5, 5), ReplicaLimits())
 
 
 def test_boots_in_probation_are_counted() -> None:
