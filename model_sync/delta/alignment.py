@@ -28,8 +28,7 @@ def find_split(old: Bytes, new: Bytes) -> int:
 def lay_under(old: Bytes, size_bytes: int, split: int) -> Bytes:
     """The old bytes under a new file of `size_bytes`; zero where there are none."""
     under = np.zeros(size_bytes, np.uint8)
-    for start, old_start, length in _common(len(old), size_bytes, split):
-        under[start : start + length] = old[old_start : old_start + length]
+    add_base(under, old, split)
     return under
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import bz2
 import io
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model_sync.delta.limits import inflate, refused
+from model_sync.delta.limits import Inflater, inflate, refused
 
 SIZE_BYTES_MAX = 64 * 1024 * 1024
 """The suffix sort takes some 17 times the old file: larger ones are not tried."""
@@ -50,26 +51,39 @@ def decode(payload: bytes, old: bytes, size_bytes: int) -> bytes:
     lengths = steps[:, :2]
     if (lengths.size and (lengths.min() < 0 or lengths.max() > size_bytes)) or int(lengths.sum()) != size_bytes:
         raise refused("its steps do not make the signed size")
-    diff = inflate(bz2.BZ2Decompressor(), payload[diff_at:extra_at], int(steps[:, 0].sum())).getvalue()
-    extra = inflate(bz2.BZ2Decompressor(), payload[extra_at:], int(steps[:, 1].sum())).getvalue()
-    if len(diff) + len(extra) != size_bytes:
-        raise refused("its pieces are cut")
-    return _replay(steps, old, diff, extra)
+    diff = Inflater(bz2.BZ2Decompressor(), payload[diff_at:extra_at])
+    extra = Inflater(bz2.BZ2Decompressor(), payload[extra_at:])
+    new = _replay(steps, old, diff, extra)
+    diff.finish()
+    extra.finish()
+    return new
 
 
-def _replay(steps: NDArray[np.int64], old: bytes, diff: bytes, extra: bytes) -> bytes:
-    base, change = np.frombuffer(old, np.uint8), np.frombuffer(diff, np.uint8)
-    fresh = memoryview(extra)
+def _replay(steps: NDArray[np.int64], old: bytes, diff: Inflater, extra: Inflater) -> bytes:
+    base = np.frombuffer(old, np.uint8)
     result = io.BytesIO()
-    base_at = diff_at = extra_at = 0
+    base_at = 0
     for first in range(0, len(steps), _STEPS_AT_ONCE):
         for added, copied, seek in steps[first : first + _STEPS_AT_ONCE].tolist():
             if not 0 <= base_at <= len(old) - added:
                 raise refused("a step leaves the base")
-            result.write((base[base_at : base_at + added] + change[diff_at : diff_at + added]).data)
-            result.write(fresh[extra_at : extra_at + copied])
-            diff_at, extra_at, base_at = diff_at + added, extra_at + copied, base_at + added + seek
+            for piece in _pieces(diff, added):
+                result.write((base[base_at : base_at + len(piece)] + np.frombuffer(piece, np.uint8)).data)
+                base_at += len(piece)
+            for piece in _pieces(extra, copied):
+                result.write(piece)
+            base_at += seek
     return result.getvalue()
+
+
+def _pieces(stream: Inflater, size_bytes: int) -> Iterator[bytes]:
+    """The next `size_bytes` of a stream."""
+    while size_bytes:
+        piece = stream.read(size_bytes)
+        if not piece:
+            raise refused("its pieces are cut")
+        yield piece
+        size_bytes -= len(piece)
 
 
 def _integers(data: bytes) -> NDArray[np.int64]:

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from model_sync.delta.limits import ReadRange, refused
+from model_sync.delta.limits import ReadRange, blank, refused
 
 SIZE_BYTES_MIN, SIZE_BYTES_AVERAGE, SIZE_BYTES_MAX = 2 * 1024, 8 * 1024, 64 * 1024
 """Of one chunk; with the minimum skipped over, chunks come to some 10 KiB."""
+RANGE_SIZE_BYTES_MAX = 4 * 1024 * 1024
 RANGES_MAX = 1024
 """A file in more pieces than this costs more in round trips than it saves."""
 _DIGEST_SIZE_BYTES = 16
@@ -45,29 +46,37 @@ def decode(
     if int(sizes.sum()) != size_bytes or (len(sizes) and not 0 < sizes.min() <= sizes.max() <= SIZE_BYTES_MAX):
         raise refused("its chunks do not make the signed size")
     at_hand = {digest: (start, size) for digest, start, size in _cut(old)}
-    new = bytearray(size_bytes)
+    result = blank(size_bytes)
     lacking: list[tuple[int, int]] = []
     at = 0
-    for digest, size in zip(entries["digest"].tolist(), sizes.tolist(), strict=True):
-        start, found = at_hand.get(digest, (0, 0))
-        if found == size:
-            new[at : at + size] = old[start : start + size]
-        elif lacking and sum(lacking[-1]) == at:
-            lacking[-1] = (lacking[-1][0], lacking[-1][1] + size)
-        else:
-            lacking.append((at, size))
-        at += size
-    total = sum(size for _, size in lacking)
-    if lacking and (read_range is None or len(lacking) > RANGES_MAX):
+    with result.getbuffer() as new:
+        for digest, size in zip(entries["digest"].tolist(), sizes.tolist(), strict=True):
+            start, found = at_hand.get(digest, (0, 0))
+            if found == size:
+                new[at : at + size] = old[start : start + size]
+            elif lacking and sum(lacking[-1]) == at and lacking[-1][1] + size <= RANGE_SIZE_BYTES_MAX:
+                lacking[-1] = (lacking[-1][0], lacking[-1][1] + size)
+            else:
+                lacking.append((at, size))
+            at += size
+        if lacking:
+            _fetch(new, lacking, read_range, range_size_bytes_max)
+    return result.getvalue()
+
+
+def _fetch(
+    new: memoryview, lacking: list[tuple[int, int]], read_range: ReadRange | None, range_size_bytes_max: int | None
+) -> None:
+    if read_range is None or len(lacking) > RANGES_MAX:
         raise refused(f"the files at hand lack {len(lacking)} of its pieces")
+    total = sum(size for _, size in lacking)
     if range_size_bytes_max is not None and total > range_size_bytes_max:
         raise refused(f"the files at hand lack {total} of its bytes")
     for start, size in lacking:
-        piece = read_range(start, size) if read_range else b""
+        piece = read_range(start, size)
         if len(piece) != size:
             raise refused("a source answered with another range")
         new[start : start + size] = piece
-    return bytes(new)
 
 
 def _cut(data: bytes) -> Iterator[tuple[bytes, int, int]]:

@@ -10,8 +10,8 @@ from model_sync.delta.zstd import DecompressionParameter, ZstdCompressor, ZstdDe
 
 LEVEL = 19
 WINDOW_LOG_MIN = 20
-WINDOW_LOG_MAX = 26
-"""A decoder holds a window of at most 64 MiB beside the file itself."""
+WINDOW_LOG_MAX = 25
+"""A decoder holds a window of at most 32 MiB beside the file itself."""
 
 
 def encode(new: bytes, *, level: int = LEVEL) -> bytes:
@@ -36,6 +36,6 @@ def inflate_frame(frame: bytes, size_bytes_max: int) -> io.BytesIO:
     return inflate(decompressor, frame, size_bytes_max)
 
 
-def window_log(size_bytes: int) -> int:
+def window_log(size_bytes: int, most: int = WINDOW_LOG_MAX) -> int:
     """The smallest window that spans so many bytes, within bounds."""
-    return max(WINDOW_LOG_MIN, min(WINDOW_LOG_MAX, (max(1, size_bytes) - 1).bit_length()))
+    return max(WINDOW_LOG_MIN, min(most, (max(1, size_bytes) - 1).bit_length()))

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_sync.delta import symbols
-from model_sync.delta.alignment import Bytes, find_split, lay_under
-from model_sync.delta.limits import PIECE_SIZE_BYTES, refused
+from model_sync.delta.alignment import Bytes, add_base, find_split, lay_under
+from model_sync.delta.limits import PIECE_SIZE_BYTES, blank, refused
 from model_sync.delta.symbols import Reader
 
 BLOCK_SIZE_BYTES = 64 * 1024
@@ -37,11 +37,17 @@ def decode(payload: bytes, old: bytes, size_bytes: int) -> bytes:
     split = int.from_bytes(reader.take(_HEADER_SIZE_BYTES - 1), "little")
     if width not in _WIDTHS or split > size_bytes:
         raise refused("its header is in no known form")
-    new = lay_under(np.frombuffer(old, np.uint8), size_bytes, split)
+    result = blank(size_bytes)
+    add_base(np.frombuffer(result.getbuffer(), np.uint8), np.frombuffer(old, np.uint8), split)
+    _fill(np.frombuffer(result.getbuffer(), np.uint8), reader, width)
+    return result.getvalue()
+
+
+def _fill(new: Bytes, reader: Reader, width: int) -> None:
     at = 0
-    while at < size_bytes:
+    while at < len(new):
         length = reader.number()
-        if not 0 < length <= min(size_bytes - at, PIECE_SIZE_BYTES):
+        if not 0 < length <= min(len(new) - at, PIECE_SIZE_BYTES):
             raise refused("a segment has an impossible length")
         segment = new[at : at + length]
         whole = length - length % width
@@ -51,7 +57,6 @@ def decode(payload: bytes, old: bytes, size_bytes: int) -> bytes:
         segment[whole:] += np.frombuffer(reader.take(length - whole), np.uint8)
         at += length
     reader.finish()
-    return new.tobytes()
 
 
 def _encode(under: Bytes, new: Bytes, split: int, width: int) -> bytes:

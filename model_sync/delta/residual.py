@@ -12,7 +12,7 @@ import numpy as np
 
 from model_sync.delta import symbols
 from model_sync.delta.alignment import Bytes, add_base, find_split, lay_under, pieces
-from model_sync.delta.limits import inflate, refused
+from model_sync.delta.limits import blank, inflate, refused
 from model_sync.delta.symbols import Reader
 
 _SPLIT_SIZE_BYTES = 8
@@ -27,12 +27,14 @@ def encode_bz2(old: bytes, new: bytes) -> bytes:
 def decode_bz2(payload: bytes, old: bytes, size_bytes: int) -> bytes:
     """The new file, of at most `size_bytes`."""
     stream = inflate(bz2.BZ2Decompressor(), payload[_SPLIT_SIZE_BYTES:], size_bytes)
-    residual = np.frombuffer(stream.getbuffer(), np.uint8)
+    _restore(np.frombuffer(stream.getbuffer(), np.uint8), old, _split(payload, size_bytes))
+    return stream.getvalue()
+
+
+def _restore(residual: Bytes, old: bytes, split: int) -> None:
     for piece in pieces(len(residual)):
         residual[piece] = unzigzag(residual[piece])
-    add_base(residual, np.frombuffer(old, np.uint8), _split(payload, len(residual)))
-    del residual
-    return stream.getvalue()
+    add_base(residual, np.frombuffer(old, np.uint8), min(split, len(residual)))
 
 
 def encode_gaps(old: bytes, new: bytes) -> bytes:
@@ -51,16 +53,21 @@ def decode_gaps(payload: bytes, old: bytes, size_bytes: int) -> bytes:
     """The new file of exactly `size_bytes`."""
     reader = Reader(payload)
     split = _split(reader.take(_SPLIT_SIZE_BYTES), size_bytes)
-    new = lay_under(np.frombuffer(old, np.uint8), size_bytes, split)
-    for piece in pieces(size_bytes):
+    result = blank(size_bytes)
+    _fill(np.frombuffer(result.getbuffer(), np.uint8), reader)
+    add_base(np.frombuffer(result.getbuffer(), np.uint8), np.frombuffer(old, np.uint8), split)
+    return result.getvalue()
+
+
+def _fill(residual: Bytes, reader: Reader) -> None:
+    for piece in pieces(len(residual)):
         magnitudes = symbols.decode(reader, piece.stop - piece.start)
         filled = np.flatnonzero(magnitudes)
         packed = symbols.unpack(reader, -(-len(filled) // 8))
         signs = np.unpackbits(packed, count=len(filled)).astype(bool)
         magnitudes[filled[signs]] *= np.uint8(255)
-        new[piece] += magnitudes
+        residual[piece] = magnitudes
     reader.finish()
-    return new.tobytes()
 
 
 def zigzag(difference: Bytes) -> Bytes:
