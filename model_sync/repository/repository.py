@@ -7,7 +7,6 @@ are signed elsewhere; only snapshot, timestamp and rollout are signed here, with
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -35,8 +34,8 @@ from model_sync.repository.layout import (
     models_path,
     parse_models_path,
     target_file_path,
-    withdrawn_paths,
 )
+from model_sync.repository.releases import added_releases, require_whole, require_withdrawn
 from model_sync.repository.state import RepositoryState, finish_root, online_keyids, pending_timestamp, read_state
 from model_sync.repository.succession import (
     MODELS_PREFIX,
@@ -48,7 +47,7 @@ from model_sync.repository.succession import (
 from model_sync.rollout.document import ChannelDocument, first_intent
 from nearcast.durable import move_file, remove_leftovers, write_file
 from nearcast.errors import Code, MeshError
-from nearcast.store.manifest import MANIFEST_SIZE_BYTES_MAX, Manifest, decode_manifest
+from nearcast.store.manifest import Manifest, decode_manifest
 
 VERSIONS_KEPT = 16
 """Superseded versions of a role kept for readers that are in the middle of an update."""
@@ -202,10 +201,12 @@ class Repository:
         if current is None:
             raise MeshError(Code.UNTRUSTED, f"The targets role delegates nothing to the team {team!r}.")
         role = check_models(metadata, name, self._state, self._state.targets.signed)
-        self._check_withdrawn(role.signed, current.signed)
-        added = self._added_targets(role.signed, current.signed)
+        require_withdrawn(role.signed, current.signed, self._channels())
+        added = added_releases(
+            name, role.signed, current.signed, targets=self._state.targets.signed, published=self.releases
+        )
         for path, target in added.items():
-            self._check_release(path, target, manifests)
+            require_whole(path, target, manifests, self.has_blob)
         for path, target in added.items():
             self._write_target(path, target, manifests[path])
         return self._commit({name: role})
@@ -232,7 +233,7 @@ class Repository:
             present = self._state.roles.get(name)
             require_same_releases(name, changed[name].signed, present.signed if present else None)
             if present:
-                self._check_withdrawn(changed[name].signed, present.signed)
+                require_withdrawn(changed[name].signed, present.signed, self._channels())
         next_root = succession.root or self._state.root
         signer = self._find_signer(next_root.signed, changed.get("targets", self._state.targets).signed)
         if signer is None:
@@ -272,9 +273,7 @@ class Repository:
     def _sign_channels_again(self, root_version: int, signer: CryptoSigner) -> Metadata[Targets]:
         """Every channel as it is, under another key, with an intent that no thief of the old key can have used up."""
         role = deepcopy(self._state.roles["rollout"])
-        for path in self._channel_paths():
-            document = self.channel(path.removeprefix("channels/").removesuffix(".json"))
-            assert document is not None
+        for document in self._channels():
             intent = max(document.intent + 1, first_intent(root_version))
             self._put_channel(role.signed, msgspec.structs.replace(document, intent=intent))
         self._advance(role, self._lifetimes.rollout, signer)
@@ -301,68 +300,9 @@ class Repository:
             return True
         return False
 
-    # -- checks of an operator's role -------------------------------------------------------------------------------
-
     def _find_signer(self, root: Root, targets: Targets) -> CryptoSigner | None:
         trusted = online_keyids(root, targets)
         return next((signer for signer in self._signers if signer.public_key.keyid in trusted), None)
-
-    def _check_withdrawn(self, role: Targets, current: Targets) -> None:
-        """A withdrawn release stays withdrawn, its number is not used again, and no channel may point to it."""
-        withdrawn = withdrawn_paths(role)
-        if not withdrawn_paths(current) <= withdrawn or withdrawn & set(role.targets):
-            raise MeshError(Code.UNTRUSTED, "What was withdrawn must stay withdrawn, and cannot be published again.")
-        for name in (path.removeprefix("channels/").removesuffix(".json") for path in self._channel_paths()):
-            document = self.channel(name)
-            for rollout in document.rollouts if document else ():
-                for pick in (rollout.stable, rollout.candidate):
-                    if pick and models_path(rollout.model, pick.release) in withdrawn:
-                        raise MeshError(
-                            Code.CONFLICT,
-                            f"Channel {name} points to release {pick.release} of {rollout.model}; "
-                            "point it elsewhere first: roll back, or push a new release.",
-                        )
-
-    def _added_targets(self, role: Targets, current: Targets) -> dict[str, TargetFile]:
-        withdrawn = withdrawn_paths(role)
-        for path, target in current.targets.items():
-            if role.targets.get(path) != target and path not in withdrawn:
-                raise MeshError(Code.UNTRUSTED, f"{path} was published already and must stay as it is.")
-        added = {path: target for path, target in role.targets.items() if path not in current.targets}
-        delegations = self._state.targets.signed.delegations
-        for path in added:
-            model, release = parse_models_path(path)
-            first = next(iter(delegations.get_roles_for_target(path)), None) if delegations else None
-            if first is None:
-                raise MeshError(Code.UNTRUSTED, f"No team may publish {path}.")
-            published = self.releases(model)
-            gone = [number for name, number in map(parse_models_path, withdrawn) if name == model]
-            if release <= max(gone, default=0):
-                raise MeshError(Code.CONFLICT, f"Release {max(gone)} of {model} was withdrawn; number the next higher.")
-            if published and release <= published[-1]:
-                raise MeshError(
-                    Code.CONFLICT, f"Release {release} of {model} is not newer than the published {published[-1]}."
-                )
-            if published and models_path(model, published[-1]) not in current.targets:
-                raise MeshError(Code.FORBIDDEN, f"The model {model} belongs to another team; choose another name.")
-        return added
-
-    def _check_release(self, path: str, target: TargetFile, manifests: Mapping[str, bytes]) -> None:
-        data = manifests.get(path)
-        if data is None or len(data) > MANIFEST_SIZE_BYTES_MAX:
-            raise MeshError(Code.INVALID_REQUEST, f"The manifest of {path} is missing or too large.")
-        if target.length != len(data) or target.hashes != {"sha256": hashlib.sha256(data).hexdigest()}:
-            raise MeshError(Code.UNTRUSTED, f"The manifest of {path} is not the one that was signed.")
-        manifest = decode_manifest(data)
-        if models_path(manifest.name, manifest.release) != path:
-            raise MeshError(Code.UNTRUSTED, f"The manifest of {path} describes {manifest.name} {manifest.release}.")
-        for entry in manifest.files:
-            if not self.has_blob(entry.sha256, entry.size_bytes):
-                raise MeshError(
-                    Code.INVALID_REQUEST,
-                    f"The file {entry.path} of {manifest.name} {manifest.release} is not in the repository, "
-                    "or not whole; upload its blob first.",
-                )
 
     # -- files ------------------------------------------------------------------------------------------------------
 
@@ -428,8 +368,10 @@ class Repository:
     def _metadata_path(self, name: str) -> Path:
         return self.folder / "metadata" / f"{name}.json"
 
-    def _channel_paths(self) -> list[str]:
-        return list(self._state.roles["rollout"].signed.targets)
+    def _channels(self) -> list[ChannelDocument]:
+        paths = self._state.roles["rollout"].signed.targets
+        documents = [self.channel(path.removeprefix("channels/").removesuffix(".json")) for path in paths]
+        return [document for document in documents if document is not None]
 
     def _models_roles(self) -> dict[str, Metadata[Targets]]:
         return {name: role for name, role in self._state.roles.items() if name.startswith(MODELS_PREFIX)}

@@ -218,6 +218,14 @@ def test_every_kind_of_change_is_followed_by_clients(ceremony: Ceremony, tmp_pat
     with pytest.raises(MeshError, match="1 of the 2 signatures"):
         ceremony.repository.publish_models("core", metadata, files)
     assert "models-x" in ceremony.mesh.open()._state.roles
+    # A team with models of its own publishes no others.
+    role = extend(ceremony.roles, ["models-x"], now())["models-x"]
+    manifest = ceremony.mesh.manifest(1, name="other")
+    path = models_path("other", 1)
+    role.signed.targets[path] = make_target(path, manifest.encode())
+    role.sign(keys["backup"])
+    with pytest.raises(MeshError, match="may not publish"):
+        ceremony.repository.publish_models("x", encode_metadata(role), {path: manifest.encode()})
 
 
 def rotate_online(ceremony: Ceremony) -> Change:
@@ -299,7 +307,11 @@ def test_a_withdrawn_release_stays_withdrawn(ceremony: Ceremony, tmp_path: Path)
     def forget(role: Metadata[Targets]) -> None:
         role.signed.unrecognized_fields["withdrawn"] = []
 
+    def invent(role: Metadata[Targets]) -> None:
+        role.signed.unrecognized_fields["withdrawn"].append(models_path("other", 7))
+
     for attempt in (
+        ceremony.mesh.sign(ceremony.mesh.manifest(3), change=invent),
         ceremony.mesh.sign(ceremony.mesh.manifest(2)),
         ceremony.mesh.sign(ceremony.mesh.manifest(2), change=forget),
         ceremony.mesh.sign(ceremony.mesh.manifest(3), change=forget),
