@@ -1,4 +1,4 @@
-"""What a team's next list of releases has to fulfil, beside its signatures: releases come or are withdrawn, none changes.
+"""What a team's next list of releases has to fulfil, beside its signatures: releases come or go, and none changes.
 
 A withdrawn release is vouched for no longer. Its number is not used again, so that one number never means two things.
 """
