@@ -19,7 +19,21 @@ from typing import Any
 from benchmarks.rows import Row
 
 HERE = Path(__file__).parent
-NAMES = ("echo", "serving", "router", "policy", "wire", "coldstart", "footprint", "crash", "delta", "canary", "resume")
+NAMES = (
+    "echo",
+    "serving",
+    "router",
+    "policy",
+    "wire",
+    "coldstart",
+    "footprint",
+    "crash",
+    "delta",
+    "canary",
+    "resume",
+    "swap",
+    "agent_idle",
+)
 PACKAGES = (
     "nearcast",
     "ngh2",
