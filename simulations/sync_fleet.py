@@ -27,7 +27,7 @@ class FleetSpec:
     Attributes:
         check_round_trips, check_bytes: what a look at changed metadata costs a node: root, timestamp, snapshot, models
             role, rollout role, channel document and manifest, one after the other.
-        requests_per_s: what one core of the sync process answers.
+        requests_per_s: what one core of the sync process answers; measured: 0.25 ms of processor time for a request.
         hint_waiters_max: long polls that it keeps open; other nodes learn of a change by their next poll.
         poll_s: mean pause between checks.
         uploads_max: chunks that a peer gives at a time.
@@ -42,7 +42,7 @@ class FleetSpec:
     loss: float = 0.01
     check_round_trips: int = 7
     check_bytes: int = 24_000
-    requests_per_s: float = 2_000.0
+    requests_per_s: float = 4_000.0
     hint_waiters_max: int = 10_000
     poll_s: float = 30.0
     uploads_max: int = 8
@@ -96,10 +96,12 @@ class Fleet:
         before = find_rollout(self.document, MODEL)
         assert before is not None
         self.document = apply(self.document, _command(action, release, newest=max(release, before.stable.release)))
+        # A delta has an index besides.
+        trips = self.spec.check_round_trips + (payload is not None and payload.is_delta)
         for index, node in enumerate(self.nodes.values()):
             waits = index < self.spec.hint_waiters_max
             delay_s = self._answer_at() + self.spec.rtt_s / 2 if waits else 2 * self.spec.poll_s * self._random.random()
-            self.world.after(delay_s, lambda node=node: self._check(node, payload, self.spec.check_round_trips))  # type: ignore[misc]
+            self.world.after(delay_s, lambda node=node: self._check(node, payload, trips))  # type: ignore[misc]
 
     def _answer_at(self) -> float:
         """Seconds until the origin has answered one more request; it works through them one by one."""

@@ -40,6 +40,8 @@ SMALL_BYTES = 64 * 1024
 """Not worth asking around for."""
 GIVE_UP_S = 20.0
 """Without a chunk for this long the download goes on from the repository alone."""
+SYNC_CHUNKS = 4
+"""Chunks that a power cut may cost: fewer than are under way at a time."""
 
 
 class _Outcome(Enum):
@@ -131,6 +133,7 @@ class _SwarmDownload:
         self._busy: dict[tuple[str, int | None], Source] = {}
         self._ended = False
         self._received_bytes = 0
+        self._unsynced = 0
 
     def run(self, path: Path) -> int:
         limits = self._peers.limits
@@ -144,6 +147,7 @@ class _SwarmDownload:
                 self._drive(swarm, pool, file.fileno())
             finally:
                 self._end(pool)
+                self._sync(file.fileno())
         return self._received_bytes
 
     def _make_swarm(self, path: Path, handle: int) -> Swarm:
@@ -185,13 +189,19 @@ class _SwarmDownload:
                 progress_at = time.monotonic()
             self._take(swarm, answer, handle)
 
+    def _sync(self, handle: int) -> None:
+        self._unsynced = 0
+        os.fdatasync(handle)
+
     def _take(self, swarm: Swarm, answer: _Answer, handle: int) -> None:
         now, source, chunk = time.monotonic(), answer.source, answer.chunk
         match answer.outcome:
             case _Outcome.ARRIVED if chunk is not None:
                 if not swarm.held >> chunk & 1:
                     os.pwrite(handle, answer.data, chunk * CHUNK_SIZE_BYTES)
-                    os.fdatasync(handle)
+                    self._unsynced += 1
+                    if self._unsynced >= SYNC_CHUNKS:
+                        self._sync(handle)
                     self._peers.holdings.add(self._remote, chunk)
                 swarm.arrived(now, source, chunk)
                 swarm.holds(now, source, answer.held)

@@ -7,6 +7,7 @@ first copies, in turns that every node computes for itself, and whatever the oth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -58,7 +59,8 @@ class SwarmLimits:
 
     Attributes:
         sources_max: sources known at a time; more are ignored.
-        requests_max: chunks asked for at a time.
+        requests_max: chunks asked for at a time; half as many, down to requests_min, after each that timed out, as the
+            bound that counts may be this node's own link.
         source_requests_max, origin_requests_max: of one peer or mirror, of the origin.
         request_timeout_s: for one chunk, and for the answer to a look.
         look_s, look_s_max: pause between two looks at one source, longer each time that nothing was new, and its bound.
@@ -76,9 +78,10 @@ class SwarmLimits:
 
     sources_max: int = 64
     requests_max: int = 10
+    requests_min: int = 2
     source_requests_max: int = 2
     origin_requests_max: int = 4
-    request_timeout_s: float = 10.0
+    request_timeout_s: float = 20.0
     look_s: float = 0.2
     look_s_max: float = 5.0
     looks_max: int = 8
@@ -156,6 +159,8 @@ class Swarm:
         self._asked = self._doubted = 0
         self._rate = 0.0
         self._dropped: list[Drop] = []
+        self._idle_at = -math.inf
+        self._width = float(self._limits.requests_max)
 
     @property
     def is_complete(self) -> bool:
@@ -173,6 +178,7 @@ class Swarm:
         """There is a source. Origin and mirrors hold everything; a peer is asked what it holds."""
         if name in self._sources or len(self._sources) >= self._limits.sources_max:
             return
+        self._idle_at = -math.inf
         self._sources[name] = _Source(kind=kind, holds=self._all if kind is not Kind.PEER else 0)
 
     def leave(self, name: str) -> None:
@@ -211,6 +217,7 @@ class Swarm:
             source.rate = rate if not source.rate else 0.7 * source.rate + 0.3 * rate
             self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
             self._end(source, chunk)
+        self._width = min(self._limits.requests_max, self._width + 1.0 / self._width)
         self.held |= 1 << chunk
         self._progress_at = now
         for other, late in self._sources.items():
@@ -240,23 +247,29 @@ class Swarm:
         self._expire(now)
         out: list[Request] = [*self._dropped]
         self._dropped.clear()
-        limits = self._limits
-        if self.in_flight >= limits.requests_max:
+        if self.in_flight >= int(self._width):
             return tuple(out)
+        if now - self._idle_at >= TICK_S / 2:
+            out += self._asks(now)
+        if self.in_flight < int(self._width):
+            out += self._looks(now)
+        return tuple(out)
+
+    def _asks(self, now: float) -> list[Ask]:
+        out: list[Ask] = []
         free = {name: source for name, source in self._sources.items() if self._is_free(now, source)}
         from_origin = self._origin_offer(now) if any(s.kind is Kind.ORIGIN for s in free.values()) else 0
-        while self.in_flight < limits.requests_max:
+        while self.in_flight < int(self._width):
             ask = self._next_ask(now, free, from_origin)
             if ask is None:
+                self._idle_at = now  # only an event, or time, makes a difference
                 break
             out.append(ask)
             source = free[ask.source]
             self._begin(now, source, ask.chunk)
             if not self._is_free(now, source):
                 del free[ask.source]
-        if self.in_flight < limits.requests_max:
-            out += self._looks(now)
-        return tuple(out)
+        return out
 
     def _next_ask(self, now: float, free: dict[str, _Source], from_origin: int) -> Ask | None:
         missing = self._all & ~self.held
@@ -301,26 +314,26 @@ class Swarm:
     def _origin_offer(self, now: float) -> int:
         """Which missing chunks the origin may be asked for: all when it is alone, else first copies in turn."""
         limits = self._limits
-        others = [s for s in self._sources.values() if s.kind is not Kind.ORIGIN and now >= s.banned_until]
+        others = peers = heard = absent = offered = 0
+        for source in self._sources.values():
+            if source.kind is Kind.PEER:
+                peers += 1
+                heard += source.heard_at is not None
+                absent += source.is_absent
+            if source.kind is not Kind.ORIGIN and now >= source.banned_until:
+                others += 1
+                offered |= source.holds
         if not others or now - self._progress_at >= limits.stall_s:
             return self._all
-        peers = [source for source in self._sources.values() if source.kind is Kind.PEER]
         waited = now - self._began
-        heard = sum(source.heard_at is not None for source in peers)
-        if waited < limits.hearing_s and heard < min(limits.heard_min, len(peers)):
+        if waited < limits.hearing_s and heard < min(limits.heard_min, peers):
             return 0
-        offered = 0
-        for source in others:
-            offered |= source.holds
-        allowed = self._doubted
-        nowhere = self._all & ~self.held & ~offered
-        if not nowhere:
-            return allowed
         # Nodes that want another version, or none, take no turn.
-        active = (1 + sum(not source.is_absent for source in peers)) / (1 + len(peers))
-        for chunk in _bits(nowhere):
+        turn_s = limits.patience_s * (1 + peers - absent) / (1 + peers)
+        allowed = self._doubted
+        for chunk in _bits(self._all & ~self.held & ~offered):
             turn = max(0, self._turns[chunk] - self._at_once + 1)
-            if waited >= min(limits.wait_max_s, turn * active * limits.patience_s):
+            if waited >= min(limits.wait_max_s, turn * turn_s):
                 allowed |= 1 << chunk
         return allowed
 
@@ -342,17 +355,20 @@ class Swarm:
         return [Look(name) for name in due[: max(0, room)]]
 
     def _look_pause_s(self, source: _Source) -> float:
-        return min(self._limits.look_s_max, self._limits.look_s * (1.0 + source.looks_in_vain / 4))
+        return min(self._limits.look_s_max, self._limits.look_s * (1.0 + source.looks_in_vain / 8))
 
     # Accounts.
 
     def _is_free(self, now: float, source: _Source) -> bool:
-        limits = self._limits
-        bound = limits.origin_requests_max if source.kind is Kind.ORIGIN else limits.source_requests_max
-        return len(source.asked) < bound and now >= source.banned_until and now >= source.rests_until
+        if now < source.banned_until or now < source.rests_until:
+            return False
+        is_origin = source.kind is Kind.ORIGIN
+        bound = self._limits.origin_requests_max if is_origin else self._limits.source_requests_max
+        return len(source.asked) < bound
 
     def _hold(self, source: _Source, chunks: int) -> None:
-        if source.kind is Kind.PEER:
+        if source.kind is Kind.PEER and source.holds != chunks:
+            self._idle_at = -math.inf
             for chunk in _bits(source.holds ^ chunks):
                 self._copies[chunk] += 1 if chunks >> chunk & 1 else -1
         source.holds = chunks
@@ -367,6 +383,7 @@ class Swarm:
         if source.asked.pop(chunk, None) is None:
             return
         self.in_flight -= 1
+        self._idle_at = -math.inf
         self._requested[chunk] -= 1
         if not self._requested[chunk]:
             self._asked &= ~(1 << chunk)
@@ -401,6 +418,7 @@ class Swarm:
             for chunk in overdue:
                 self._dropped.append(Drop(name, chunk))
                 self._fail(now, name, chunk, weight=1)
+                self._width = max(self._limits.requests_min, self._width / 2)
             if source.looked_at is not None and now - source.looked_at >= bound:
                 self._fail(now, name, None, weight=1)
 
