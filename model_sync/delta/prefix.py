@@ -18,8 +18,8 @@ from model_sync.delta.zstd import DecompressionParameter, ZstdCompressor, ZstdDe
 LEVEL = 19
 LEVEL_LARGE = 10
 """For files of several segments: each reads its whole region again, which the best level does too slowly."""
-SEGMENT_SIZE_BYTES = 16 * 1024 * 1024
-REGION_SIZE_BYTES = 24 * 1024 * 1024
+SEGMENT_SIZE_BYTES = 12 * 1024 * 1024
+REGION_SIZE_BYTES = 20 * 1024 * 1024
 _PREFIX_SIZE_BYTES_MIN = 8
 
 
@@ -50,14 +50,14 @@ def decode(payload: bytes, old: bytes, size_bytes: int) -> bytes:
     for start in range(0, size_bytes, SEGMENT_SIZE_BYTES):
         frame = reader.take(reader.number())
         size = min(SEGMENT_SIZE_BYTES, size_bytes - start)
-        result.write(_inflate_after(_region(old, start, size_bytes), frame, size).getbuffer())
+        result.write(_inflate(frame, ZstdDict(_region(old, start, size_bytes), is_raw=True), size).getbuffer())
     reader.finish()
     return result.getvalue()
 
 
-def _inflate_after(region: bytes, frame: bytes, size_bytes: int) -> io.BytesIO:
+def _inflate(frame: bytes, prefix: ZstdDict, size_bytes: int) -> io.BytesIO:
     options: dict[int, int] = {DecompressionParameter.window_log_max: WINDOW_LOG_MAX}
-    decompressor = ZstdDecompressor(zstd_dict=ZstdDict(region, is_raw=True).as_prefix, options=options)
+    decompressor = ZstdDecompressor(zstd_dict=prefix.as_prefix, options=options)
     return inflate(decompressor, frame, size_bytes)
 
 
