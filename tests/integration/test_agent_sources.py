@@ -319,3 +319,31 @@ async def test_a_newer_intent_ends_a_download_within_one_chunk(
         await until(lambda: status_of(agent).state == "IDLE", "the older release is wanted again", wait_s=2.0)
         await until(lambda: not agent._shells[MODEL]._working.locked(), "the thread has noticed", wait_s=4.0)
         assert status_of(agent).received_bytes - before < entry.size_bytes / 2
+
+
+async def test_a_check_keeps_the_pause_too(tmp_path: Path, publisher: Publisher, origin: Origin) -> None:
+    config = make_config(tmp_path, publisher, origin)
+    origin.fault = refuse(503, {"Retry-After": "7"})
+    async with running(config) as agent:
+        assert not await agent.check()
+        assert 7.0 <= agent._pause_s() < 10.0
+        seen = len(origin.served)
+        assert not await agent.check()
+        assert "left alone" in agent._status.error
+        assert len(origin.served) == seen
+
+
+async def test_a_repository_with_forged_metadata_is_left_for_its_mirror(
+    tmp_path: Path, publisher: Publisher, origin: Origin, mirror: Origin
+) -> None:
+    def forge(handler: Any, path: str, data: bytes) -> bool:
+        if not path.endswith("timestamp.json"):
+            return False
+        origin.reply(handler, 200, data.replace(b'"version":', b'"version": 9'))
+        return True
+
+    origin.fault = forge
+    config = make_config(tmp_path, publisher, origin, mirrors=(f"{mirror.url}/repository",))
+    async with running(config) as agent:
+        await settled(agent, stable=1)
+        assert agent._status.error == ""
