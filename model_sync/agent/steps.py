@@ -210,12 +210,13 @@ class Installer:
             try:
                 data = payload.read_bytes() if payload is not None else b""
                 made = walk(shorter, data, self._manifest, bases, self._keys, self._range_reader(shorter.entry, stop))
-                (staged / shorter.entry.path).write_bytes(made)
+                write_file(staged / shorter.entry.path, made)
             except OSError as error:
                 raise self._full(error) from error
-            finally:
-                if payload is not None:
-                    payload.unlink(missing_ok=True)
+            except DeltaError:
+                _remove(payload)
+                raise
+            _remove(payload)  # only now: after a power cut one of the two is whole
         self._shorter.clear()
 
     def _range_reader(self, entry: File, stop: threading.Event) -> ReadRange:
@@ -288,6 +289,11 @@ class Installer:
                 "make room. The node serves on."
             )
         return MeshError(Code.UNAVAILABLE, f"{self._what()} could not be written: {error.strerror or error}.")
+
+
+def _remove(payload: Path | None) -> None:
+    if payload is not None:
+        payload.unlink(missing_ok=True)
 
 
 def _blob(entry: File) -> Remote:
