@@ -131,8 +131,8 @@ class ModelHost:
         queue_us = int((started - arrived) * 1e6)
         compute_us = int((ended - started) * 1e6)
         statistics.answer(queue_us, compute_us)
-        if slot.pair is not None:
-            self._shadow.offer(slot.pair, version, inputs, outputs)
+        if slot.pair is not None and arrived >= self._shadow.due:
+            self._shadow.take(slot.pair, version, inputs, outputs)
         if names:
             outputs = {name: outputs[name] for name in names}
         return TensorResponse(

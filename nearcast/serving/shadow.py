@@ -53,6 +53,9 @@ class _Sample:
 class Shadow:
     """Samples of one host. Lives on its loop; runs in one thread of the lowest priority, started by the first sample.
 
+    Attributes:
+        due: the monotonic second from which on another request may be sampled.
+
     Args:
         limits: bounds of the sample.
         quiet: whether the host has nothing to do.
@@ -64,32 +67,31 @@ class Shadow:
         self._quiet = quiet
         self._now = now
         self._queue: deque[_Sample] = deque()
-        self._next = 0.0
+        self.due = 0.0
         self._work: asyncio.Task[None] | None = None
         self._executor: ThreadPoolExecutor | None = None
 
-    def offer(self, pair: Pair, answered: HotVersion, inputs: Tensors, outputs: Tensors) -> None:
-        """Take an answered request into the sample, or not. Costs a comparison of two numbers in most calls."""
-        now = self._now()
-        if now < self._next:
-            return
-        self._next = now + self._limits.shadow_interval_s
+    def take(self, pair: Pair, answered: HotVersion, inputs: Tensors, outputs: Tensors) -> None:
+        """Take an answered request into the sample, once its answer is on its way: all that costs happens then."""
+        if pair.trial.statistics.compared < self._limits.shadow_compared_max and not math.isinf(self.due):
+            self.due = self._now() + self._limits.shadow_interval_s
+            asyncio.get_running_loop().call_soon(self._sample, pair, answered, inputs, outputs)
+
+    def _sample(self, pair: Pair, answered: HotVersion, inputs: Tensors, outputs: Tensors) -> None:
         statistics = pair.trial.statistics
-        if statistics.compared >= self._limits.shadow_compared_max:
+        if math.isinf(self.due):
             return
         size_bytes = sum(array.nbytes for array in inputs.values())
         if len(self._queue) >= self._limits.shadow_queue_max or size_bytes > self._limits.shadow_bytes_max:
             statistics.shadows_dropped += 1
             return
-        # The arrays may be views of a buffer that the transport uses again.
-        copied = {name: array.copy() for name, array in inputs.items()}
-        self._queue.append(_Sample(pair, answered, copied, outputs, now))
+        self._queue.append(_Sample(pair, answered, inputs, outputs, self._now()))
         if self._work is None:
             self._work = asyncio.get_running_loop().create_task(self._drain())
 
     async def close(self) -> None:
         """Drop what waits and end the thread once its run is over."""
-        self._next = math.inf
+        self.due = math.inf
         self._queue.clear()
         work, self._work = self._work, None
         if work is not None:

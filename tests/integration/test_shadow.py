@@ -120,10 +120,12 @@ async def test_a_busy_node_drops_samples_and_serves(tmp_path: Path) -> None:
         assert slot.pair is not None
         shadow = Shadow(limits, quiet=lambda: False, now=time.monotonic)
         for _ in range(5):
-            shadow.offer(slot.pair, slot.pair.trial, {"x": X}, {"y": X})
+            shadow.take(slot.pair, slot.pair.trial, {"x": X}, {"y": X})
+        await asyncio.sleep(0)
         assert slot.pair.trial.statistics.shadows_dropped == 3, "the queue holds two"
         await until(lambda: slot.pair is not None and slot.pair.trial.statistics.shadows_dropped == 5)
-        shadow.offer(slot.pair, slot.pair.trial, {"x": np.zeros((100, 4), np.float32)}, {"y": X})
+        shadow.take(slot.pair, slot.pair.trial, {"x": np.zeros((100, 4), np.float32)}, {"y": X})
+        await asyncio.sleep(0)
         assert slot.pair.trial.statistics.shadows_dropped == 6, "it is too large to be kept"
         await shadow.close()
         assert counted(host, 2) == (0, 0, 0)
