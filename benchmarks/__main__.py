@@ -33,6 +33,7 @@ NAMES = (
     "resume",
     "swap",
     "agent_idle",
+    "fanout",
 )
 PACKAGES = (
     "nearcast",

@@ -56,7 +56,8 @@ class SyncNode:
     """One node that follows one model. `fleet` finds the other nodes by name, `members` are those it knows of.
 
     Attributes:
-        fetched_at, active_at: virtual instants at which the payload was whole and the pointer named the new release.
+        began_at, fetched_at, active_at: virtual instants at which the download began, the payload was whole, and the
+            pointer named the new release.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class SyncNode:
     ) -> None:
         self.name = name
         self.place = place
+        self.began_at: float | None = None
         self.fetched_at: float | None = None
         self.active_at: float | None = None
         self.swarm: Swarm | None = None
@@ -89,7 +91,8 @@ class SyncNode:
         self._connected: set[str] = {ORIGIN}
         self._job = 0
         gated = {str(release): sha256 for release, sha256 in installed.items()}
-        memory = Memory(model="detector", committed=stable, gated=gated)
+        back = tuple(release for release in installed if release < stable)
+        memory = Memory(model="detector", committed=stable, rollback_ok=back, gated=gated)
         self.replica = Replica(name, memory, Pointer(stable=stable), installed, draw=self._random.random)
         self.send(Booted())
 
@@ -145,6 +148,7 @@ class SyncNode:
         payload = self.payload
         assert payload is not None
         now = self._world.now
+        self.began_at = now
         if not self.members:
             self._stream(payload)
             return
