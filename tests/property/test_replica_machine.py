@@ -162,6 +162,16 @@ class World(RuleBasedStateMachine):
         stop=st.none() | st.integers(0, 4),
     )
     def publish(self, stable, candidate, rollback, wave, share, salt, stop) -> None:
+        self.announce(stable, candidate, rollback, wave, share, salt, stop)
+
+    @precondition(lambda self: self.pointer is not None and self.pointer.stable is not None)
+    @rule(candidate=st.none() | RELEASES, salt=st.sampled_from("abc"), stop=st.none() | st.integers(0, 4))
+    def canary(self, candidate, salt, stop) -> None:
+        """Beside what serves, another release, or none any more: what an operator does most."""
+        assert self.pointer is not None
+        self.announce(self.pointer.stable, candidate, False, 1.0, 0.5, salt, stop)
+
+    def announce(self, stable, candidate, rollback, wave, share, salt, stop) -> None:
         self.intent += 1
         self.want = Want(
             intent=self.intent,

@@ -20,7 +20,7 @@ from model_sync.replica.events import (
     Sampled,
     Ticked,
 )
-from model_sync.replica.instructions import Cancel, Discard, Remember, Run
+from model_sync.replica.instructions import Cancel, Discard, Refresh, Remember, Run, WritePointer
 from model_sync.replica.machine import Replica
 from model_sync.replica.state import Failure, Memory, ReplicaLimits, State
 from model_sync.replica.transitions import TABLE
@@ -159,6 +159,28 @@ def test_restarts_while_waiting_are_no_sign_against_the_release() -> None:
 def test_turns_are_spread_evenly() -> None:
     turns = sorted(seed(f"edge-{index}", goal(2).sha256) for index in range(1000))
     assert all(abs(turn - index / 1000) < 0.05 for index, turn in enumerate(turns))
+
+
+def test_a_verdict_is_durable_before_the_next_goal_begins() -> None:
+    driver = Driver()
+    driver.install(want(1, 1))
+    driver.intend(want(2, 2, 3))
+    driver.run_to(State.GATE)
+    out = driver.send(Failed(driver.job, Failure.BAD, "wrong answers."))
+    assert run_of(out).goal == goal(3)
+    remembered = next(one for one in out if isinstance(one, Remember))
+    assert [ban.release for ban in remembered.memory.bans] == [2]
+    assert out.index(remembered) < out.index(run_of(out))
+
+
+def test_a_dropped_candidate_leaves_the_pointer_before_its_trial_is_forgotten() -> None:
+    driver = Driver()
+    driver.install(want(1, 1))
+    driver.intend(want(2, 1, 2, share=0.5))
+    driver.run_to(State.PROBATION)
+    out = driver.intend(want(3, 1))
+    assert kinds(out)[:4] == [Cancel, WritePointer, Refresh, Remember]
+    assert out[3].memory.previous is None
 
 
 def machine_in(state: State) -> tuple[Replica, float]:
