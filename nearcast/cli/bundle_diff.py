@@ -21,7 +21,7 @@ COLUMNS = ["file", "codec", "bytes", "percent", "encode s", "apply ms", "best"]
 @click.command("diff", short_help="Show what an update from one bundle to another would cost.")
 @click.argument("old", type=FOLDER)
 @click.argument("new", type=FOLDER)
-@click.option("--tenant-keys", type=FOLDER, help="Keys that open sealed bundles.")
+@click.option("--tenant-keys", type=FOLDER, help="Folder with the keys that open sealed bundles.")
 @click.option(
     "--budget", "budget_s", type=click.FloatRange(min=0), default=600.0, show_default=True, help="Seconds for one file."
 )

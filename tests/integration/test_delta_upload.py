@@ -13,18 +13,22 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 from model_sync.delta.index import DeltaIndex, decode_index
-from model_sync.delta.search import describe_way
+from model_sync.delta.sealed import apply_sealed_way
+from model_sync.delta.search import ENCODERS, describe_way
 from model_sync.delta.ways import apply_way, choose_way
-from model_sync.publisher.bundle import BundleSpec, create_bundle, read_bundle
+from model_sync.publisher.bundle import BundleSpec, Seal, create_bundle, read_bundle
 from model_sync.publisher.control_client import ControlClient, connect
 from model_sync.publisher.keys import init_keys
 from model_sync.publisher.push import push
 from model_sync.repository.layout import blob_path, delta_path
+from nearcast.cli.bundle_diff import command as bundle_diff
 from nearcast.errors import Code, MeshError
 from nearcast.store.manifest import File, Manifest, Tensor
+from nearcast.store.sealing import TenantKeys, make_key, open_file, read_key
 
 WIDTH = 128
 TENSORS = {
@@ -47,7 +51,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         assert process.wait(20.0) == 0
 
 
-def make_bundle(folder: Path, release: int, weights: np.ndarray, *, name: str = "dense") -> Path:
+def make_bundle(
+    folder: Path, release: int, weights: np.ndarray, *, name: str = "dense", seal: Seal | None = None
+) -> Path:
     source = folder / f"source-{release}"
     source.mkdir()
     graph = helper.make_graph(
@@ -62,7 +68,7 @@ def make_bundle(folder: Path, release: int, weights: np.ndarray, *, name: str = 
         name=name, release=release, semver=f"{release}.0.0", engine="onnxruntime", model_file="model.onnx",
         licence="Apache-2.0", **TENSORS,
     )  # fmt: skip
-    create_bundle(spec, source, folder / f"bundle-{release}")
+    create_bundle(spec, source, folder / f"bundle-{release}", seal=seal)
     return folder / f"bundle-{release}"
 
 
@@ -106,6 +112,55 @@ def test_a_second_release_comes_with_the_ways_to_it(home: Path, tmp_path: Path) 
         stranger = choose_way(index, {"0" * 64}, sha256=new.sha256, size_bytes=new.size_bytes)
         assert stranger is not None
         assert stranger.codec == "chunks"
+
+
+def test_deltas_of_sealed_releases_are_sealed_and_lead_to_the_sealed_file(home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "keys"
+    folder.mkdir()
+    make_key(folder / "acme.key")
+    keys, seal = TenantKeys.load(folder), Seal(tenant="acme", key=read_key(folder / "acme.key"))
+    rng = np.random.default_rng(11)
+    first = rng.normal(0, 0.1, (WIDTH, WIDTH)).astype(np.float32)
+    second = first.copy()
+    second[rng.random(first.shape) < 0.05] += np.float32(1e-4)
+    bundles = [
+        make_bundle(tmp_path, release, weights, name="sealed", seal=seal)
+        for release, weights in ((1, first), (2, second))
+    ]
+    with connect(home) as client:
+        pushed = [push(bundle, client, home / "operator", channel="main", tenant_keys=folder) for bundle in bundles]
+        assert {way.codec for way in pushed[0].deltas} == {"zstd"}  # ranges of sealed bytes would help nobody
+        earlier, old = model_entry(bundles[0])
+        manifest, new = model_entry(bundles[1])
+        assert earlier.encryption is not None
+        assert manifest.encryption is not None
+        index = decode_index(get(client, delta_path(new.sha256, "index.json")))
+        way = choose_way(index, {old.sha256}, sha256=new.sha256, size_bytes=new.size_bytes)
+        assert way is not None
+        assert way.base == old.sha256
+        assert way.size_bytes < 0.2 * new.size_bytes
+        payload = get(client, delta_path(new.sha256, way.name))
+        plain = open_file(earlier, old.path, get(client, blob_path(old.sha256)), keys)
+        made = apply_sealed_way(
+            way, payload, plain, manifest=manifest, path=new.path, data_key=keys.unwrap(manifest.encryption)
+        )
+        assert made == (bundles[1] / "model.onnx").read_bytes()
+
+
+def test_bundle_diff_shows_every_codec_and_marks_one_best(tmp_path: Path) -> None:
+    first = np.random.default_rng(12).normal(0, 0.1, (WIDTH, WIDTH)).astype(np.float32)
+    second = first.copy()
+    second[0] += np.float32(1e-4)
+    old, new = make_bundle(tmp_path, 1, first), make_bundle(tmp_path, 2, second)
+    run = CliRunner().invoke(bundle_diff, [str(old), str(new), "--json"], catch_exceptions=False)
+    rows = [row for row in json.loads(run.output) if row["file"] == "model.onnx"]
+    assert {row["codec"] for row in rows} == {"zstd", *ENCODERS}
+    (best,) = (row for row in rows if row["best"])
+    assert best["size_bytes"] == min(row["size_bytes"] for row in rows)
+    assert best["percent"] < 3
+    table = CliRunner().invoke(bundle_diff, [str(old), str(old)], catch_exceptions=False).output
+    assert "unchanged" in table
+    assert table.splitlines()[0].split()[:3] == ["file", "codec", "bytes"]
 
 
 def test_the_controller_takes_only_deltas_that_make_sense(home: Path, tmp_path: Path) -> None:
