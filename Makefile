@@ -113,6 +113,10 @@ bench: install-dev ## measure everything and compare with the targets (minutes)
 bench-quick: install-dev ## the same in seconds, noisier
 	@$(BIN)/python -m benchmarks --quick $(ARGS)
 
+.PHONY: crash
+crash: install-dev ## cut the power at every step of a real agent (minutes; ARGS=--quick: one minute)
+	@$(BIN)/python -m benchmarks crash $(ARGS)
+
 .PHONY: clean
 clean: ## remove environments and everything generated
 	rm -rf $(VENV) $(STUBS_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks *.egg-info

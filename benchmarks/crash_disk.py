@@ -192,13 +192,14 @@ class Disk:
         return kept
 
     def images(self, seed: int) -> Iterator[Image]:
-        """Everything kept, everything lost; then each change lost or kept alone and each way to tear files, shuffled;
-        then at random, for ever.
+        """Everything kept, everything lost, names without bytes; then each change lost or kept alone and each way to
+        tear files, shuffled; then at random, for ever.
         """
         draw = random.Random(seed)
         everything = list(self.pending)
         yield self._image(everything, _keep, draw)
         yield self._image([], _lose, draw)
+        yield self._image(everything, _lose, draw)
         ways: list[Callable[[], Image]] = [
             *(partial(self._image, everything, tear, draw) for tear in dict.fromkeys(_TEARS)),
             *(partial(self._alone, change, draw) for change in everything),

@@ -32,7 +32,9 @@ TRIES = 6
 """Images drawn for each one that is wanted; the others were seen before."""
 SURPLUS = 1.25
 """Taken for each image that is wanted: some are found at two points, and some positions have only old ones."""
-FETCHING = ("C3", "C4", "C5")
+FETCHING = ("C3", "C4", "C5", "C6")
+FETCHING_SHARE = 0.3
+"""Of the images with a download under way, spread over it."""
 VIOLATIONS_KEPT = 20
 
 
@@ -124,7 +126,7 @@ def _sample(plan: Plan, found: Found, known: Known, recording: Recording, draw: 
     """Whether this image is booted once more, and how; images with a download under way have a number of their own."""
     staged = f"{STORE}/.staging/{MODEL}/{recording.final}/"
     fetching = known.point in FETCHING and any(path.startswith(staged) for path in known.staged_bytes)
-    if fetching and found.fetching < plan.fetching:
+    if fetching and found.fetching < plan.fetching and draw.random() < FETCHING_SHARE:
         return "fetching"
     chance = draw.random() * plan.images / plan.shares
     if chance < plan.networked:

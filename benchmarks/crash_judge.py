@@ -21,10 +21,11 @@ from model_sync.agent.config import AgentConfig, AgentLimits
 from model_sync.agent.journal import decode_record, read_journal
 from model_sync.agent.status import read_status
 from model_sync.agent.steps import installed_releases
+from model_sync.delta.index import INDEX_FILE, decode_index
 from model_sync.replica.state import Memory
-from model_sync.repository.layout import blob_path
+from model_sync.repository.layout import blob_path, delta_path
 from nearcast.store import Pointer, Store
-from nearcast.store.manifest import CHUNK_SIZE_BYTES, MANIFEST_FILE, Manifest
+from nearcast.store.manifest import CHUNK_SIZE_BYTES, MANIFEST_FILE, File, Manifest
 from tests.integration.agent_parts import MODEL, Origin
 
 BOOT_S_MAX = 5.0
@@ -219,12 +220,22 @@ async def judge_network(image: Image, known: Known, recording: Recording, folder
     found = _judge_store(Path(config.store), known, recording)
     data = (Path(config.store) / MODEL / str(recording.final) / MANIFEST_FILE).read_bytes()
     for entry in msgspec.json.decode(data, type=Manifest).files:
-        staged = known.staged_bytes.get(f"{STORE}/.staging/{MODEL}/{recording.final}/{entry.path}", 0)
-        fetched = sum(size for path, _, size in origin.served if blob_path(entry.sha256) in path)
-        again = staged + fetched - entry.size_bytes
-        if again > CHUNK_SIZE_BYTES:
-            found.append(f"I13 {again} bytes of {entry.path} were fetched again")
+        found += _judge_bytes(entry, known, recording, origin)
     return found
+
+
+def _judge_bytes(entry: File, known: Known, recording: Recording, origin: Origin) -> Iterator[str]:
+    """What came before the cut and what came after it are the file, or the payload to it, and a chunk at most."""
+    staged = f"{STORE}/.staging/{MODEL}/{recording.final}"
+    index = recording.repository / delta_path(entry.sha256, INDEX_FILE)
+    ways = decode_index(index.read_bytes()).ways if index.exists() else ()
+    wholes = [(f"{staged}/{entry.path}", blob_path(entry.sha256), entry.size_bytes)] if not ways else []
+    wholes += [(f"{staged}/.{way.sha256}.delta", delta_path(entry.sha256, way.name), way.size_bytes) for way in ways]
+    for place, source, size_bytes in wholes:
+        fetched = sum(size for path, _, size in origin.served if source in path)
+        again = known.staged_bytes.get(place, 0) + fetched - size_bytes
+        if again > CHUNK_SIZE_BYTES:
+            yield f"I13 {again} bytes of {source} were fetched again"
 
 
 async def _reaches(store: Path, release: int) -> bool:

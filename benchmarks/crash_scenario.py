@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import signal
 import socketserver
 import subprocess
@@ -20,7 +21,9 @@ from typing import Any
 from benchmarks.crash_points import STORE
 from benchmarks.crash_trace import Call, read_trace, record_prefix
 from model_sync.agent.status import ModelStatus, read_status
+from nearcast.store.manifest import File
 from tests.integration.agent_parts import MODEL, Origin, Publisher, serving
+from tests.integration.delta_parts import GOLDEN, model_with, publish_delta, weights
 
 WAIT_S = 30.0
 PADDING_BYTES = 300_000
@@ -198,6 +201,13 @@ class Stage:
         self.publisher.push(self.release, **{"scale": 1.0 + self.release, "padding": PADDING_BYTES, **fields})
         return self.release
 
+    def push_weights(self, seed: int, *, padding: int = 0) -> File:
+        """Publish a release whose model has weights that a codec can work on; returns that file."""
+        self.release += 1
+        extra = {"notes.txt": random.Random(seed).randbytes(padding // 2).hex().encode()} if padding else {}
+        model = model_with(weights(seed))
+        return self.publisher.push_model(self.release, model, golden=GOLDEN, extra=extra).file("model.onnx")
+
     def update(self) -> int:
         """Push a good release to everybody and wait until it is committed."""
         release = self.push()
@@ -245,10 +255,7 @@ def live(stage: Stage, *, rounds: int) -> Recording:
     good = 1
     for turn in range(rounds):
         good = _one_round(stage, good, turn)
-    stage.publisher.roll(stage.push(padding=LAST_PADDING_BYTES))
-    stage.agent.rests(stage.release)
-    stage.agent.end(signal.SIGTERM)
-    return stage.recording()
+    return _end(stage)
 
 
 def short_life(stage: Stage) -> Recording:
@@ -260,7 +267,17 @@ def short_life(stage: Stage) -> Recording:
     stage.update()
     good = stage.update()
     _fail(stage, good)
-    stage.publisher.roll(stage.push(padding=LAST_PADDING_BYTES))
+    return _end(stage)
+
+
+def _end(stage: Stage) -> Recording:
+    """The last update comes by a payload and by a large full file, both of several chunks."""
+    before = stage.push_weights(7)
+    stage.publisher.roll(stage.release)
+    stage.agent.rests(stage.release)
+    after = stage.push_weights(8, padding=LAST_PADDING_BYTES)
+    publish_delta(stage.publisher, before, after)
+    stage.publisher.roll(stage.release)
     stage.agent.rests(stage.release)
     stage.agent.end(signal.SIGTERM)
     return stage.recording()

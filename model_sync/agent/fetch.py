@@ -110,10 +110,8 @@ class Download:
                 each once every source was asked; CANCELLED once `stop` is set. Whole chunks stay on disk in each case.
             OSError: if the disk is full.
         """
-        new = not self._path.exists()
-        with self._path.open("w+b" if new else "r+b") as file:
-            if new:
-                sync_folder(self._path.parent)
+        with self._path.open("r+b" if self._path.exists() else "w+b") as file:
+            sync_folder(self._path.parent)  # an old name too: its maker may have been killed before its fsync
             file.truncate(min(os.fstat(file.fileno()).st_size, self._remote.size_bytes))
             missing = missing_chunks(self._remote.chunks, self._remote.size_bytes, file.fileno())
             self._supply.begin(self._remote)
