@@ -44,11 +44,11 @@ def decode(payload: bytes, old: bytes, size_bytes: int) -> bytes:
 
 
 def _fill(new: Bytes, reader: Reader, width: int) -> None:
-    at = 0
+    at, left = 0, 1 + -(-len(new) // BLOCK_SIZE_BYTES)
     while at < len(new):
-        length = reader.number()
-        if not 0 < length <= min(len(new) - at, PIECE_SIZE_BYTES):
-            raise refused("a segment has an impossible length")
+        length, left = reader.number(), left - 1
+        if left < 0 or not 0 < length <= min(len(new) - at, PIECE_SIZE_BYTES):
+            raise refused("its segments are too many or of an impossible length")
         segment = new[at : at + length]
         whole = length - length % width
         planes = [symbols.decode(reader, whole // width) for _ in range(width)]

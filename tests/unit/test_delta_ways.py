@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from model_sync.delta import bsdiff, chunks, full, planes, prefix, residual
+from model_sync.delta import bsdiff, chunks, full, planes, prefix, residual, symbols
 from model_sync.delta.index import Codec, DeltaIndex, Way
 from model_sync.delta.sealed import apply_sealed_way, seal_delta
 from model_sync.delta.search import ENCODERS, describe_way
@@ -137,6 +137,13 @@ def test_trailing_frames_and_bytes_are_refused() -> None:
         assert "more or less" in refuses("zstd", frame + tail)
     gaps = residual.encode_gaps(b"x" * 1000, b"y" * 1000)
     assert "follows" in refuses("residual-gaps", gaps + b"\0", b"x" * 1000)
+
+
+def test_planes_come_in_few_segments() -> None:
+    """Each costs the node some work, however short it is."""
+    segment = symbols.number(4) + 4 * symbols.encode(np.zeros(1, np.uint8))
+    header = bytes([4]) + (400).to_bytes(8, "little")
+    assert "too many" in refuses("residual-planes", header + 100 * segment, bytes(400), size_bytes=400)
 
 
 def test_bsdiff_steps_stay_inside_the_base() -> None:
