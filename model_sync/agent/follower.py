@@ -9,6 +9,7 @@ from model_sync.agent.status import ModelStatus, pointer_fields
 from model_sync.replica.events import Event, Intended
 from model_sync.replica.follow import follow_channel
 from model_sync.replica.state import Memory
+from model_sync.rollout.report import FOLLOWING
 from nearcast.errors import MeshError
 from nearcast.store import Pointer
 from nearcast.telemetry import get_logger
@@ -52,7 +53,7 @@ class Follower:
     @property
     def status(self) -> ModelStatus:
         """What to report."""
-        return ModelStatus(state="FOLLOW", error=self._error, **pointer_fields(self._pointer))
+        return ModelStatus(state=FOLLOWING, error=self._error, **pointer_fields(self._pointer))
 
     async def close(self, *, orderly: bool) -> None:
         """Nothing runs here."""

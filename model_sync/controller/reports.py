@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from model_sync.controller.config import SyncLimits
 from model_sync.rollout.document import ChannelDocument, Rollout
 from model_sync.rollout.gates import trying
-from model_sync.rollout.report import ModelReport, ReleaseReport, SyncReport, counted_since
+from model_sync.rollout.report import FOLLOWING, ModelReport, ReleaseReport, SyncReport, counted_since
 from model_sync.rollout.trial import Trial, TrialLimits, Verdict
 from nearcast.errors import Code, MeshError
 from nearcast.serving.statistics import quantile_of
@@ -140,7 +140,7 @@ class Reports:
                 continue
             running.is_stale = False
             candidate = running.key[2]
-            reports = list(self._about(channel, model))
+            reports = [one for one in self._about(channel, model) if one.state != FOLLOWING]
             tries = (trying(one, candidate, running.trial.intent) for one in reports)
             running.verdict = running.trial.judge(tries, len(reports))
             if running.verdict.reason:
@@ -154,6 +154,7 @@ class Reports:
     def describe(self, channel: str, rollout: Rollout) -> dict[str, Any]:
         """One model of a channel as the fleet reports it, for `GET /v1/channels/{channel}/status`."""
         reports = list(self._about(channel, rollout.model))
+        holders = [one for one in reports if one.state != FOLLOWING]
         candidate = rollout.candidate.release if rollout.candidate is not None else None
         running = self._running.get((channel, rollout.model))
         picked = [release for release in (rollout.stable.release, candidate) if release is not None]
@@ -171,8 +172,8 @@ class Reports:
             "following": sum(node.report.channel == channel for node in self._nodes.values()),
             "intents": dict(Counter(str(one.intent) for one in reports)),
             "states": dict(Counter(one.state for one in reports)),
-            "stable_nodes": dict(Counter(str(one.stable or "none") for one in reports)),
-            "candidate_nodes": sum(one.candidate is not None and one.candidate == candidate for one in reports),
+            "stable_nodes": dict(Counter(str(one.stable or "none") for one in holders)),
+            "candidate_nodes": sum(one.candidate is not None and one.candidate == candidate for one in holders),
             "received_bytes": sum(one.received_bytes for one in reports),
             "releases": {str(release): self._describe_release((channel, rollout.model, release)) for release in picked},
             "trial": msgspec.to_builtins(running.verdict) if running is not None else None,

@@ -16,6 +16,8 @@ REPORT_SIZE_BYTES_MAX = 256 * 1024
 MODELS_MAX = 256
 SIGNATURE_HEADER = "Nc-Signature"
 """ECDSA signature over the bytes of the body, by the key of the node's certificate, in base64."""
+FOLLOWING = "FOLLOW"
+"""State of a model on a node that holds none, such as a stand-alone router: it obeys the channel and tries nothing."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Text = Annotated[str, msgspec.Meta(max_length=512)]
 

@@ -176,6 +176,8 @@ def test_nodes_that_threw_the_candidate_out_stop_it_together_only() -> None:
     reports.take(2.0, report("b", 2, quarantined=(CANDIDATE,), reasons={"2": "it fails."}), 1)
     (stop,) = reports.judge()
     assert "2 of 2 nodes" in stop.reason
+    reports.take(3.0, report("router", 1, state="FOLLOW", candidate=CANDIDATE), 1)
+    assert "2 of 2 nodes" in reports.judge()[0].reason, "a router holds no models"
     assert reports.describe("stable", ROLLOUT)["quarantined"] == [{"release": 2, "nodes": 2, "reasons": ["it fails."]}]
 
 
