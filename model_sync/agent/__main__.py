@@ -19,10 +19,16 @@ from nearcast.telemetry import TelemetryConfig, start
 NICENESS = 10
 """Serving goes first."""
 PARENT_POLL_S = 1.0
+SIGNING_PACKAGES = ("azure", "boto3", "botocore", "google.cloud", "hvac", "pkcs11")
+"""Interfaces to key stores, which the library of signatures loads wherever they are installed; some take 10 MB.
+A node signs nothing with them.
+"""
 
 
 async def serve(config: AgentConfig, shutdown: Shutdown) -> int:
     """Run the agent until the process is to end."""
+    for name in SIGNING_PACKAGES:
+        sys.modules[name] = None  # type: ignore[assignment]  # as if it were not installed
     from model_sync.agent.app import Agent
 
     agent, parent = Agent(config), os.getppid()
