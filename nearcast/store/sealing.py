@@ -43,19 +43,26 @@ _WRAP_KEY_SIZE_BYTES = 64
 class TenantKeys:
     """The tenants' keys (key-encryption keys) that this process may use, by `key_id`: 32 random bytes each."""
 
-    def __init__(self, keys: Mapping[str, bytes] | None = None) -> None:
+    def __init__(self, keys: Mapping[str, bytes] | None = None, *, fault: str = "") -> None:
         self._keys = dict(keys or {})
+        self._fault = fault
 
     @classmethod
     def load(cls, folder: Path | None) -> TenantKeys:
         """Every `*.key` of a folder; none without a folder. Read anew for each version, so that a new key counts.
 
-        Raises:
-            MeshError: UNAUTHENTICATED if a key is unreadable, of another size, or readable by others.
+        A key that cannot be used harms nothing but what it would open: what is wrong with it is said there.
         """
-        paths = sorted(folder.glob(f"*{KEY_SUFFIX}"))[:KEYS_MAX] if folder else ()
-        keys = [read_key(path) for path in paths]
-        return cls({key_id(key): key for key in keys})
+        keys: dict[str, bytes] = {}
+        fault = ""
+        for path in sorted(folder.glob(f"*{KEY_SUFFIX}"))[:KEYS_MAX] if folder else ():
+            try:
+                key = read_key(path)
+            except MeshError as error:
+                fault = f" {error.message}"
+            else:
+                keys[key_id(key)] = key
+        return cls(keys, fault=fault)
 
     def wrap(self, data_key: bytes, tenant: str, identifier: str) -> Encryption:
         """Seal a data key for the manifest, always the same way.
@@ -87,7 +94,8 @@ class TenantKeys:
         if key is None:
             raise MeshError(
                 Code.UNAUTHENTICATED,
-                f"The tenant key {identifier} is not on this node; put its file into the folder of tenant keys.",
+                f"The tenant key {identifier} is not on this node; put its file into the folder of tenant keys."
+                f"{self._fault}",
             )
         return AESSIV(_expand(key, b"wrap", _WRAP_KEY_SIZE_BYTES))
 

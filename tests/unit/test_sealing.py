@@ -127,13 +127,15 @@ def test_keys_are_files_of_their_owner_alone(tmp_path: Path) -> None:
         make_key(tmp_path / "acme.pem")
     data_key = TenantKeys.load(tmp_path).unwrap(TenantKeys.load(tmp_path).wrap(b"d" * 32, "t", identifier))
     assert data_key == b"d" * 32
+    second = make_key(tmp_path / "second.key")
     path.chmod(0o640)
-    with pytest.raises(MeshError, match="readable by you alone"):
-        TenantKeys.load(tmp_path)
+    with pytest.raises(MeshError, match="is not on this node.* readable by you alone"):
+        TenantKeys.load(tmp_path).wrap(b"d" * 32, "t", identifier)
     path.chmod(0o600)
     path.write_bytes(b"short")
-    with pytest.raises(MeshError, match="must be 32 bytes"):
-        TenantKeys.load(tmp_path)
+    with pytest.raises(MeshError, match="is not on this node.* must be 32 bytes"):
+        TenantKeys.load(tmp_path).wrap(b"d" * 32, "t", identifier)
+    assert TenantKeys.load(tmp_path).wrap(b"d" * 32, "t", second).key_id == second, "the other one is not harmed"
     assert TenantKeys.load(None)._keys == {}
 
 

@@ -71,17 +71,17 @@ def _check_model(contents: Contents) -> set[str]:
                 Code.UNTRUSTED, f"The file {manifest.model_file} is no TFLite model: {error.message}"
             ) from error
         return set()
-    # The model's tensors lie in plain bytes: a sealed file is shorter once it is open.
-    sizes = {entry.path: entry.size_bytes for entry in manifest.files}
+    listed = {entry.path for entry in manifest.files}
     try:
         ranges = check_onnx(data)
     except MeshError as error:
         raise MeshError(Code.UNTRUSTED, f"The file {manifest.model_file} is no ONNX model: {error.message}") from error
     for part in ranges:
-        if part.location not in sizes or part.location == manifest.model_file:
+        if part.location not in listed or part.location == manifest.model_file:
             raise MeshError(
                 Code.UNTRUSTED, f"The model takes data from {part.location[:128]!r}, which is no file of its manifest."
             )
+        # Of plain bytes: a sealed file is shorter once it is open.
         if part.offset + part.length > len(contents.read(part.location)):
             raise MeshError(Code.UNTRUSTED, f"The model takes data from beyond the end of {part.location}.")
     return {part.location for part in ranges}
