@@ -10,7 +10,7 @@ from model_sync.replica.events import Booted, Done, Event, Intended, Loaded, Pol
 from model_sync.replica.instructions import Cancel, Instruction, Refresh, Run, Watch, WritePointer
 from model_sync.replica.machine import Replica
 from model_sync.replica.state import Goal, Memory, State, Want
-from model_sync.replica.swarm import TICK_S, Ask, Drop, Kind, Look, Swarm, SwarmLimits
+from model_sync.replica.swarm import PEERS_MAX, TICK_S, Ask, Drop, Kind, Look, Swarm, SwarmLimits
 from model_sync.replica.turns import turns_of
 from nearcast.store.manifest import CHUNK_SIZE_BYTES
 from nearcast.store.pointer import Pointer
@@ -157,7 +157,7 @@ class SyncNode:
         swarm = Swarm(now, payload.chunks, payload.size_bytes, turns=turns, limits=self._limits, draw=draw)
         self.swarm = swarm
         swarm.join(ORIGIN, Kind.ORIGIN)
-        size = min(len(self.members), NEIGHBOURS)
+        size = min(len(self.members), PEERS_MAX)
         for name in self._random.sample(self.members, size):
             swarm.join(name, Kind.PEER)
         self._tick()
@@ -270,7 +270,3 @@ class SyncNode:
             return False
         self.uploads += 1
         return True
-
-
-NEIGHBOURS = 32
-"""Peers that one node talks to during a download, drawn from those it knows of."""

@@ -24,7 +24,7 @@ from model_sync.agent.holdings import KEPT_BYTES_MAX, Holdings
 from model_sync.agent.mirrors import Mirrors
 from model_sync.agent.neighbours import Neighbours
 from model_sync.agent.source import Source, StatusError
-from model_sync.replica.swarm import TICK_S, Ask, Drop, Kind, Look, Swarm, SwarmLimits
+from model_sync.replica.swarm import PEERS_MAX, TICK_S, Ask, Drop, Kind, Look, Swarm, SwarmLimits
 from model_sync.replica.turns import neighbourhood, turns_of
 from nearcast.durable import sync_folder
 from nearcast.errors import Code, MeshError
@@ -34,8 +34,6 @@ ORIGIN = ""
 """The name of the repository among the sources; no node can have it."""
 MEMBERS_MAX = 256
 """Nodes that share first copies; a larger mesh falls into parts of about this size."""
-PEERS_MAX = 32
-"""Peers that one download talks to."""
 SMALL_BYTES = 64 * 1024
 """Not worth asking around for."""
 GIVE_UP_S = 20.0

@@ -15,6 +15,8 @@ from typing import TypeAlias
 
 from nearcast.store.manifest import CHUNK_SIZE_BYTES
 
+PEERS_MAX = 48
+"""Peers to join to one swarm: with fewer, some nodes know no holder that has room when few hold anything yet."""
 TICK_S = 0.1
 """Who drives a swarm asks for the next requests after every event, and at least this often."""
 
@@ -63,7 +65,8 @@ class SwarmLimits:
             bound that counts may be this node's own link.
         source_requests_max, origin_requests_max: of one peer or mirror, of the origin.
         request_timeout_s: for one chunk, and for the answer to a look.
-        look_s, look_s_max: pause between two looks at one source, longer each time that nothing was new, and its bound.
+        look_s, look_s_max: pause between two looks at one source, longer each time that nothing was new, and its bound;
+            look_patience times as long while as many chunks are under way as the origin gives at a time.
         looks_max: looks at a time.
         rest_s, absent_s: mean pause after a source was busy, and after it did not know the payload at all.
         ban_base_s, ban_max_s: a source that fails is left alone for base · 2^n, a liar as if it had failed `LIE` times.
@@ -84,6 +87,7 @@ class SwarmLimits:
     request_timeout_s: float = 20.0
     look_s: float = 0.2
     look_s_max: float = 5.0
+    look_patience: float = 4.0
     looks_max: int = 8
     rest_s: float = 0.2
     absent_s: float = 2.0
@@ -355,7 +359,9 @@ class Swarm:
         return [Look(name) for name in due[: max(0, room)]]
 
     def _look_pause_s(self, source: _Source) -> float:
-        return min(self._limits.look_s_max, self._limits.look_s * (1.0 + source.looks_in_vain / 8))
+        limits = self._limits
+        factor = 1.0 if self.in_flight < limits.origin_requests_max else limits.look_patience
+        return min(limits.look_s_max, limits.look_s * factor * (1.0 + source.looks_in_vain / 8))
 
     # Accounts.
 
