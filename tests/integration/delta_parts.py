@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
-
 import msgspec
 import numpy as np
 import onnx
 
-from model_sync.delta.index import INDEX_FILE, DeltaIndex, Way
+from model_sync.delta import chunks, full
+from model_sync.delta.index import INDEX_FILE, Codec, DeltaIndex, Way
 from model_sync.delta.sealed import seal_delta
-from model_sync.delta.search import ENCODERS, describe_way, search
+from model_sync.delta.search import ENCODERS, describe_way
 from model_sync.publisher.bundle import describe_file
 from model_sync.repository.layout import blob_path, delta_path
 from nearcast.store import Manifest
@@ -35,19 +34,15 @@ def blob(publisher: Publisher, entry: File) -> bytes:
     return (publisher.repository.folder / blob_path(entry.sha256)).read_bytes()
 
 
-def publish_delta(publisher: Publisher, old: File | None, new: File, *, codec: str | None = None) -> Way:
-    """The smallest real payload from `old` to `new`, or that of one codec, and an index that names it alone."""
-    base = blob(publisher, old) if old is not None else None
-    found = [
-        one
-        for one in search(base, blob(publisher, new), clock=time.monotonic, budget_s=30.0)
-        if one.payload is not None and codec in (None, one.codec)
-    ]
-    best = min(found, key=lambda one: len(one.payload or b""))
-    assert best.payload is not None
-    named = old.sha256 if old is not None and best.codec not in ("zstd", "chunks") else None
-    way = describe_way(best.codec, named, best.payload)
-    write_payload(publisher, new, way, best.payload)
+def publish_delta(publisher: Publisher, old: File | None, new: File, *, codec: Codec = "residual-bz2") -> Way:
+    """A real payload from `old`, or from nothing, to `new`, and an index that names it alone."""
+    after = blob(publisher, new)
+    if old is None:
+        payload = full.encode(after) if codec == "zstd" else chunks.encode(after)
+    else:
+        payload = ENCODERS[codec](blob(publisher, old), after)
+    way = describe_way(codec, old.sha256 if old is not None else None, payload)
+    write_payload(publisher, new, way, payload)
     write_index(publisher, new, way)
     return way
 

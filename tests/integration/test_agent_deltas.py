@@ -82,7 +82,7 @@ async def test_digits_from_release_1_to_2(tmp_path: Path) -> None:
             create_bundle(spec, specification.parent, tmp_path / name)
             manifests.append(publisher.push_folder(tmp_path / name, read_bundle(tmp_path / name)[0]))
     old, new = (one.file(one.model_file) for one in manifests)
-    way = publish_delta(publisher, old, new)
+    way = publish_delta(publisher, old, new, codec="bsdiff")
     assert way.size_bytes < new.size_bytes
     publisher.roll(1)
     with serving(publisher) as origin:
