@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from benchmarks.footprint import read_cpu_s, read_memory_bytes
+from benchmarks.footprint import read_memory_bytes
 from benchmarks.processes import START_TIMEOUT_S
 from benchmarks.rows import Row
 from benchmarks.swap import MODEL, Releases
@@ -160,7 +160,7 @@ def until_installed(store: Path) -> None:
 
 def watch(pid: int, polled: Path, seconds: float) -> Idle:
     """Memory and processor time of one process; polls of the agent of the store `polled`."""
-    began, cpu_s, rss, polls = time.monotonic(), read_cpu_s(pid), 0, set()
+    began, cpu_s, rss, polls = time.monotonic(), read_run_s(pid), 0, set()
     first = read_status(polled)
     while time.monotonic() - began < seconds:
         rss = max(rss, read_memory_bytes(pid))
@@ -168,6 +168,12 @@ def watch(pid: int, polled: Path, seconds: float) -> Idle:
         if status is not None:
             polls.add(status.checked_at)
         time.sleep(0.1)
-    used_s = read_cpu_s(pid) - cpu_s
+    used_s = read_run_s(pid) - cpu_s
     known = {first.checked_at} if first is not None else set()
     return Idle(rss_bytes=rss, cpu_share=used_s / (time.monotonic() - began), polls=len(polls - known))
+
+
+def read_run_s(pid: int) -> float:
+    """Seconds that the threads of a process have run, to the nanosecond: the ticks of `stat` are too coarse here."""
+    threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9

@@ -14,21 +14,18 @@ from nearcast.config import load_config
 from nearcast.errors import MeshError
 from nearcast.runtime import Shutdown, announce, run
 from nearcast.runtime.exit import ExitCode, exit_code
-from nearcast.telemetry import TelemetryConfig, start
 
 NICENESS = 10
 """Serving goes first."""
 PARENT_POLL_S = 1.0
-SIGNING_PACKAGES = ("azure", "boto3", "botocore", "google.cloud", "hvac", "pkcs11")
-"""Interfaces to key stores, which the library of signatures loads wherever they are installed; some take 10 MB.
-A node signs nothing with them.
+SPARED_PACKAGES = ("azure", "boto3", "botocore", "google.cloud", "hvac", "pkcs11", "rich")
+"""Loaded by our libraries wherever they are installed, and of no use here: interfaces to key stores (a node signs no
+metadata) and what colours a traceback. Some take 10 MB.
 """
 
 
 async def serve(config: AgentConfig, shutdown: Shutdown) -> int:
     """Run the agent until the process is to end."""
-    for name in SIGNING_PACKAGES:
-        sys.modules[name] = None  # type: ignore[assignment]  # as if it were not installed
     from model_sync.agent.app import Agent
 
     agent, parent = Agent(config), os.getppid()
@@ -53,6 +50,10 @@ async def _end_with_parent(shutdown: Shutdown, parent: int) -> None:
 
 def main() -> int:
     """Parse the command line and run; returns the exit code."""
+    for name in SPARED_PACKAGES:
+        sys.modules[name] = None  # type: ignore[assignment]  # as if it were not installed
+    from nearcast.telemetry import TelemetryConfig, start
+
     parser = argparse.ArgumentParser(prog="python -m model_sync.agent", description="Keep a node's models in sync.")
     parser.add_argument("--config", type=Path, default=None, help="TOML file of an AgentConfig")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
@@ -20,6 +21,9 @@ from nearcast.errors import Code, MeshError
 from nearcast.identity import require_role, tls_error
 
 READ_SIZE_BYTES = 64 * 1024
+KEPT_SIZE_BYTES_MAX = 16 * 1024
+"""A file up to this size that may change is asked for by its ETag the next time: an idle poll is mostly that."""
+ETAG_SIZE_BYTES_MAX = 128
 USER_AGENT = "nearcast-agent"
 
 
@@ -56,6 +60,7 @@ class HttpSource(Source):
         self._connection: http.client.HTTPConnection | None = None
         self._socket: socket.socket | None = None
         self._aborted = threading.Event()
+        self._kept = _Kept()
 
     def get(
         self, path: str, *, start: int = 0, end: int | None = None, timeout_s: float
@@ -65,7 +70,12 @@ class HttpSource(Source):
         headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
         if start or end is not None:
             headers["Range"] = f"bytes={start}-" if end is None else f"bytes={start}-{end - 1}"
+        elif path == self._kept.path:
+            headers["If-None-Match"] = self._kept.etag
         response = self._request(f"{self._prefix}/{path.lstrip('/')}", headers, timeout_s)
+        if response.status == 304 and "If-None-Match" in headers:
+            self._finish(response)
+            return 0, iter((self._kept.data,))
         if response.status not in (200, 206):
             retry_s = _retry_after_s(response.getheader("Retry-After", ""))
             self._finish(response)
@@ -74,7 +84,8 @@ class HttpSource(Source):
         if response.status == 206 and not response.getheader("Content-Range", "").startswith(f"bytes {start}-"):
             self.close()
             raise MeshError(Code.UNAVAILABLE, f"{self.url} answered with another range than the one asked for.")
-        return begin, self._pieces(response, timeout_s)
+        pieces = self._pieces(response, timeout_s)
+        return begin, self._keep(path, response, pieces) if response.status == 200 else pieces
 
     def abort(self) -> None:
         """As `Source.abort`; the next request connects anew."""
@@ -151,6 +162,19 @@ class HttpSource(Source):
             elif connection is not None:
                 connection.close()  # given up long ago and only now collected: by now there is another one
 
+    def _keep(self, path: str, response: http.client.HTTPResponse, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """Pass the pieces on, and remember them if the file is small, whole and may be asked for again."""
+        etag, control = response.getheader("ETag", ""), response.getheader("Cache-Control", "")
+        fits = response.length is not None and response.length <= KEPT_SIZE_BYTES_MAX
+        if not fits or "immutable" in control or not 0 < len(etag) <= ETAG_SIZE_BYTES_MAX or not etag.isprintable():
+            yield from pieces
+            return
+        data = bytearray()
+        for piece in pieces:
+            data += piece
+            yield piece
+        self._kept = _Kept(path, etag, bytes(data))
+
     def _finish(self, response: http.client.HTTPResponse) -> None:
         """Keep the connection after a refusal if its body is short, as a 404 of every check is."""
         if response.length is not None and response.length <= READ_SIZE_BYTES and not response.will_close:
@@ -172,6 +196,15 @@ class HttpSource(Source):
         if isinstance(error, http.client.HTTPException):
             return MeshError(Code.UNAVAILABLE, f"{self.url} broke the connection in the middle of an answer.")
         return tls_error(error, self.url)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """The last small file that may change. Who says that it has not can only delay, as by sending it again."""
+
+    path: str = ""
+    etag: str = ""
+    data: bytes = b""
 
 
 class _Explained:

@@ -210,3 +210,37 @@ async def test_a_server_that_speaks_no_http(
             assert told(config).error
             before = trusted_files(config)
     assert trusted_files(config) == before
+
+
+async def test_what_has_not_changed_is_not_sent_again(tmp_path: Path, publisher: Publisher, origin: Origin) -> None:
+    """An ETag spares the body; who lies with it can only hold back."""
+    config = make_config(tmp_path, publisher, origin)
+    statuses: list[int] = []
+
+    def tagged(handler: Any, path: str, data: bytes) -> bool:
+        if "timestamp" not in path:
+            return False
+        known = handler.headers.get("If-None-Match") == '"tag"'
+        statuses.append(304 if known else 200)
+        origin.reply(handler, statuses[-1], b"" if known else data, {"ETag": '"tag"', "Cache-Control": "max-age=30"})
+        return True
+
+    origin.fault = tagged
+    async with running(config) as agent:
+        await settled(agent, stable=1, candidate=2)
+        assert await agent.check()
+        assert statuses == [200, 304]
+        publisher.roll(1)
+        assert await agent.check(), "the liar's 304 is the old state, which is still genuine"
+        assert status_of(agent).candidate == 2
+        origin.fault = None
+        assert await agent.check()
+        await settled(agent, stable=1)
+
+
+async def test_a_304_that_nobody_asked_for(tmp_path: Path, publisher: Publisher, origin: Origin) -> None:
+    config = make_config(tmp_path, publisher, origin)
+    with attacked(config, publisher, origin):
+        origin.fault = lambda handler, *_: bool(origin.reply(handler, 304, b"") or True)
+        async with running(config) as agent:
+            await refuse(agent, config, "HTTP status 304")
