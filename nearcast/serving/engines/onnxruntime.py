@@ -69,6 +69,8 @@ class OnnxModel:
             raise MeshError(
                 Code.UNTRUSTED, f"ONNX Runtime cannot load {manifest.model_file}: {str(error)[:500]}"
             ) from error
+        # The wrapper would keep the file's bytes for a change of providers, which never comes.
+        self._session._model_bytes = None  # noqa: SLF001
         self.name = f"{manifest.name} release {manifest.release}"
         self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
         self.outputs = tuple(_spec(node) for node in self._session.get_outputs())
