@@ -15,7 +15,8 @@ import hashlib
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
+from itertools import zip_longest
 from typing import TypeAlias
 
 from benchmarks.crash_trace import Call
@@ -192,32 +193,30 @@ class Disk:
         return kept
 
     def images(self, seed: int) -> Iterator[Image]:
-        """Everything kept, everything lost, names without bytes; then each change lost or kept alone and each way to
-        tear files, shuffled; then at random, for ever.
+        """Everything kept, everything lost, names without bytes; then in turns each way to tear files, each change kept
+        or lost alone, and any of them at random; for ever.
         """
         draw = random.Random(seed)
         everything = list(self.pending)
         yield self._image(everything, _keep, draw)
         yield self._image([], _lose, draw)
         yield self._image(everything, _lose, draw)
-        ways: list[Callable[[], Image]] = [
-            *(partial(self._image, everything, tear, draw) for tear in dict.fromkeys(_TEARS)),
-            *(partial(self._alone, change, draw) for change in everything),
-            *(partial(self._missing, change, draw) for change in everything),
-        ]
-        draw.shuffle(ways)
-        for way in ways:
-            yield way()
+        tears, changes = list(dict.fromkeys(_TEARS)), list(everything)
+        draw.shuffle(tears)
+        draw.shuffle(changes)
+        for tear, change in zip_longest(tears, changes):
+            if tear is not None:
+                yield self._image(everything, tear, draw)
+            yield self._random(everything, draw)
+            if change is not None:
+                yield self._image(self._with_needs({change}), draw.choice(_TEARS), draw)
+                yield self._image(self._without(change), draw.choice(_TEARS), draw)
         while True:
-            share = draw.choice((0.2, 0.5, 0.8, 1.0))
-            changes = self._with_needs({change for change in everything if draw.random() < share})
-            yield self._image(changes, None, draw)
+            yield self._random(everything, draw)
 
-    def _alone(self, change: Change, draw: random.Random) -> Image:
-        return self._image(self._with_needs({change}), draw.choice((_lose, _keep)), draw)
-
-    def _missing(self, change: Change, draw: random.Random) -> Image:
-        return self._image(self._without(change), _keep, draw)
+    def _random(self, everything: list[Change], draw: random.Random) -> Image:
+        share = draw.choice((0.2, 0.5, 0.8, 1.0))
+        return self._image(self._with_needs({change for change in everything if draw.random() < share}), None, draw)
 
     def _image(self, changes: list[Change], tear: Tear | None, draw: random.Random) -> Image:
         folders = {number: dict(names) for number, names in self._settled_names().items()}
@@ -264,8 +263,8 @@ def _zero(old: bytes, new: bytes, draw: random.Random) -> bytes:
 
 
 def _cut(old: bytes, new: bytes, draw: random.Random) -> bytes:
-    """The new bytes up to a sector; the file ends there."""
-    return new[: _sector(old, new, draw)]
+    """The new bytes up to a sector; the file ends there, but never before the end of what was durable."""
+    return new[: max(_sector(old, new, draw), len(old) if new.startswith(old) else 0)]
 
 
 def _hole(old: bytes, new: bytes, draw: random.Random) -> bytes:

@@ -88,3 +88,12 @@ def test_equal_images_have_equal_digests() -> None:
     assert digest_of({"a": b"1", "b": None}) == digest_of({"a": b"1", "b": None})
     different: list[Image] = [{"a": b"1"}, {"a": "1"}, {"a": None}, {"a": b"2"}, {"b": b"1"}, {}]
     assert len({digest_of(image) for image in different}) == len(different)
+
+
+def test_an_append_never_harms_what_was_durable() -> None:
+    log = Call(name="open", path="log", descriptor=4, appends=True)
+    old, new = b"a" * 1000, b"b" * 900
+    calls = [log, Call(name="write", path="log", descriptor=4, data=old), Call(name="sync", path="log"), FOLDER]
+    found = {image["log"] for image in images_of(*calls, Call(name="write", path="log", descriptor=4, data=new))}
+    assert len(found) > 3
+    assert all(isinstance(content, bytes) and content.startswith(old) for content in found)
