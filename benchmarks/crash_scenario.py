@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,8 @@ class ScriptedHost:
         class Handler(socketserver.StreamRequestHandler):
             def handle(self) -> None:
                 self.rfile.readline()
-                self.wfile.write(host.answer())
+                with suppress(ConnectionError):  # the agent was killed while it asked
+                    self.wfile.write(host.answer())
 
         class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             daemon_threads = True
