@@ -111,7 +111,6 @@ def _measure(folder: Path, nodes: int, size_bytes: int, stack: contextlib.ExitSt
     _wait_for(folder, names, release=1)
     for index, name in enumerate(names):
         _announce(folder / name, url, f"{PREFIX}.{NODE_FIRST + index}")
-    time.sleep(10.5)  # what the agents know of the directory is that old at most
     before = _sent_bytes("origin")
     push(second, connect(home), home / "operator", channel="stable", delta_budget_s=0)
     _wait_for(folder, names, release=2)
