@@ -1,4 +1,4 @@
-"""A repository in a folder: a USB stick, a network drive, what `nearcast repository export` wrote."""
+"""A repository in a folder: a USB stick, a network drive, what `nearcast export` wrote."""
 
 from __future__ import annotations
 
