@@ -17,7 +17,8 @@ from model_sync.delta.zstd import DecompressionParameter, ZstdCompressor, ZstdDe
 
 LEVEL = 19
 LEVEL_LARGE = 10
-"""For files of several segments: each reads its whole region again, which the best level does too slowly."""
+LARGE_SIZE_BYTES = 4 * 1024 * 1024
+"""From here on the best level takes up to 3 s/MB, and every segment reads its whole region again."""
 SEGMENT_SIZE_BYTES = 12 * 1024 * 1024
 REGION_SIZE_BYTES = 20 * 1024 * 1024
 _PREFIX_SIZE_BYTES_MIN = 8
@@ -30,7 +31,7 @@ def encode(old: bytes, new: bytes) -> bytes:
         segment = new[start : start + SEGMENT_SIZE_BYTES]
         region = _region(old, start, len(new))
         options: dict[int, int] = {
-            Parameter.compression_level: LEVEL if len(new) <= SEGMENT_SIZE_BYTES else LEVEL_LARGE,
+            Parameter.compression_level: LEVEL if len(new) <= LARGE_SIZE_BYTES else LEVEL_LARGE,
             # A frame whose content fits its window needs no more than that to be decoded, however far matches reach.
             Parameter.window_log: window_log(len(region) + len(segment), WINDOW_LOG_MAX + 1),
             Parameter.enable_long_distance_matching: 1,
