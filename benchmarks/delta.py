@@ -57,7 +57,7 @@ def measure(pair: Pair) -> Cost:
     """Search as a push does: the file alone, then from its base; apply the winner and check what comes out."""
     began = time.process_time()
     whole = next(tried for tried in search(None, pair.new, clock=time.perf_counter, budget_s=BUDGET_S))
-    assert whole.payload is not None
+    assert whole.payload is not None, (pair.name, whole.reason)
     tried = list(search(pair.old, pair.new, clock=time.perf_counter, budget_s=BUDGET_S))
     searched_s = time.process_time() - began
     chosen = best(tried, len(whole.payload)) or whole
