@@ -12,6 +12,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python3.14; 
 VENV := .venv
 BIN := $(VENV)/bin
 STUBS_VENV := .venv-stubs
+S3_VENV := .venv-s3
 STUBS_OUT ?= .
 PROTOS := $(wildcard proto/nearcast/wire/v1/*.proto)
 STUBS := nearcast/wire/v1
@@ -48,6 +49,11 @@ $(VENV)/.dev: constraints/dev.txt constraints/build.txt pyproject.toml | $(BIN)/
 $(STUBS_VENV)/.stubs: constraints/stubs.txt | $(BIN)/python
 	@$(BIN)/python -m venv $(STUBS_VENV)
 	@$(STUBS_VENV)/bin/python $(PIP) --require-hashes -r constraints/stubs.txt
+	@touch $@
+
+$(S3_VENV)/.s3: constraints/s3-server.txt | $(BIN)/python
+	@$(BIN)/python -m venv $(S3_VENV)
+	@$(S3_VENV)/bin/python $(PIP) --require-hashes -r constraints/s3-server.txt
 	@touch $@
 
 .PHONY: install
@@ -89,7 +95,7 @@ check: install-dev ## format, lint, types, layers, stubs
 
 # The end-to-end tests mostly wait for processes; beside the others they cost little time of their own.
 .PHONY: test
-test: install-dev ## run the tests; ARGS="-k name" narrows them
+test: install-dev $(S3_VENV)/.s3 ## run the tests; ARGS="-k name" narrows them
 	@if [ -n "$(ARGS)" ]; then exec $(BIN)/pytest $(ARGS); fi; \
 	log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
 	$(BIN)/pytest -p no:cacheprovider tests/e2e >"$$log" 2>&1 & whole=$$!; \
@@ -119,5 +125,5 @@ crash: install-dev ## cut the power at every step of a real agent (minutes; ARGS
 
 .PHONY: clean
 clean: ## remove environments and everything generated
-	rm -rf $(VENV) $(STUBS_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks *.egg-info
+	rm -rf $(VENV) $(STUBS_VENV) $(S3_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks *.egg-info
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

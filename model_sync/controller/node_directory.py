@@ -9,7 +9,7 @@ import msgspec
 
 from nearcast.errors import Code, MeshError
 
-AddressName = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+AddressName = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]{0,31}\Z")]
 AddressText = Annotated[str, msgspec.Meta(max_length=256)]
 SETTLING_S = 30.0
 """Six announcements: a node that is silent for longer after the controller's start is not there."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from nearcast.cli import bundle_diff
+from nearcast.cli.bundle_diff import diff
 from nearcast.cli.listing import json_option, print_json, print_table
 from nearcast.cli.operator_options import home_option
 
@@ -30,7 +30,7 @@ def command() -> None:
     """Create, verify, compare and inspect model bundles."""
 
 
-command.add_command(bundle_diff.command)
+command.add_command(diff)
 
 
 @command.command()

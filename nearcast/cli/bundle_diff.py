@@ -26,7 +26,7 @@ COLUMNS = ["file", "codec", "bytes", "percent", "encode s", "apply ms", "best"]
     "--budget", "budget_s", type=click.FloatRange(min=0), default=600.0, show_default=True, help="Seconds for one file."
 )
 @json_option
-def command(old: Path, new: Path, tenant_keys: Path | None, budget_s: float, as_json: bool) -> None:
+def diff(old: Path, new: Path, tenant_keys: Path | None, budget_s: float, as_json: bool) -> None:
     """Try every codec from the files of OLD to those of NEW, as a push does; the best is marked.
 
     Percent is of the new file. A node that has OLD fetches the best; one that has nothing fetches zstd.

@@ -17,7 +17,7 @@ INVITE_AGAIN: Final = "run `nearcast nodes invite` again and use the new token"
 
 _STANDARD_INPUT: Final = 0
 
-_Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+_Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 class JoinToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,7 +33,7 @@ class JoinToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         expires_at: wall-clock seconds since 1970.
     """
 
-    control: Annotated[str, msgspec.Meta(pattern=r"^https://[^/\s]+$", max_length=512)]
+    control: Annotated[str, msgspec.Meta(pattern=r"^https://[^/\s]+\Z", max_length=512)]
     ca_sha256: _Digest
     root_sha256: _Digest
     name: str

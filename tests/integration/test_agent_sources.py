@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,22 +112,24 @@ def test_addresses_of_nothing_are_refused(url: str) -> None:
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """A real S3 protocol on loopback."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_REGION", "us-east-1")
-        import boto3
-
-        boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="models")
-        yield "s3://models/fleet"
-    server.stop()
+    """A real S3 protocol on loopback, from an environment of its own."""
+    python = Path(__file__).parents[2] / ".venv-s3/bin/python"
+    if not python.exists():
+        pytest.skip(".venv-s3 is missing; `make test` makes it")
+    command = [python, "-m", "moto.server", "--host", "127.0.0.1", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as server:
+        try:
+            assert server.stderr is not None
+            url = next(found[0] for line in server.stderr if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("AWS_ENDPOINT_URL", url)
+                patch.setenv("AWS_ACCESS_KEY_ID", "test")
+                patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+                patch.setenv("AWS_REGION", "us-east-1")
+                urllib.request.urlopen(urllib.request.Request(f"{url}/models", method="PUT"), timeout=10).close()
+                yield "s3://models/fleet"
+        finally:
+            server.kill()
 
 
 async def test_an_object_store_is_a_repository(
