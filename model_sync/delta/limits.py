@@ -62,7 +62,9 @@ class Inflater:
                 fed = self._data[self._at : self._at + PIECE_SIZE_BYTES]
                 self._at += len(fed)
             piece = self._decompressor.decompress(fed, min(size_bytes_max, PIECE_SIZE_BYTES))
-            if piece or not len(fed):
+            # A decoder that held all input back may have nothing more to say, and ask for the end of the stream now.
+            is_stuck = not len(fed) and (not self._decompressor.needs_input or self._at >= len(self._data))
+            if piece or is_stuck:
                 return piece
         return b""
 

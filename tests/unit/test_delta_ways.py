@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from model_sync.delta import bsdiff, chunks, full, planes, prefix, residual, symbols
+from model_sync.delta import bsdiff, chunks, full, limits, planes, prefix, residual, symbols
 from model_sync.delta.index import Codec, DeltaIndex, Way
 from model_sync.delta.sealed import apply_sealed_way, seal_delta
 from model_sync.delta.search import ENCODERS, describe_way
@@ -89,6 +89,14 @@ def test_files_of_several_pieces_come_back(codec: Codec) -> None:
     payload = ENCODERS[codec](OLD, NEW)
     made = apply_way(describe_way(codec, sha256(OLD), payload), payload, OLD, size_bytes=len(NEW), sha256=sha256(NEW))
     assert made == NEW
+
+
+@pytest.mark.parametrize("tail_bytes", range(1, 8))
+def test_a_stream_may_be_cut_into_pieces_anywhere(monkeypatch: pytest.MonkeyPatch, tail_bytes: int) -> None:
+    data = np.random.default_rng(tail_bytes).integers(0, 200, 300_000, np.uint8).tobytes()
+    payload = full.encode(data, level=1)
+    monkeypatch.setattr(limits, "PIECE_SIZE_BYTES", len(payload) - tail_bytes)
+    assert full.decode(payload, len(data)) == data
 
 
 def test_a_residual_aligns_files_of_different_length() -> None:
