@@ -25,7 +25,7 @@ from model_sync.publisher.control_client import ControlClient, connect
 from model_sync.publisher.keys import init_keys
 from model_sync.publisher.push import push
 from model_sync.repository.layout import blob_path, delta_path
-from nearcast.cli.bundle_diff import command as bundle_diff
+from nearcast.cli.bundle_diff import diff as bundle_diff
 from nearcast.errors import Code, MeshError
 from nearcast.store.manifest import File, Manifest, Tensor
 from nearcast.store.sealing import TenantKeys, make_key, open_file, read_key
