@@ -17,7 +17,7 @@ from model_sync.delta.zstd import DecompressionParameter, ZstdCompressor, ZstdDe
 
 LEVEL = 19
 LEVEL_LARGE = 10
-LARGE_SIZE_BYTES = 4 * 1024 * 1024
+LARGE_SIZE_BYTES = 2 * 1024 * 1024
 """From here on the best level takes up to 3 s/MB, and every segment reads its whole region again."""
 SEGMENT_SIZE_BYTES = 12 * 1024 * 1024
 REGION_SIZE_BYTES = 20 * 1024 * 1024

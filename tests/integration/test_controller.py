@@ -23,17 +23,19 @@ import onnx
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
+from msgspec.structs import replace
 from onnx import TensorProto, helper, numpy_helper
 from securesystemslib.signer import CryptoSigner
 from tuf.ngclient import Updater, UpdaterConfig
 
 from model_sync.controller.api import answer_errors
 from model_sync.controller.enrolment import certificate_sha256
-from model_sync.publisher.bundle import BundleSpec, create_bundle
+from model_sync.publisher.bundle import BundleSpec, create_bundle, describe_file, read_bundle
 from model_sync.publisher.control_client import ControlClient, connect
 from model_sync.publisher.keys import init_keys
 from model_sync.publisher.push import ControlFetcher, push
 from model_sync.publisher.rotation import renew_roles
+from model_sync.publisher.sbom import SBOM_FILE, write_sbom
 from model_sync.repository.layout import models_path
 from model_sync.repository.signing_key import write_key
 from nearcast.errors import Code, MeshError
@@ -226,10 +228,11 @@ def test_a_model_that_fails_its_golden_vectors_is_refused(sync: Sync, tmp_path: 
     bundle, other = make_bundle(tmp_path, 1, name="wrong"), make_bundle(tmp_path, 2, name="wrong")
     # A bundle that is whole, but whose model is not the one that gave the golden answers.
     shutil.copy(other / "model.onnx", bundle / "model.onnx")
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    model = json.loads((other / "manifest.json").read_text())["files"][0]
-    manifest["files"][0] = model
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    manifest = read_bundle(bundle)[0]
+    files = [describe_file(bundle / entry.path) for entry in manifest.files if entry.path != SBOM_FILE]
+    write_sbom(replace(manifest, sbom_file=None, files=tuple(files)), bundle)
+    manifest = replace(manifest, files=(*files, describe_file(bundle / SBOM_FILE)))
+    (bundle / "manifest.json").write_bytes(manifest.encode())
     with sync.connect() as client, pytest.raises(MeshError, match="gate") as caught:
         push(bundle, client, sync.operator, channel="wrong")
     assert caught.value.code is Code.UNTRUSTED
