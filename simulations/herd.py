@@ -66,9 +66,9 @@ def simulate_herd(spec: HerdSpec) -> HerdResult:
                 pause_s = spec.hint_wait_s
                 open_polls += 1
                 waiting[index + int(pause_s / BUCKET_S)] += 1
-            after = int((now + BUCKET_S * draw() + pause_s) / BUCKET_S)
+            after = max(index + 1, int((now + BUCKET_S * draw() + pause_s) / BUCKET_S))
             if after < len(buckets):
-                buckets[max(after, index + 1)].append(loop)
+                buckets[after].append(loop)
         due.clear()
     whole = requests[: int(spec.observed_s)]
     return HerdResult(peak_per_s=max(whole), mean_per_s=sum(whole) / len(whole))
