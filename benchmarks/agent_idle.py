@@ -34,6 +34,7 @@ from nearcast.identity import join
 POLL_S = 60.0
 QUICK_POLL_S = 4.0
 """Of the agent whose bytes are counted, in a quick run: 60 s would leave nothing to count."""
+SETTLE_S = 2.0
 PIECE_SIZE_BYTES = 64 * 1024
 
 
@@ -106,29 +107,45 @@ def run(*, quick: bool) -> list[Row]:
             _,
             sync,
         ):
-            publish(home, folder)
+            releases = Releases(folder)
+            publish(home, releases, 1)
             relay = Relay(sync["control"])
             whole = node_settings(home, folder, "edge-1", f"control={sync['control']}", f"poll_s={POLL_S}")
             bare = node_settings(home, folder, "edge-2", f"repository={relay.url}/repository", f"poll_s={polls_s}")
             with ready_process("model_sync.agent", *whole) as (one, _), ready_process("model_sync.agent", *bare):
                 for node in ("edge-1", "edge-2"):
-                    until_installed(folder / node / "models")
-                time.sleep(2.0)
+                    until_installed(folder / node / "models", 1)
+                time.sleep(SETTLE_S)
                 before = relay.carried_bytes
                 idle = watch(one.pid, folder / "edge-2" / "models", watched_s)
                 carried = relay.carried_bytes - before
+                first_bytes = received_bytes(folder / "edge-1" / "models")
+                saved = publish(home, releases, 2)
+                until_installed(folder / "edge-1" / "models", 2)
+                second_bytes = received_bytes(folder / "edge-1" / "models") - first_bytes
+                if saved <= 0 or second_bytes > first_bytes / 2:
+                    raise RuntimeError(f"the second release came without its delta: {second_bytes} bytes")
+                time.sleep(SETTLE_S)
+                patched_bytes = read_memory_bytes(one.pid)
             relay.close()
     return [
         Row("agent_idle.rss_mb", idle.rss_bytes / 1e6, "MB", "greatest seen; polls of 60 s, hint and reports on"),
+        Row(
+            "agent_idle.rss_after_delta_mb",
+            patched_bytes / 1e6,
+            "MB",
+            f"after a delta of {second_bytes} bytes",
+        ),
         Row("agent_idle.cpu_percent", idle.cpu_share * 100, "%", f"over {watched_s:g} s"),
         Row("agent_idle.bytes_per_poll", carried / max(1, idle.polls), "B", f"{idle.polls} polls over TLS, both ways"),
     ]
 
 
-def publish(home: Path, folder: Path) -> None:
-    """One small release as stable."""
+def publish(home: Path, releases: Releases, release: int) -> int:
+    """One small release as stable; returns what a delta to it from the one before saves."""
     with connect(home) as client:
-        push(Releases(folder).make(1), client, home / "operator", channel="stable")
+        pushed = push(releases.make(release), client, home / "operator", channel="stable")
+    return sum(way.file_size_bytes - way.size_bytes for way in pushed.deltas if way.base_release is not None)
 
 
 def node_settings(home: Path, folder: Path, node: str, *settings: str) -> list[str]:
@@ -141,8 +158,8 @@ def node_settings(home: Path, folder: Path, node: str, *settings: str) -> list[s
     return [part for setting in (*given, "log_level=error") for part in ("--set", setting)]
 
 
-def until_installed(store: Path) -> None:
-    """Wait for the release to be stable.
+def until_installed(store: Path, release: int) -> None:
+    """Wait for a release to be stable.
 
     Raises:
         RuntimeError: if it does not come.
@@ -151,11 +168,17 @@ def until_installed(store: Path) -> None:
     while True:
         status = read_status(store)
         model = status.models.get(MODEL) if status is not None else None
-        if model is not None and model.state == "IDLE" and model.stable is not None:
+        if model is not None and model.state == "IDLE" and model.stable == release:
             return
         if time.monotonic() > deadline:
-            raise RuntimeError(f"nothing was installed within {START_TIMEOUT_S:g} s: {status}")
+            raise RuntimeError(f"release {release} was not installed within {START_TIMEOUT_S:g} s: {status}")
         time.sleep(0.1)
+
+
+def received_bytes(store: Path) -> int:
+    """What an agent has downloaded of the model since it was started."""
+    status = read_status(store)
+    return status.models[MODEL].received_bytes if status is not None else 0
 
 
 def watch(pid: int, polled: Path, seconds: float) -> Idle:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -28,15 +29,18 @@ def make_folder(folder: Path) -> None:
         sync_folder(place.parent)
 
 
-def write_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Replace `path` by `data`: write beside it, fsync, rename, fsync the folder. Missing folders are made."""
+def write_file(path: Path, data: bytes | Iterable[bytes], *, mode: int = 0o644) -> None:
+    """Replace `path` by `data`: write beside it, fsync, rename, fsync the folder. Missing folders are made.
+
+    Of pieces, `path` sees nothing if one of them raises.
+    """
     if not path.parent.is_dir():
         make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         move_file(temporary, path)

@@ -40,7 +40,6 @@ from model_sync.replica.machine import Replica
 from model_sync.replica.state import Failure, Goal, Memory, ReplicaLimits, State
 from nearcast.errors import Code, MeshError
 from nearcast.store import Pointer, Store
-from nearcast.store.sealing import TenantKeys
 from nearcast.telemetry import get_logger
 
 REBOOT_S = 5.0
@@ -265,7 +264,7 @@ class ModelShell:
             supply=self._source,
             meter=around.meter,
             limits=around.config.limits,
-            keys=TenantKeys.load(Path(folder) if folder else None),
+            tenant_keys=Path(folder) if folder else None,
             metered=around.config.metered,
             peers=around.peers,
         )
@@ -275,7 +274,7 @@ class ModelShell:
         try:
             match step:
                 case State.PLAN:
-                    installer.plan(deltas=deltas)
+                    installer.plan(stop, deltas=deltas)
                 case State.FETCH:
                     installer.fetch(stop)
                 case State.PATCH:

@@ -7,17 +7,20 @@ import hashlib
 import shutil
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import closing, suppress
 from pathlib import Path
 
+from model_sync.agent.bases import Bases
 from model_sync.agent.config import AgentLimits
 from model_sync.agent.fetch import Download, Patience, Remote, Supply, missing_chunks, runs, verify_file
 from model_sync.agent.meter import Meter
 from model_sync.agent.mirrors import Mirrors
+from model_sync.agent.patch_child import PatchChild
 from model_sync.agent.peers_fetch import Peers
-from model_sync.agent.shorter_ways import Bases, DeltaError, ShorterWay, find_way, range_reader, walk
+from model_sync.agent.shorter_ways import DeltaError, ShorterWay, find_way, range_reader, read_index
 from model_sync.agent.source import StatusError
+from model_sync.delta.index import DeltaIndex
 from model_sync.delta.limits import ReadRange
 from model_sync.repository.layout import blob_path
 from model_sync.trust.vouching import require_digest
@@ -25,7 +28,6 @@ from nearcast.durable import write_file
 from nearcast.errors import Code, MeshError
 from nearcast.store import Manifest, Store, decode_manifest
 from nearcast.store.manifest import MANIFEST_FILE, File
-from nearcast.store.sealing import TenantKeys
 from nearcast.store.store import STAGING_FOLDER, parse_release
 
 PARTIAL_AGE_S = 3600.0
@@ -46,7 +48,7 @@ class Installer:
         data: bytes of the verified manifest.
         mirrors: whom to ask about deltas.
         supply: whom to ask for chunks.
-        keys: the tenants' keys that are on this node.
+        tenant_keys: folder of the tenants' keys that are on this node.
         metered: rather wait than fetch a full file because nobody says whether there is a delta.
         peers: other nodes, to be asked first; None = nobody.
     """
@@ -60,7 +62,7 @@ class Installer:
         supply: Supply,
         meter: Meter,
         limits: AgentLimits,
-        keys: TenantKeys,
+        tenant_keys: Path | None = None,
         metered: bool = False,
         peers: Peers | None = None,
     ) -> None:
@@ -72,7 +74,7 @@ class Installer:
         self._supply = supply
         self._meter = meter
         self._limits = limits
-        self._keys = keys
+        self._tenant_keys = tenant_keys
         self._metered = metered
         self._peers = peers
         self._shorter: dict[str, ShorterWay] = {}
@@ -90,12 +92,14 @@ class Installer:
         except FileNotFoundError:
             return False
 
-    def plan(self, *, deltas: bool) -> None:
-        """Find the cheapest way to each file, and check that there is room and allowance, before anything is fetched.
+    def plan(self, stop: threading.Event, *, deltas: bool) -> None:
+        """Find the cheapest way to each file, and check that there is room and allowance, before anything large is
+        fetched.
 
         Raises:
+            DeltaError: if a payload that was needed to know is not there, or not what the index says.
             DiskFullError: saying how much is missing.
-            MeshError: UNAVAILABLE if no source answers, or no more may be downloaded today.
+            MeshError: UNAVAILABLE if no source answers, or no more may be downloaded today; CANCELLED.
         """
         self._shorter.clear()
         if self.is_installed:
@@ -103,31 +107,55 @@ class Installer:
         staged = self._staged()
         missing = {entry.path: _missing_bytes(entry, staged / entry.path) for entry in self._manifest.files}
         if deltas:
-            self._find_ways(missing)
+            self._find_ways(missing, stop)
         ways = self._shorter
-        payloads = sum(one.way.size_bytes for one in ways.values() if one.way is not None)
+        payloads = sum(one.size_bytes for one in ways.values())
         self._require_room(sum(entry.size_bytes for entry in self._manifest.files) + payloads + len(self._data), staged)
         full = sum(size for path, size in missing.items() if path not in ways)
         self._meter.require(full + payloads, self._what())
 
-    def _find_ways(self, missing: Mapping[str, int]) -> None:
+    def _find_ways(self, missing: Mapping[str, int], stop: threading.Event) -> None:
         bases = Bases(self._store, self._manifest.name)
         for entry in self._manifest.files:
-            way = self._find_way(entry, bases, missing[entry.path])
+            way = find_way(
+                self._manifest,
+                entry,
+                bases,
+                missing_bytes=missing[entry.path],
+                ask=self._ask_for_index,
+                measure=lambda shorter: self._measure(shorter, bases, stop),
+            )
             if way is not None:
                 self._shorter[entry.path] = way
 
-    def _find_way(self, entry: File, bases: Bases, missing_bytes: int) -> ShorterWay | None:
-        """As `find_way`; whoever hides or garbles the hint must not hold the node back, or make it pay unasked."""
-        timeout_s = self._limits.chunk_timeout_s
+    def _ask_for_index(self, sha256: str) -> DeltaIndex | None:
+        """As `read_index`; whoever hides or garbles the hint must not hold the node back, or make it pay unasked."""
         try:
-            return find_way(
-                self._mirrors, self._manifest, entry, bases, missing_bytes=missing_bytes, timeout_s=timeout_s
-            )
+            return read_index(self._mirrors, sha256, timeout_s=self._limits.chunk_timeout_s)
         except MeshError as error:
             if error.code is Code.CANCELLED or self._metered:
                 raise
             return None
+
+    def _measure(self, shorter: ShorterWay, bases: Bases, stop: threading.Event) -> tuple[tuple[int, int], ...] | None:
+        """What `chunks` lacks; its payload stays for `fetch`. That it does not pay is no failure."""
+        staged = self._staged()
+        assert shorter.remote is not None
+        assert shorter.way is not None
+        try:
+            self._fetch_payload(shorter.remote, staged / shorter.payload_name, stop)
+            # Half of the time, so that a slow link does not look like a slow process: with what came it goes on later.
+            deadline = time.monotonic() + self._limits.plan_s / 2
+            return self._patch_child(stop).measure(shorter, bases.of(shorter.way), deadline=deadline)
+        except OSError as error:
+            raise self._full(error) from error
+        except DeltaError as error:
+            if error.code in (Code.UNSUPPORTED, Code.TOO_LARGE):
+                return None
+            raise
+
+    def _patch_child(self, stop: threading.Event) -> PatchChild:
+        return PatchChild(self._store.root, self._manifest, self._staged(), tenant_keys=self._tenant_keys, stop=stop)
 
     def _require_room(self, size_bytes: int, staged: Path) -> None:
         """Full files, payloads and manifest with a tenth in reserve must fit beside what is kept."""
@@ -154,8 +182,8 @@ class Installer:
         """Fetch payloads and files into the staging folder. `stop`, from another thread, ends it within one chunk.
 
         Raises:
-            DeltaError: if a payload is not there, or not what the index says.
-            MeshError: as `Download.run`; DiskFullError if the disk is full.
+            DeltaError: if a payload is not there, or not what the index says, or a part of the full file is not given.
+            MeshError: as `Download.run`; UNAVAILABLE on a metered link if a part is not given; DiskFullError.
         """
         staged = self._staged()
         try:
@@ -165,6 +193,7 @@ class Installer:
                     self._download(_blob(entry), staged / entry.path, stop)
                 elif shorter.remote is not None:
                     self._fetch_payload(shorter.remote, staged / shorter.payload_name, stop)
+                    self._fetch_parts(shorter, staged / shorter.parts_name, stop)
         except OSError as error:
             raise self._full(error) from error
         finally:
@@ -194,30 +223,54 @@ class Installer:
         finally:
             self.received_bytes += download.received_bytes
 
+    def _fetch_parts(self, shorter: ShorterWay, path: Path, stop: threading.Event) -> None:
+        """Nothing says what a part must hash to, so after a power cut all of them come again."""
+        if not shorter.lacking:
+            return
+        read_range = self._range_reader(shorter.entry, stop)
+        with path.open("wb") as file:
+            file.writelines(read_range(start, size_bytes) for start, size_bytes in shorter.lacking)
+
     def patch(self, stop: threading.Event) -> None:
-        """Make the files for which a shorter way was fetched.
+        """Make the files for which a shorter way was fetched, from what is on this disk.
 
         Raises:
-            DeltaError: if a way does not lead to the signed file.
-            MeshError: UNAVAILABLE on a metered link if parts of the full file were needed and not given; DiskFullError.
+            DeltaError: if a way does not lead to the signed file, or not in time.
+            MeshError: CANCELLED once `stop` is set; DiskFullError.
         """
         if not self._shorter:
             return
         staged = self._staged()
+        # The machine's own deadline comes a little later: the process is killed here, with its reason.
+        deadline = time.monotonic() + self._limits.patch_s * 0.95
         bases = Bases(self._store, self._manifest.name)
         for shorter in self._shorter.values():
-            payload = staged / shorter.payload_name if shorter.way is not None else None
+            fetched = [staged / name for name in (shorter.payload_name, shorter.parts_name) if shorter.way is not None]
             try:
-                data = payload.read_bytes() if payload is not None else b""
-                made = walk(shorter, data, self._manifest, bases, self._keys, self._range_reader(shorter.entry, stop))
-                write_file(staged / shorter.entry.path, made)
+                with closing(self._walk(shorter, bases, stop, deadline)) as pieces:  # a full disk ends the process too
+                    write_file(staged / shorter.entry.path, pieces)
             except OSError as error:
                 raise self._full(error) from error
             except DeltaError:
-                _remove(payload)
+                _remove(fetched)
                 raise
-            _remove(payload)  # only now: after a power cut one of the two is whole
+            _remove(fetched)  # only now: after a power cut payload or file is whole
         self._shorter.clear()
+
+    def _walk(self, shorter: ShorterWay, bases: Bases, stop: threading.Event, deadline: float) -> Generator[bytes]:
+        """The pieces of one file."""
+        try:
+            if shorter.way is not None:
+                yield from self._patch_child(stop).make(shorter, bases.of(shorter.way), deadline=deadline)
+                return
+            data = bases[shorter.entry.sha256].read()
+        except KeyError as error:
+            raise DeltaError(Code.UNTRUSTED, f"The base of {shorter.entry.path} is not here any more.") from error
+        except MeshError as error:
+            if error.code is Code.UNTRUSTED:
+                raise DeltaError(error.code, error.message) from error
+            raise
+        yield data
 
     def _range_reader(self, entry: File, stop: threading.Event) -> ReadRange:
         read_range = range_reader(self._mirrors, entry, timeout_s=self._limits.chunk_timeout_s)
@@ -291,9 +344,9 @@ class Installer:
         return MeshError(Code.UNAVAILABLE, f"{self._what()} could not be written: {error.strerror or error}.")
 
 
-def _remove(payload: Path | None) -> None:
-    if payload is not None:
-        payload.unlink(missing_ok=True)
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def _blob(entry: File) -> Remote:

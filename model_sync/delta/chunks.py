@@ -33,50 +33,54 @@ def encode(new: bytes) -> bytes:
     return np.array(found, _ENTRY).tobytes()
 
 
-def decode(
-    payload: bytes, old: bytes, size_bytes: int, read_range: ReadRange | None, range_size_bytes_max: int | None
-) -> bytes:
-    """The new file of exactly `size_bytes`.
+def find_lacking(payload: bytes, old: bytes, size_bytes: int) -> list[tuple[int, int]] | None:
+    """Start and size of the parts of the new file that `old` does not hold; None if they are too many.
 
     Raises:
-        MeshError: UNTRUSTED also if `old` lacks more than `range_size_bytes_max`, before anything is fetched.
+        MeshError: UNTRUSTED if the payload does not describe a file of `size_bytes`.
     """
+    lacking = _lay(payload, old, size_bytes)[1]
+    return lacking if len(lacking) <= RANGES_MAX else None
+
+
+def decode(payload: bytes, old: bytes, size_bytes: int, read_range: ReadRange | None) -> bytes:
+    """The new file of exactly `size_bytes`; what `find_lacking` says is read, in that order."""
+    found, lacking = _lay(payload, old, size_bytes)
+    if lacking and (read_range is None or len(lacking) > RANGES_MAX):
+        raise refused(f"the files at hand lack {len(lacking)} of its pieces")
+    result = blank(size_bytes)
+    with result.getbuffer() as new:
+        for at, start, size in found:
+            new[at : at + size] = old[start : start + size]
+        for at, size in lacking:
+            assert read_range is not None
+            piece = read_range(at, size)
+            if len(piece) != size:
+                raise refused("a source answered with another range")
+            new[at : at + size] = piece
+    return result.getvalue()
+
+
+def _lay(payload: bytes, old: bytes, size_bytes: int) -> tuple[list[tuple[int, int, int]], list[tuple[int, int]]]:
+    """Chunks of the new file that `old` holds: start, start in `old`, size. And the rest in ranges: start, size."""
     entries = np.frombuffer(payload, _ENTRY)
     sizes = entries["size_bytes"].astype(np.int64)
     if int(sizes.sum()) != size_bytes or (len(sizes) and not 0 < sizes.min() <= sizes.max() <= SIZE_BYTES_MAX):
         raise refused("its chunks do not make the signed size")
     at_hand = {digest: (start, size) for digest, start, size in _cut(old)}
-    result = blank(size_bytes)
+    found: list[tuple[int, int, int]] = []
     lacking: list[tuple[int, int]] = []
     at = 0
-    with result.getbuffer() as new:
-        for digest, size in zip(entries["digest"].tolist(), sizes.tolist(), strict=True):
-            start, found = at_hand.get(digest, (0, 0))
-            if found == size:
-                new[at : at + size] = old[start : start + size]
-            elif lacking and sum(lacking[-1]) == at and lacking[-1][1] + size <= RANGE_SIZE_BYTES_MAX:
-                lacking[-1] = (lacking[-1][0], lacking[-1][1] + size)
-            else:
-                lacking.append((at, size))
-            at += size
-        if lacking:
-            _fetch(new, lacking, read_range, range_size_bytes_max)
-    return result.getvalue()
-
-
-def _fetch(
-    new: memoryview, lacking: list[tuple[int, int]], read_range: ReadRange | None, range_size_bytes_max: int | None
-) -> None:
-    if read_range is None or len(lacking) > RANGES_MAX:
-        raise refused(f"the files at hand lack {len(lacking)} of its pieces")
-    total = sum(size for _, size in lacking)
-    if range_size_bytes_max is not None and total > range_size_bytes_max:
-        raise refused(f"the files at hand lack {total} of its bytes")
-    for start, size in lacking:
-        piece = read_range(start, size)
-        if len(piece) != size:
-            raise refused("a source answered with another range")
-        new[start : start + size] = piece
+    for digest, size in zip(entries["digest"].tolist(), sizes.tolist(), strict=True):
+        start, size_found = at_hand.get(digest, (0, 0))
+        if size_found == size:
+            found.append((at, start, size))
+        elif lacking and sum(lacking[-1]) == at and lacking[-1][1] + size <= RANGE_SIZE_BYTES_MAX:
+            lacking[-1] = (lacking[-1][0], lacking[-1][1] + size)
+        else:
+            lacking.append((at, size))
+        at += size
+    return found, lacking
 
 
 def _cut(data: bytes) -> Iterator[tuple[bytes, int, int]]:

@@ -24,8 +24,8 @@ def choose_way(
         size_bytes: its signed size.
         failed: names of the ways that were tried and failed.
 
-    A way of codec `chunks` says only when it is applied how much it needs; it is chosen where there is some base, but
-    none that another way starts from.
+    Only `find_lacking` says how much a way of codec `chunks` needs beside its payload; it is chosen where there is some
+    base, but none that another way starts from.
     """
     if index.result != sha256 or index.size_bytes != size_bytes:
         return None
@@ -37,7 +37,7 @@ def choose_way(
 
 
 def full_size_bytes(index: DeltaIndex) -> int:
-    """What the file costs without any base: compressed if that is offered. The bound for the ranges of `chunks`."""
+    """What the file costs without any base: compressed if that is offered. What `chunks` must be cheaper than."""
     return min([index.size_bytes, *(way.size_bytes for way in index.ways if way.codec == "zstd")])
 
 
@@ -49,7 +49,6 @@ def apply_way(
     size_bytes: int,
     sha256: str,
     read_range: ReadRange | None = None,
-    range_size_bytes_max: int | None = None,
 ) -> bytes:
     """The signed file, or an error: whatever the payload says, no other bytes come out.
 
@@ -60,7 +59,6 @@ def apply_way(
         size_bytes: signed size of the result.
         sha256: signed digest of the result.
         read_range: for `chunks`: fetches a part of the full file.
-        range_size_bytes_max: for `chunks`: give up before the first fetch if more than this is lacking.
 
     Raises:
         MeshError: UNTRUSTED for a wrong base, a cut, padded or hostile payload, or a wrong result; UNSUPPORTED if this
@@ -74,11 +72,28 @@ def apply_way(
         base,
         size_bytes=size_bytes,
         read_range=read_range,
-        range_size_bytes_max=range_size_bytes_max,
     )
     if hashlib.sha256(new).hexdigest() != sha256:
         raise refused("its result is not the signed file")
     return new
+
+
+def find_lacking(way: Way, payload: bytes, old: bytes, *, size_bytes: int) -> list[tuple[int, int]] | None:
+    """Start and size of the parts that a way of codec `chunks` would read; None if they are too many to be worth it.
+
+    Raises:
+        MeshError: UNTRUSTED for a hostile payload, UNSUPPORTED if this node lacks the package of the codec.
+    """
+    if way.codec != "chunks":
+        return []
+    try:
+        from model_sync.delta import chunks
+
+        return chunks.find_lacking(payload, old, size_bytes)
+    except ImportError as error:
+        raise MeshError(Code.UNSUPPORTED, f"The codec {way.codec} needs the package {error.name}.") from error
+    except ValueError as error:
+        raise refused(f"its payload is damaged ({error})") from error
 
 
 def apply_codec(
@@ -88,7 +103,6 @@ def apply_codec(
     *,
     size_bytes: int,
     read_range: ReadRange | None = None,
-    range_size_bytes_max: int | None = None,
 ) -> bytes:
     """Some file of exactly `size_bytes`; for sealed files, whose base and result are proved by their seals.
 
@@ -99,7 +113,7 @@ def apply_codec(
         if codec == "zstd":
             new = full.decode(payload, size_bytes)
         else:
-            new = _apply_with_numpy(codec, payload, base, size_bytes, read_range, range_size_bytes_max)
+            new = _apply_with_numpy(codec, payload, base, size_bytes, read_range)
     except ImportError as error:
         raise MeshError(Code.UNSUPPORTED, f"The codec {codec} needs the package {error.name}.") from error
     except (OSError, EOFError, ValueError, ZstdError) as error:
@@ -110,9 +124,9 @@ def apply_codec(
 
 
 def _apply_with_numpy(
-    codec: Codec, payload: bytes, base: bytes, size_bytes: int, read_range: ReadRange | None, range_bytes: int | None
+    codec: Codec, payload: bytes, base: bytes, size_bytes: int, read_range: ReadRange | None
 ) -> bytes:
-    """The codecs that need numpy, which takes 13 MB: a node that meets none of them does not carry it."""
+    """The codecs that need numpy, which takes longer to load than most deltas to apply."""
     from model_sync.delta import bsdiff, chunks, planes, prefix, residual
 
     match codec:
@@ -121,7 +135,7 @@ def _apply_with_numpy(
         case "bsdiff":
             return bsdiff.decode(payload, base, size_bytes)
         case "chunks":
-            return chunks.decode(payload, base, size_bytes, read_range, range_bytes)
+            return chunks.decode(payload, base, size_bytes, read_range)
         case "residual-bz2":
             return residual.decode_bz2(payload, base, size_bytes)
         case "residual-gaps":

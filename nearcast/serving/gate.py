@@ -7,7 +7,6 @@ Format check, engine and golden vectors see one and the same bytes, those that w
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import numpy as np
 
 from nearcast.errors import Code, MeshError
 from nearcast.handler import Tensors
+from nearcast.serving.confinement import confine
 from nearcast.serving.engines import LoadedModel, Runner, load_engine
 from nearcast.serving.formats import require_format
 from nearcast.serving.gate_child import GateLimits, GateResult
@@ -29,7 +29,6 @@ from nearcast.store.contents import Contents
 from nearcast.store.manifest import MANIFEST_FILE, Manifest, decode_manifest
 
 RUNS_PER_VECTOR = 5
-CPU_GRACE_S = 5
 TRANSIENT = (Code.UNAUTHENTICATED, Code.UNAVAILABLE)
 """Codes that speak about this node and not about the version."""
 USAGE = "FOLDER [--json] [--limits=JSON] [--tenant-keys=FOLDER]"
@@ -107,20 +106,6 @@ def _require_batches(
                 raise MeshError(Code.UNTRUSTED, f"Golden vector {index} in a batch of two: {wrong}.")
 
 
-def _confine(limits: GateLimits) -> None:
-    """From here on the process can neither grow, spin, write large files nor leave a core behind."""
-    for kind, soft, hard in (
-        (resource.RLIMIT_CORE, 0, 0),
-        # The soft bound is SIGXCPU. At the hard one comes SIGKILL, which must mean that another one killed the child.
-        (resource.RLIMIT_CPU, limits.cpu_s_max, limits.cpu_s_max + CPU_GRACE_S),
-        (resource.RLIMIT_FSIZE, limits.file_size_bytes_max, limits.file_size_bytes_max),
-        (resource.RLIMIT_AS, limits.address_space_bytes_max, limits.address_space_bytes_max),
-    ):
-        present = resource.getrlimit(kind)[1]
-        allowed = hard if present == resource.RLIM_INFINITY else min(hard, present)
-        resource.setrlimit(kind, (min(soft, allowed), allowed))
-
-
 def main(arguments: list[str]) -> int:
     """Entry of the child: `FOLDER` and options; 0 = may serve, 1 = refused, 2 = wrong usage."""
     folders = [argument for argument in arguments if not argument.startswith("--")]
@@ -129,7 +114,11 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write(f"usage: python -m nearcast.serving.gate {USAGE}\n")
         return 2
     limits = msgspec.json.decode(options.get("--limits", "{}"), type=GateLimits)
-    _confine(limits)
+    confine(
+        cpu_s_max=limits.cpu_s_max,
+        address_space_bytes_max=limits.address_space_bytes_max,
+        file_size_bytes_max=limits.file_size_bytes_max,
+    )
     keys = options.get("--tenant-keys")
     try:
         result = check(Path(folders[0]), threads=limits.threads, tenant_keys=Path(keys) if keys else None)

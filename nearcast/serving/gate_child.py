@@ -91,9 +91,13 @@ def read_verdict(status: int, output: bytes, errors: bytes) -> GateResult:
         result = msgspec.json.decode(output.strip().rsplit(b"\n", 1)[-1], type=GateResult)
     except msgspec.DecodeError:
         said = errors.decode("utf-8", "replace").strip().rsplit("\n", 1)[-1]
-        how = _SIGNALS.get(status, f"ended with status {status}")
-        reason = f"The checking process {how}. {said}"[:ERROR_CHARS_MAX].strip()
+        reason = f"The checking process {describe_end(status)}. {said}"[:ERROR_CHARS_MAX].strip()
         return GateResult(ok=False, error=reason, is_transient=status == KILLED)
     if result.ok and status != 0:
         return GateResult(ok=False, error=f"The checking process ended with status {status}.")
     return result
+
+
+def describe_end(status: int) -> str:
+    """What an exit status of a confined child means, negative for a signal; goes after "The process …"."""
+    return _SIGNALS.get(status, f"ended with status {status}")

@@ -11,9 +11,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from model_sync.agent.bases import Bases
 from model_sync.agent.folder_source import FolderSource
 from model_sync.agent.mirrors import Mirrors, SharedHealth
-from model_sync.agent.shorter_ways import Bases, find_way
+from model_sync.agent.shorter_ways import find_way, read_index
 from model_sync.delta.index import INDEX_SIZE_BYTES_MAX, WAYS_MAX, DeltaIndex
 from model_sync.publisher.bundle import create_bundle, read_bundle, read_spec
 from model_sync.repository.layout import blob_path
@@ -272,7 +273,14 @@ def test_a_hostile_index_names_no_way(pair: Pair) -> None:
 
     def find() -> Any:
         mirrors, bases = Mirrors([source], SharedHealth(1)), Bases(store, MODEL)
-        return find_way(mirrors, new, pair.new, bases, missing_bytes=pair.new.size_bytes, timeout_s=1.0)
+        return find_way(
+            new,
+            pair.new,
+            bases,
+            missing_bytes=pair.new.size_bytes,
+            ask=lambda sha256: read_index(mirrors, sha256, timeout_s=1.0),
+            measure=lambda _: None,
+        )
 
     assert find().way == way
     for name, data in hostile_indexes(pair.new, way).items():

@@ -16,7 +16,7 @@ from model_sync.delta import bsdiff, chunks, full, limits, planes, prefix, resid
 from model_sync.delta.index import Codec, DeltaIndex, Way
 from model_sync.delta.sealed import apply_sealed_way, seal_delta
 from model_sync.delta.search import ENCODERS, describe_way
-from model_sync.delta.ways import apply_codec, apply_way, choose_way, full_size_bytes
+from model_sync.delta.ways import apply_codec, apply_way, choose_way, find_lacking, full_size_bytes
 from nearcast.errors import Code, MeshError
 from nearcast.store.manifest import CHUNK_SIZE_BYTES, File
 from nearcast.store.sealing import seal_file
@@ -168,7 +168,7 @@ def test_bsdiff_steps_stay_inside_the_base() -> None:
     assert "signed size" in refuses("bsdiff", patch((2**62, 0, 0), (2**62, 0, 0)), b"x" * 1000)
 
 
-def test_chunks_fetch_only_what_is_lacking_and_nothing_beyond_the_bound() -> None:
+def test_chunks_fetch_only_what_was_measured_to_be_lacking() -> None:
     old = RNG.bytes(600_000)
     new = old[:200_000] + RNG.bytes(50_000) + old[200_000:]
     asked: list[tuple[int, int]] = []
@@ -178,14 +178,25 @@ def test_chunks_fetch_only_what_is_lacking_and_nothing_beyond_the_bound() -> Non
         return new[start : start + size]
 
     payload = chunks.encode(new)
+    described = describe_way("chunks", None, payload)
     made = apply_codec("chunks", payload, old, size_bytes=len(new), read_range=read_range)
     assert made == new
     assert 50_000 <= sum(size for _, size in asked) < 150_000
-    asked.clear()
-    message = refuses("chunks", payload, old, size_bytes=len(new), read_range=read_range, range_size_bytes_max=49_999)
-    assert "lack" in message
-    assert asked == []
+    assert find_lacking(described, payload, old, size_bytes=len(new)) == asked
+    assert find_lacking(described, payload, new, size_bytes=len(new)) == []
     assert "another range" in refuses("chunks", payload, b"", size_bytes=len(new), read_range=lambda *_: b"")
+    for hostile in (payload[:-1], payload[:-20]):
+        with pytest.raises(MeshError, match="Refused a delta"):
+            find_lacking(described, hostile, old, size_bytes=len(new))
+
+
+def test_chunks_in_too_many_pieces_are_not_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "RANGES_MAX", 2)
+    old = RNG.bytes(600_000)
+    new = b"".join(RNG.bytes(20) + old[at : at + 150_000] for at in range(0, 600_000, 150_000))
+    payload = chunks.encode(new)
+    assert find_lacking(describe_way("chunks", None, payload), payload, old, size_bytes=len(new)) is None
+    assert "lack" in refuses("chunks", payload, old, size_bytes=len(new), read_range=lambda *_: b"")
 
 
 def test_a_sealed_version_is_made_from_plain_bytes_and_proves_itself(tmp_path: Path) -> None:
