@@ -18,9 +18,9 @@ from benchmarks.crash_points import JOURNAL, STORE, Known, versions_of
 from benchmarks.crash_scenario import AgentProcess, Recording
 from model_sync.agent.app import Agent
 from model_sync.agent.config import AgentConfig, AgentLimits
+from model_sync.agent.install.steps import installed_releases
 from model_sync.agent.journal import decode_record, read_journal
 from model_sync.agent.status import read_status
-from model_sync.agent.steps import installed_releases
 from model_sync.delta.index import INDEX_FILE, decode_index
 from model_sync.replica.state import Memory
 from model_sync.repository.layout import blob_path, delta_path

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from benchmarks.crash_points import POINTS, STORE
 from benchmarks.crash_scenario import AgentProcess, ScriptedHost, Stage
+from model_sync.agent.install.steps import installed_releases
 from model_sync.agent.status import ModelStatus
-from model_sync.agent.steps import installed_releases
 from nearcast.store import Store
 from tests.integration.agent_parts import MODEL
 

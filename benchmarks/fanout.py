@@ -9,7 +9,7 @@ from dataclasses import replace
 from benchmarks import fanout_live
 from benchmarks.rows import Row
 from model_sync.agent.config import AgentConfig
-from model_sync.agent.peers import UPLOADS_MAX
+from model_sync.agent.peers.listener import UPLOADS_MAX
 from model_sync.controller.config import SyncLimits
 from model_sync.controller.hint import RETRY_AFTER_MS
 from simulations.herd import HerdSpec, simulate_herd

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import Row
-from model_sync.agent.fetch import Download, Patience, Remote
-from model_sync.agent.http_source import HttpSource
-from model_sync.agent.meter import Meter
-from model_sync.agent.mirrors import Mirrors, SharedHealth
+from model_sync.agent.install.fetch import Download, Patience, Remote
+from model_sync.agent.sources.http_source import HttpSource
+from model_sync.agent.sources.meter import Meter
+from model_sync.agent.sources.mirrors import Mirrors, SharedHealth
 from nearcast.clock import SYSTEM_CLOCK
 from nearcast.errors import MeshError
 from nearcast.store.manifest import CHUNK_SIZE_BYTES

@@ -19,17 +19,17 @@ from model_sync.agent.config import AgentConfig
 from model_sync.agent.follower import Follower
 from model_sync.agent.hint import HintListener
 from model_sync.agent.host_link import HostLink
-from model_sync.agent.http_source import HttpSource
 from model_sync.agent.journal import Journal
 from model_sync.agent.metadata import Checked, MetadataSource
-from model_sync.agent.meter import Meter
-from model_sync.agent.mirrors import Mirrors, SharedHealth
 from model_sync.agent.model_shell import ModelShell, Surroundings
-from model_sync.agent.peer_side import PeerSide
-from model_sync.agent.peers_fetch import Peers
+from model_sync.agent.peers.download import Peers
+from model_sync.agent.peers.side import PeerSide
 from model_sync.agent.report import Reporter
-from model_sync.agent.source import asked_pause_s
-from model_sync.agent.sources import make_source
+from model_sync.agent.sources.addresses import make_source
+from model_sync.agent.sources.http_source import HttpSource
+from model_sync.agent.sources.meter import Meter
+from model_sync.agent.sources.mirrors import Mirrors, SharedHealth
+from model_sync.agent.sources.source import asked_pause_s
 from model_sync.agent.status import AgentStatus, write_status
 from model_sync.replica.events import CheckFailed, Intended, Polled, ReportFailed
 from model_sync.replica.pause import check_pause_s

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import msgspec
 
-from model_sync.agent.fetch import missing_chunks, verify_file
+from model_sync.agent.install.fetch import missing_chunks, verify_file
+from model_sync.agent.install.lone_fetch import blob_of, fetch_file
 from model_sync.agent.journal import decode_record, read_journal
-from model_sync.agent.lone_fetch import blob_of, fetch_file
-from model_sync.agent.source import Source
+from model_sync.agent.sources.source import Source
 from model_sync.agent.trusted import Damage, find_damage
 from model_sync.replica.state import Memory
 from nearcast.durable import make_folder, move_file, write_file

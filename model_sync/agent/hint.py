@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from model_sync.agent.http_source import HttpSource
-from model_sync.agent.source import asked_pause_s
+from model_sync.agent.sources.http_source import HttpSource
+from model_sync.agent.sources.source import asked_pause_s
 from model_sync.replica.pause import hint_pause_s
 from nearcast.errors import MeshError
 

@@ -23,7 +23,7 @@ from tuf.ngclient.config import UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
 from tuf.ngclient.updater import Updater
 
-from model_sync.agent.source import Source, StatusError
+from model_sync.agent.sources.source import Source, StatusError
 from model_sync.replica.state import Goal, Want
 from model_sync.repository.layout import custom_rollback_ok, models_path, target_file_path
 from model_sync.rollout.document import ChannelDocument, Pick, Rollout, last_intent

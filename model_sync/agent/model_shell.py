@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from model_sync.agent.config import AgentConfig
-from model_sync.agent.gate import Gate
 from model_sync.agent.host_link import HostLink, VersionState
+from model_sync.agent.install.gate import Gate
+from model_sync.agent.install.shorter_ways import DeltaError
+from model_sync.agent.install.steps import DiskFullError, Installer, installed_releases, read_manifest
 from model_sync.agent.journal import Journal
 from model_sync.agent.metadata import MetadataSource
-from model_sync.agent.meter import Meter
-from model_sync.agent.mirrors import Mirrors
-from model_sync.agent.peers_fetch import Peers
-from model_sync.agent.shorter_ways import DeltaError
-from model_sync.agent.source import asked_pause_s
+from model_sync.agent.peers.download import Peers
+from model_sync.agent.sources.meter import Meter
+from model_sync.agent.sources.mirrors import Mirrors
+from model_sync.agent.sources.source import asked_pause_s
 from model_sync.agent.status import ModelStatus, pointer_fields
-from model_sync.agent.steps import DiskFullError, Installer, installed_releases, read_manifest
 from model_sync.replica.events import Booted, Done, Event, Failed, Loaded, Sampled, Ticked
 from model_sync.replica.instructions import (
     Cancel,

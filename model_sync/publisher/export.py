@@ -15,10 +15,10 @@ from pathlib import Path
 
 from tuf.api.metadata import Metadata, Targets  # type: ignore[attr-defined]
 
-from model_sync.agent.fetch import Remote
-from model_sync.agent.lone_fetch import CHUNK_TIMEOUT_S, blob_of, fetch_file
+from model_sync.agent.install.fetch import Remote
+from model_sync.agent.install.lone_fetch import CHUNK_TIMEOUT_S, blob_of, fetch_file
 from model_sync.agent.metadata import Checked, MetadataSource
-from model_sync.agent.source import Source, StatusError
+from model_sync.agent.sources.source import Source, StatusError
 from model_sync.delta.index import INDEX_FILE, INDEX_SIZE_BYTES_MAX, decode_index
 from model_sync.repository.layout import delta_path, models_path, target_file_path
 from model_sync.rollout.transitions import MODELS_MAX

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.crash_scenario import Stage, stage
-from model_sync.agent.steps import installed_releases
+from model_sync.agent.install.steps import installed_releases
 from nearcast.store import Store
 from tests.integration.agent_parts import MODEL
 

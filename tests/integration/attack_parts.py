@@ -15,7 +15,7 @@ from tuf.api.metadata import Metadata, MetaFile, Role
 
 from model_sync.agent.app import Agent
 from model_sync.agent.config import AgentConfig
-from model_sync.agent.fetch import verify_file
+from model_sync.agent.install.fetch import verify_file
 from model_sync.agent.status import AgentStatus, read_status
 from model_sync.repository.layout import encode_metadata, make_target, target_file_path
 from model_sync.repository.repository import Repository

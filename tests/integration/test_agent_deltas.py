@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from model_sync.agent.bases import Bases
-from model_sync.agent.folder_source import FolderSource
-from model_sync.agent.mirrors import Mirrors, SharedHealth
-from model_sync.agent.shorter_ways import find_way, read_index
+from model_sync.agent.install.bases import Bases
+from model_sync.agent.install.shorter_ways import find_way, read_index
+from model_sync.agent.sources.folder_source import FolderSource
+from model_sync.agent.sources.mirrors import Mirrors, SharedHealth
 from model_sync.delta.index import INDEX_SIZE_BYTES_MAX, WAYS_MAX, DeltaIndex
 from model_sync.publisher.bundle import create_bundle, read_bundle, read_spec
 from model_sync.repository.layout import blob_path

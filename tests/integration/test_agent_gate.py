@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from model_sync.agent import gate
-from model_sync.agent.gate import KILLS_MAX, Gate
+from model_sync.agent.install import gate
+from model_sync.agent.install.gate import KILLS_MAX, Gate
 from nearcast.errors import Code, MeshError
 from nearcast.serving.gate_child import gate_environment
 from tests.tiny_models import affine_model, write_version

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from model_sync.agent.app import Agent
-from model_sync.agent.peers import UPLOADS_MAX, PeerServer, bitmap
+from model_sync.agent.peers.listener import UPLOADS_MAX, PeerServer, bitmap
 from model_sync.replica.swarm import SwarmLimits
 from nearcast.errors import MeshError
 from nearcast.identity import CertificateAuthority, Identity, load_identity, server_tls

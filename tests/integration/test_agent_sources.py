@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from model_sync.agent.fetch import Download, Patience, Remote
-from model_sync.agent.folder_source import FolderSource
-from model_sync.agent.http_source import HttpSource
-from model_sync.agent.meter import Meter
-from model_sync.agent.mirrors import Mirrors, SharedHealth
-from model_sync.agent.source import StatusError
-from model_sync.agent.sources import make_source
+from model_sync.agent.install.fetch import Download, Patience, Remote
+from model_sync.agent.sources.addresses import make_source
+from model_sync.agent.sources.folder_source import FolderSource
+from model_sync.agent.sources.http_source import HttpSource
+from model_sync.agent.sources.meter import Meter
+from model_sync.agent.sources.mirrors import Mirrors, SharedHealth
+from model_sync.agent.sources.source import StatusError
 from model_sync.repository.layout import blob_path
 from nearcast.clock import SYSTEM_CLOCK
 from nearcast.errors import MeshError

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from model_sync.agent import patch_child
-from model_sync.agent.bases import Bases
-from model_sync.agent.patch_child import PatchChild
-from model_sync.agent.shorter_ways import DeltaError, ShorterWay
+from model_sync.agent.install import patch_child
+from model_sync.agent.install.bases import Bases
+from model_sync.agent.install.patch_child import PatchChild
+from model_sync.agent.install.shorter_ways import DeltaError, ShorterWay
 from model_sync.delta import chunks
 from model_sync.delta.search import ENCODERS, describe_way
 from nearcast.errors import Code, MeshError
@@ -25,7 +25,7 @@ from tests.integration.test_agent_process import AgentProcess
 from tests.tiny_models import write_version
 
 RSS_BYTES_MAX = 60e6
-ONLY_THE_PATCH = "import os, sys, time\nif 'model_sync.agent.patch' in sys.orig_argv:\n    "
+ONLY_THE_PATCH = "import os, sys, time\nif 'model_sync.agent.install.patch' in sys.orig_argv:\n    "
 
 
 @pytest.fixture

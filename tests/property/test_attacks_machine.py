@@ -19,7 +19,7 @@ from tuf.api.metadata import Metadata
 from tuf.api.serialization import DeserializationError
 
 from model_sync.agent.metadata import MetadataSource
-from model_sync.agent.source import Source, StatusError
+from model_sync.agent.sources.source import Source, StatusError
 from model_sync.repository.layout import encode_metadata
 from model_sync.repository.repository import Repository
 from model_sync.repository.signing_key import load_key

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_sync.agent.fetch import AllowanceError, runs
-from model_sync.agent.meter import Meter
-from model_sync.agent.source import RETRY_AFTER_S_MAX, RetryLaterError, StatusError, asked_pause_s
+from model_sync.agent.install.fetch import AllowanceError, runs
+from model_sync.agent.sources.meter import Meter
+from model_sync.agent.sources.source import RETRY_AFTER_S_MAX, RetryLaterError, StatusError, asked_pause_s
 from model_sync.replica.allowance import DAY_S, Spent, TokenBucket
 from model_sync.replica.mirrors import PENALTY_BASE_S, PENALTY_CAP_S, MirrorHealth
 from nearcast.clock import ManualClock

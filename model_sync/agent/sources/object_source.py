@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from model_sync.agent.source import Source, StatusError
+from model_sync.agent.sources.source import Source, StatusError
 from nearcast.errors import Code, MeshError
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from model_sync.agent.fetch import Remote
-from model_sync.agent.source import RetryLaterError, Source, asked_pause_s
+from model_sync.agent.install.fetch import Remote
+from model_sync.agent.sources.source import RetryLaterError, Source, asked_pause_s
 from model_sync.replica.mirrors import MirrorHealth
 from nearcast.errors import MeshError
 

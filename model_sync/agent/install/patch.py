@@ -1,8 +1,8 @@
 """The process that applies one delta: a payload is a stranger's word, so it meets the decoders here and nowhere else.
 
-`python -m model_sync.agent.patch` reads a `PatchOrder` from stdin and writes what was made to stdout: the signed file,
-or for `measures` the ranges that it lacks. It exits with 0, or with 1 and a `Refusal` on stderr.
-`model_sync.agent.patch_child` starts it. Plain bytes of a sealed version are in its memory alone.
+`python -m model_sync.agent.install.patch` reads a `PatchOrder` from stdin and writes what was made to stdout: the
+signed file, or for `measures` the ranges that it lacks. It exits with 0, or with 1 and a `Refusal` on stderr.
+`model_sync.agent.install.patch_child` starts it. Plain bytes of a sealed version are in its memory alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from model_sync.agent.bases import Bases
+from model_sync.agent.install.bases import Bases
 from model_sync.delta.index import Way
 from model_sync.delta.ways import apply_way, find_lacking
 from nearcast.errors import Code, MeshError

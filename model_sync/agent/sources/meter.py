@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from model_sync.agent.fetch import AllowanceError
+from model_sync.agent.install.fetch import AllowanceError
 from model_sync.replica.allowance import Spent, TokenBucket, until_tomorrow_s
 from nearcast.clock import Clock
 from nearcast.durable import write_file

@@ -11,15 +11,15 @@ from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 
-from model_sync.agent.bases import Bases
 from model_sync.agent.config import AgentLimits
-from model_sync.agent.fetch import Download, Patience, Remote, Supply, missing_chunks, runs, verify_file
-from model_sync.agent.meter import Meter
-from model_sync.agent.mirrors import Mirrors
-from model_sync.agent.patch_child import PatchChild
-from model_sync.agent.peers_fetch import Peers
-from model_sync.agent.shorter_ways import DeltaError, ShorterWay, find_way, range_reader, read_index
-from model_sync.agent.source import StatusError
+from model_sync.agent.install.bases import Bases
+from model_sync.agent.install.fetch import Download, Patience, Remote, Supply, missing_chunks, runs, verify_file
+from model_sync.agent.install.patch_child import PatchChild
+from model_sync.agent.install.shorter_ways import DeltaError, ShorterWay, find_way, range_reader, read_index
+from model_sync.agent.peers.download import Peers
+from model_sync.agent.sources.meter import Meter
+from model_sync.agent.sources.mirrors import Mirrors
+from model_sync.agent.sources.source import StatusError
 from model_sync.delta.index import DeltaIndex
 from model_sync.delta.limits import ReadRange
 from model_sync.repository.layout import blob_path

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import msgspec
 
-from model_sync.agent.fetch import AllowanceError, Pace, Remote, missing_chunks
-from model_sync.agent.holdings import KEPT_BYTES_MAX, Holdings
-from model_sync.agent.mirrors import Mirrors
-from model_sync.agent.neighbours import Neighbours
-from model_sync.agent.source import Source, StatusError
+from model_sync.agent.install.fetch import AllowanceError, Pace, Remote, missing_chunks
+from model_sync.agent.peers.holdings import KEPT_BYTES_MAX, Holdings
+from model_sync.agent.peers.neighbours import Neighbours
+from model_sync.agent.sources.mirrors import Mirrors
+from model_sync.agent.sources.source import Source, StatusError
 from model_sync.replica.swarm import PEERS_MAX, TICK_S, Ask, Drop, Kind, Look, Swarm, SwarmLimits
 from model_sync.replica.turns import neighbourhood, turns_of
 from nearcast.durable import sync_folder

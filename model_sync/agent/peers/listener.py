@@ -10,7 +10,7 @@ import asyncio
 import re
 from typing import TYPE_CHECKING, Any
 
-from model_sync.agent.holdings import Holdings
+from model_sync.agent.peers.holdings import Holdings
 from model_sync.replica.allowance import TokenBucket
 from nearcast.errors import Code, MeshError
 from nearcast.identity import Identity, require_role, server_tls

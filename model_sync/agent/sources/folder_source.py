@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
-from model_sync.agent.source import Source, StatusError
+from model_sync.agent.sources.source import Source, StatusError
 from nearcast.errors import Code, MeshError
 
 READ_SIZE_BYTES = 256 * 1024

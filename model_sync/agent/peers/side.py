@@ -8,12 +8,12 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from model_sync.agent.config import AgentConfig
-from model_sync.agent.holdings import Holdings
-from model_sync.agent.http_source import HttpSource
-from model_sync.agent.mirrors import Mirrors
-from model_sync.agent.neighbours import Neighbours
-from model_sync.agent.peers import NODE_ROLES, PeerServer
-from model_sync.agent.peers_fetch import Peers
+from model_sync.agent.peers.download import Peers
+from model_sync.agent.peers.holdings import Holdings
+from model_sync.agent.peers.listener import NODE_ROLES, PeerServer
+from model_sync.agent.peers.neighbours import Neighbours
+from model_sync.agent.sources.http_source import HttpSource
+from model_sync.agent.sources.mirrors import Mirrors
 from nearcast.errors import Code, MeshError
 from nearcast.identity import Identity
 from nearcast.store import Store

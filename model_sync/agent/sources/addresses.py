@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from model_sync.agent.folder_source import FolderSource
-from model_sync.agent.http_source import HttpSource
-from model_sync.agent.object_source import ObjectSource
-from model_sync.agent.source import Source
+from model_sync.agent.sources.folder_source import FolderSource
+from model_sync.agent.sources.http_source import HttpSource
+from model_sync.agent.sources.object_source import ObjectSource
+from model_sync.agent.sources.source import Source
 from nearcast.errors import Code, MeshError
 
 

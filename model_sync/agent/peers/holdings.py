@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from model_sync.agent.fetch import Remote
+from model_sync.agent.install.fetch import Remote
 from nearcast.errors import MeshError
 from nearcast.store import Store
 from nearcast.store.manifest import CHUNK_SIZE_BYTES

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from model_sync.agent.bases import Bases
-from model_sync.agent.fetch import Remote
-from model_sync.agent.mirrors import Mirrors
-from model_sync.agent.source import StatusError
+from model_sync.agent.install.bases import Bases
+from model_sync.agent.install.fetch import Remote
+from model_sync.agent.sources.mirrors import Mirrors
+from model_sync.agent.sources.source import StatusError
 from model_sync.delta.index import (
     FILE_SIZE_BYTES_MIN,
     INDEX_FILE,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from model_sync.agent.http_source import HttpSource
+from model_sync.agent.sources.http_source import HttpSource
 from nearcast.errors import MeshError
 
 FRESH_S = 10.0

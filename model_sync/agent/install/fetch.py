@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from model_sync.agent.source import RetryLaterError, Source
+from model_sync.agent.sources.source import RetryLaterError, Source
 from nearcast.durable import sync_folder
 from nearcast.errors import Code, MeshError
 from nearcast.store.manifest import CHUNK_SIZE_BYTES, File

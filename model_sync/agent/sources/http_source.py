@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
-from model_sync.agent.source import Source, StatusError
+from model_sync.agent.sources.source import Source, StatusError
 from nearcast.errors import Code, MeshError
 from nearcast.identity import require_role, tls_error
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import msgspec
 
-from model_sync.agent.bases import Base
-from model_sync.agent.patch import NOTES_SIZE_BYTES_MAX, PatchOrder, Refusal
-from model_sync.agent.shorter_ways import DeltaError, ShorterWay
+from model_sync.agent.install.bases import Base
+from model_sync.agent.install.patch import NOTES_SIZE_BYTES_MAX, PatchOrder, Refusal
+from model_sync.agent.install.shorter_ways import DeltaError, ShorterWay
 from model_sync.delta.limits import PIECE_SIZE_BYTES, refused
 from nearcast.errors import Code, MeshError
 from nearcast.serving.gate_child import describe_end, gate_environment
@@ -133,7 +133,7 @@ class PatchChild:
         with os.fdopen(stdin, "w+b") as told, os.fdopen(notes, "rb") as said:
             told.write(msgspec.json.encode(order))
             told.seek(0)
-            command = [sys.executable, "-m", "model_sync.agent.patch"]
+            command = [sys.executable, "-m", "model_sync.agent.install.patch"]
             with subprocess.Popen(
                 command, stdin=told, stdout=subprocess.PIPE, stderr=said, env=gate_environment(), start_new_session=True
             ) as child:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from model_sync.agent.fetch import Download, Patience, Remote
-from model_sync.agent.meter import Meter
-from model_sync.agent.mirrors import Mirrors, SharedHealth
-from model_sync.agent.source import Source
+from model_sync.agent.install.fetch import Download, Patience, Remote
+from model_sync.agent.sources.meter import Meter
+from model_sync.agent.sources.mirrors import Mirrors, SharedHealth
+from model_sync.agent.sources.source import Source
 from model_sync.repository.layout import blob_path
 from nearcast.clock import SYSTEM_CLOCK
 from nearcast.durable import make_folder

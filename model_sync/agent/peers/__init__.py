@@ -1,0 +1,1 @@
+"""Chunks to and from the other nodes of the mesh."""
