@@ -49,7 +49,7 @@ def command(
 
 
 def _into_mirror(folder: Path, mirror: Path, root: bytes, channel: str, *, as_json: bool) -> None:
-    from model_sync.agent.folder_source import FolderSource
+    from model_sync.agent.sources.folder_source import FolderSource
     from model_sync.publisher.export import Export
 
     exported = Export(FolderSource(folder), root, mirror, channel=channel, now=time.time()).run()

@@ -11,7 +11,7 @@ import click
 from nearcast.cli.operator_options import home_option
 
 if TYPE_CHECKING:
-    from model_sync.agent.source import Source
+    from model_sync.agent.sources.source import Source
 
 CONNECT_TIMEOUT_S = 10.0
 F = TypeVar("F", bound=Callable[..., Any])
@@ -69,7 +69,7 @@ def open_source(repository: str, *, identity: Path | None, home: Path) -> Source
     """
     import ssl
 
-    from model_sync.agent.sources import make_source
+    from model_sync.agent.sources.addresses import make_source
     from model_sync.publisher.control_client import find_control
     from nearcast.identity import client_tls, load_identity
 
