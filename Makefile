@@ -93,15 +93,15 @@ check: install-dev ## format, lint, types, layers, stubs
 	@$(MAKE) stubs-check
 	@echo "check: all fine"
 
-# The end-to-end tests mostly wait for processes; beside the others they cost little time of their own.
+# Two halves at once: tests over processes and sockets mostly wait.
 .PHONY: test
 test: install-dev $(S3_VENV)/.s3 ## run the tests; ARGS="-k name" narrows them
 	@if [ -n "$(ARGS)" ]; then exec $(BIN)/pytest $(ARGS); fi; \
 	log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
-	$(BIN)/pytest -p no:cacheprovider tests/e2e >"$$log" 2>&1 & whole=$$!; \
-	parts_failed=0; $(BIN)/pytest --ignore=tests/e2e || parts_failed=$$?; \
-	whole_failed=0; wait $$whole || whole_failed=$$?; \
-	cat "$$log"; exit $$((parts_failed || whole_failed))
+	$(BIN)/pytest -p no:cacheprovider tests/e2e tests/unit tests/property tests/architecture >"$$log" 2>&1 & other=$$!; \
+	failed=0; $(BIN)/pytest tests/integration tests/crash || failed=$$?; \
+	other_failed=0; wait $$other || other_failed=$$?; \
+	cat "$$log"; exit $$((failed || other_failed))
 
 # The suite is not ours and not in this repository: https://github.com/theupdateframework/tuf-conformance
 .PHONY: conformance

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,7 +34,7 @@ async def test_a_flipped_byte_in_a_published_file(fleet, figure):
     await asyncio.to_thread(fleet.push, bundle, channel="shelf")  # published, and followed by nobody yet
     blob = blob_of(fleet, bundle)
     async with open_way("router", fleet) as way, Traffic("router", way.ask, rate_per_s=RATE_PER_S) as traffic:
-        with flipped(blob):
+        with flipped(blob, *payloads_of(fleet, blob.name)):
             await asyncio.to_thread(fleet.push, bundle, channel="stable", share=0.5)
             await asyncio.to_thread(fleet.until_candidate, release, "router-1")
             for node in EDGES:
@@ -127,11 +127,20 @@ def blob_of(fleet, bundle: Path) -> Path:
     return fleet.repository / "blobs" / sha256[:2] / sha256
 
 
+def payloads_of(fleet, sha256: str) -> list[Path]:
+    """Every shorter way to that file."""
+    payloads = [path for path in (fleet.repository / "deltas" / sha256).iterdir() if path.name != "index.json"]
+    assert payloads
+    return payloads
+
+
 @contextmanager
-def flipped(path: Path):
-    data = path.read_bytes()
-    middle = len(data) // 2
-    with replaced(path, data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]):
+def flipped(*paths: Path):
+    with ExitStack() as stack:
+        for path in paths:
+            data = path.read_bytes()
+            middle = len(data) // 2
+            stack.enter_context(replaced(path, data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]))
         yield
 
 
