@@ -94,18 +94,7 @@ class Replica:
             Action.ROLL_BACK: self._roll_back,
             Action.FALL_BACK: self._fall_back,
         }
-        self.memory = self._adopt(memory)
-
-    def _adopt(self, memory: Memory) -> Memory:
-        """Without a journal, what the pointer serves was gated and committed."""
-        committed, gated = memory.committed, dict(memory.gated)
-        if committed is None and memory.previous is None:
-            committed = self.pointer.stable
-            for release in (self.pointer.stable, self.pointer.last_good):
-                if release is not None and release in self.installed:
-                    gated[str(release)] = self.installed[release]
-        intent = max(memory.intent, self.pointer.intent)
-        return replace(memory, committed=committed, gated=gated, intent=intent)
+        self.memory = pointers.adopt(self.pointer, memory, self.installed)
 
     def handle(self, now: float, event: Event) -> list[Instruction]:
         """Take one event at the monotonic instant `now`; what the state does not listen to changes nothing."""
@@ -183,6 +172,8 @@ class Replica:
             return self._rest(now)
         aim = aim_of(want, self.memory, self.pointer, self.installed, self.node)
         out: list[Instruction] = []
+        if self._is_on_trial and self._gives_up(aim):
+            return self._return(now)
         ready = aim.stable is not None and self._ready(aim.stable) and aim.stable.release != self.pointer.stable
         if aim.stable is not None and ready and not (self.state is State.SPREAD and self._is_same(aim.stable)):
             return self._start(now, aim.stable, "stable", aim)
@@ -206,6 +197,13 @@ class Replica:
     def _is_on_trial(self) -> bool:
         suspended = self.state is State.HOLD and self.memory.previous is not None
         return self.state in _ON_TRIAL or suspended
+
+    def _gives_up(self, aim: Aim) -> bool:
+        """What served before the trial of a stable release is wanted again: a return, which nobody need judge."""
+        previous, goal = self.memory.previous, self.memory.goal
+        if previous is None or goal is None or aim.stable is None or self.memory.slot != "stable":
+            return False
+        return aim.stable.release == previous.stable != goal.release
 
     def _is_same(self, goal: Goal) -> bool:
         return (

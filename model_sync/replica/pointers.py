@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from msgspec.structs import replace
 
 from model_sync.replica.reconcile import Aim
 from model_sync.replica.state import Goal, Memory, Want
 from nearcast.store.pointer import Pointer
+
+
+def adopt(pointer: Pointer, memory: Memory, installed: Mapping[int, str]) -> Memory:
+    """What is remembered beside this pointer: without a journal, what it serves was gated and committed."""
+    committed, gated = memory.committed, dict(memory.gated)
+    if committed is None and memory.previous is None:
+        committed = pointer.stable
+        for release in (pointer.stable, pointer.last_good):
+            if release is not None and release in installed:
+                gated[str(release)] = installed[release]
+    return replace(memory, committed=committed, gated=gated, intent=max(memory.intent, pointer.intent))
 
 
 def follow(pointer: Pointer, want: Want, aim: Aim) -> Pointer:
@@ -52,11 +63,13 @@ def give_back(pointer: Pointer, memory: Memory) -> Pointer:
     """As before the trial of the goal in `memory`; the intent does not fall, so that readers see a newer word."""
     base = pointer if memory.slot == "candidate" or memory.previous is None else memory.previous
     failed = memory.goal.release if memory.goal is not None else None
+    is_banned = memory.goal is not None and any(ban.sha256 == memory.goal.sha256 for ban in memory.bans)
     candidate = base.candidate if base.candidate != failed else None
     return replace(
         base,
         candidate=candidate,
         share=base.share if candidate is not None else 0.0,
+        last_good=None if is_banned and base.last_good == failed else base.last_good,
         intent=pointer.intent,
     )
 

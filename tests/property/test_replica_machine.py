@@ -338,3 +338,44 @@ TestReplica = World.TestCase
 TestReplica.settings = settings(
     max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+WANT = {"candidate": None, "salt": "a", "share": 0.0, "stop": None, "wave": 0.0}
+
+
+def committed(*releases: int) -> World:
+    """A node that went through these stable releases without a fault."""
+    world = World()
+    world.start()
+    for release in releases:
+        world.publish(stable=release, rollback=False, **WANT)
+        until(world, State.IDLE)
+    return world
+
+
+def until(world: World, state: State) -> None:
+    for _ in range(20):
+        if world.machine.state is state:
+            return
+        world.go_well(answers=1)
+    raise AssertionError(f"{world.machine.state} instead of {state}")
+
+
+def test_wanting_the_old_release_again_ends_a_trial_without_a_verdict() -> None:
+    world = committed(1)
+    world.publish(stable=2, rollback=False, **WANT)
+    until(world, State.ACTIVATE)
+    world.publish(stable=1, rollback=False, **WANT)
+    assert world.machine.state is State.ROLLBACK
+    world.time_passes(seconds=400.0, stop=None)  # the host says nothing
+    assert (world.machine.state, world.machine.pointer.stable) == (State.IDLE, 1)
+    assert world.machine.memory.bans == ()
+
+
+def test_a_condemned_release_is_no_place_to_fall_back_to() -> None:
+    world = committed(1, 2)
+    assert world.machine.pointer.last_good == 1
+    world.publish(stable=1, rollback=True, **WANT)
+    world.time_passes(seconds=400.0, stop=None)
+    assert [ban.release for ban in world.machine.memory.bans] == [1]
+    assert (world.machine.pointer.stable, world.machine.pointer.last_good) == (2, None)
