@@ -103,13 +103,7 @@ def push(
             not newer than what is published or other holders have to sign first, FORBIDDEN without the team's key or
             with a licence that is not allowed, UNAUTHENTICATED without the key of a sealed bundle.
     """
-    manifest = verify_bundle(bundle)
-    require_licence(manifest.licence, read_policy(operator))
-    keys = TenantKeys.load(tenant_keys)
-    if manifest.encryption is not None:
-        keys.unwrap(manifest.encryption)
-    check_sbom(bundle, manifest, tenant_keys)
-    pass_gate(bundle, tenant_keys)
+    manifest, keys = _check_bundle(bundle, operator, tenant_keys)
     roles = fetch_models_roles(client, operator, manifest.name)
     team = team or find_team(operator)
     name = f"models-{team}"
@@ -137,11 +131,7 @@ def push(
         metadata = role.to_dict()
         client.call("POST", "/v1/releases", {"team": team, "metadata": metadata, "manifests": {path: data.decode()}})
         forget_draft(name, operator, draft)
-    action = "stable" if share is None or not has_stable(client, channel, manifest.name) else "candidate"
-    wish: dict[str, Any] = {"channel": channel, "model": manifest.name, "action": action, "release": manifest.release}
-    if action == "candidate":
-        wish |= {"share": share, "wave": wave}
-    answer = client.call("POST", "/v1/rollouts", {**wish, "reason": reason})
+    action, answer = _point_channel(client, channel, manifest, share=share, wave=wave, reason=reason)
     return Pushed(
         model=manifest.name,
         release=manifest.release,
@@ -154,6 +144,29 @@ def push(
         rollback_ok=listed,
         deltas=deltas,
     )
+
+
+def _check_bundle(bundle: Path, operator: Path, tenant_keys: Path | None) -> tuple[Manifest, TenantKeys]:
+    """Refuse what no node would run, before anything is signed or sent."""
+    manifest = verify_bundle(bundle)
+    require_licence(manifest.licence, read_policy(operator))
+    keys = TenantKeys.load(tenant_keys)
+    if manifest.encryption is not None:
+        keys.unwrap(manifest.encryption)
+    check_sbom(bundle, manifest, tenant_keys)
+    pass_gate(bundle, tenant_keys)
+    return manifest, keys
+
+
+def _point_channel(
+    client: ControlClient, channel: str, manifest: Manifest, *, share: float | None, wave: float, reason: str
+) -> tuple[str, dict[str, Any]]:
+    """Ask for the release in a channel; what was asked for, and the controller's answer."""
+    action = "stable" if share is None or not has_stable(client, channel, manifest.name) else "candidate"
+    wish: dict[str, Any] = {"channel": channel, "model": manifest.name, "action": action, "release": manifest.release}
+    if action == "candidate":
+        wish |= {"share": share, "wave": wave}
+    return action, client.call("POST", "/v1/rollouts", {**wish, "reason": reason})
 
 
 def fetch_models_roles(client: ControlClient, operator: Path, model: str) -> dict[str, Metadata[Targets]]:
