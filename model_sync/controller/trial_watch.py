@@ -122,9 +122,13 @@ class TrialWatch:
     async def record(self, wanted: RolloutRequest, by: str, before: Rollout | None, intent: int) -> None:
         """Write down what was just signed, and watch it. `before`: what the channel said of the model."""
         tried = before.candidate.release if before is not None and before.candidate is not None else None
+        stable = before.stable.release if before is not None else None
+        release = wanted.release or tried
         change = self._make_change(
-            by, wanted.channel, wanted.model, wanted.action, wanted.release or tried,
-            replaced=before.stable.release if before is not None else None, reason=wanted.reason, intent=intent,
+            by, wanted.channel, wanted.model, wanted.action, release,
+            # A rollback to what is stable takes back the trial.
+            replaced=tried if wanted.action == "rollback" and release == stable else stable,
+            reason=wanted.reason, intent=intent,
         )  # fmt: skip
         await self._record([change])
         self.follow(wanted.channel)

@@ -542,6 +542,10 @@ def test_the_commands(sync: Sync, tmp_path: Path) -> None:
     assert "Traceback" not in again.stderr
     back = run("rollback", "said", "--to", "1", "--channel", "cli", "--json")
     assert json.loads(back.stdout)["intent"] == 5
+    assert run("rollout", "start", "said", "--release", "2", "--channel", "cli").returncode == 0
+    assert run("rollback", "said", "--to", "1", "--channel", "cli").returncode == 0
+    (newest, *_) = json.loads(run("rollout", "history", "said", "--json").stdout)
+    assert (newest["action"], newest["release"], newest["replaced"]) == ("rollback", 1, 2)
     token = run("nodes", "invite", "cli-node", "--role", "router").stdout.strip()
     assert JoinToken.decode(token).role == "router"
     join(token, tmp_path / "cli-node")
