@@ -33,6 +33,7 @@ class Code(StrEnum):
     OVERLOADED = "OVERLOADED"
     UNAVAILABLE = "UNAVAILABLE"
     CANCELLED = "CANCELLED"
+    SUPERSEDED = "SUPERSEDED"
     DEADLINE = "DEADLINE"
     INTERNAL = "INTERNAL"
 
@@ -59,6 +60,7 @@ CATALOGUE: dict[Code, Entry] = {
     Code.OVERLOADED: Entry(Retry.ELSEWHERE, 8, 429),
     Code.UNAVAILABLE: Entry(Retry.ELSEWHERE, 14, 503),
     Code.CANCELLED: Entry(Retry.NEVER, 1, 499),
+    Code.SUPERSEDED: Entry(Retry.NEVER, 10, 409),
     Code.DEADLINE: Entry(Retry.NEVER, 4, 504),
     Code.INTERNAL: Entry(Retry.ELSEWHERE, 13, 500),
 }
