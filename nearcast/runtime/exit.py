@@ -37,6 +37,7 @@ _BY_CODE = {
     Code.CONFLICT: ExitCode.TRY_AGAIN,
     Code.OVERLOADED: ExitCode.TRY_AGAIN,
     Code.DEADLINE: ExitCode.TRY_AGAIN,
+    Code.SUPERSEDED: ExitCode.TRY_AGAIN,
     Code.CANCELLED: ExitCode.INTERRUPTED,
     Code.INTERNAL: ExitCode.INTERNAL,
 }
