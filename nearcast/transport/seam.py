@@ -32,6 +32,11 @@ class Limits:
         stall_timeout_s: a peer that reads nothing of what waits for it is dropped after this.
         idle_timeout_s: a connection without calls is closed after this.
         call_timeout_s_max: a channel's cap for calls without a deadline.
+        keepalive_s: a peer that is expected to say something and says nothing for this long is sent a PING.
+        keepalive_timeout_s: a peer that does not answer that PING within this is given up.
+        connection_age_s: a server sends GOAWAY on a connection of about this age (10 % more or less, by chance, so that
+            clients do not come back all at once); calls in flight are finished first. 0 = never.
+        connection_age_grace_s: an old connection is closed after this even if calls are still in flight.
     """
 
     message_size_bytes_max: int = 64 * 1024 * 1024
@@ -50,6 +55,10 @@ class Limits:
     stall_timeout_s: float = 60.0
     idle_timeout_s: float = 900.0
     call_timeout_s_max: float = 300.0
+    keepalive_s: float = 20.0
+    keepalive_timeout_s: float = 5.0
+    connection_age_s: float = 0.0
+    connection_age_grace_s: float = 300.0
 
 
 DEFAULT_LIMITS = Limits()
