@@ -13,6 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STUBS_VENV := .venv-stubs
 S3_VENV := .venv-s3
+PEERS := .venv-peers
 STUBS_OUT ?= .
 PROTOS := $(wildcard proto/nearcast/wire/v1/*.proto)
 STUBS := nearcast/wire/v1
@@ -54,6 +55,12 @@ $(STUBS_VENV)/.stubs: constraints/stubs.txt | $(BIN)/python
 $(S3_VENV)/.s3: constraints/s3-server.txt | $(BIN)/python
 	@$(BIN)/python -m venv $(S3_VENV)
 	@$(S3_VENV)/bin/python $(PIP) --require-hashes -r constraints/s3-server.txt
+	@touch $@
+
+$(PEERS)/%/.peer: constraints/peers-%.txt | $(BIN)/python
+	@echo "installing from $< (a minute)"
+	@$(BIN)/python -m venv $(PEERS)/$*
+	@$(PEERS)/$*/bin/python $(PIP) --require-hashes -r $<
 	@touch $@
 
 .PHONY: install
@@ -119,11 +126,18 @@ bench: install-dev ## measure everything and compare with the targets (minutes)
 bench-quick: install-dev ## the same in seconds, noisier
 	@$(BIN)/python -m benchmarks --quick $(ARGS)
 
+.PHONY: bench-peers
+bench-peers: $(PEERS)/mlserver/.peer $(PEERS)/triton/.peer ## install MLServer and Triton's core, to be measured beside us
+
+.PHONY: compat
+compat: install-dev bench-peers ## run the protocol's conformance suite on three servers; writes docs/compat.md
+	@$(BIN)/python -m tests.compat --all --write docs/compat.md $(ARGS)
+
 .PHONY: crash
 crash: install-dev ## cut the power at every step of a real agent (minutes; ARGS=--quick: one minute)
 	@$(BIN)/python -m benchmarks crash $(ARGS)
 
 .PHONY: clean
 clean: ## remove environments and everything generated
-	rm -rf $(VENV) $(STUBS_VENV) $(S3_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks *.egg-info
+	rm -rf $(VENV) $(STUBS_VENV) $(S3_VENV) $(PEERS) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks *.egg-info
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
