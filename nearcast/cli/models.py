@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from nearcast.cli.listing import json_option, print_json, print_table, printable
+from nearcast.cli.models_tune import tune
 from nearcast.cli.repository_options import from_option, identity_options, open_source
 
 
@@ -17,6 +18,8 @@ from nearcast.cli.repository_options import from_option, identity_options, open_
 def command() -> None:
     """List the models of a store or of a running node."""
 
+
+command.add_command(tune)
 
 @command.command("list", short_help="List models and their versions.")
 @click.option("--store", type=click.Path(path_type=Path, file_okay=False, exists=True), help="A node's store folder.")
