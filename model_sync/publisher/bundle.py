@@ -52,6 +52,7 @@ class BundleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         atol: how far an answer may be from a golden output.
         licence: an SPDX expression that the operator's policy allows.
         quality: what the author measured, in [0, 1]; compared only between versions of one model.
+        quality_tolerance: how much of it an int8 variant may lose.
         data_sha256: digest of the data that the model was trained on.
         parent: the earlier release that it was trained or converted from.
     """
@@ -68,6 +69,7 @@ class BundleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     stateful: Literal["none", "explicit", "hidden"] = "none"
     variant: str = "default"
     quality: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    quality_tolerance: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.01
     latency_budget_ms: Annotated[float, msgspec.Meta(gt=0)] = 1000.0
     golden: Annotated[tuple[str, ...], msgspec.Meta(max_length=VECTORS_MAX)] = ()
     atol: Annotated[float, msgspec.Meta(ge=0)] = 1e-4
@@ -170,6 +172,7 @@ def _fill(draft: Path, spec: BundleSpec, source: Path, names: list[str]) -> Mani
         stateful=spec.stateful,
         variant=spec.variant,
         quality=spec.quality,
+        quality_tolerance=spec.quality_tolerance,
         latency_budget_ms=spec.latency_budget_ms,
         rollback_ok=spec.rollback_ok,
         labels=spec.labels,

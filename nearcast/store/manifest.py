@@ -89,6 +89,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         engine: which engine runs it. `model_file` names the file that it opens.
         stateful: none, explicit (state is a tensor) or hidden (one interpreter per sequence).
         quality: what the model's author measured, in [0, 1]; compared only between versions of one model.
+        quality_tolerance: how much quality a variant made of this version, such as an int8 one, may lose.
         latency_budget_ms: a golden run slower than this fails the gate.
         rollback_ok: older releases to which a signed rollback may return.
         licence: an SPDX expression.
@@ -110,6 +111,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     stateful: Literal["none", "explicit", "hidden"] = "none"
     variant: str = "default"
     quality: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    quality_tolerance: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.01
     golden: tuple[GoldenVector, ...] = ()
     latency_budget_ms: Annotated[float, msgspec.Meta(gt=0)] = 1000.0
     rollback_ok: tuple[Release, ...] = ()
