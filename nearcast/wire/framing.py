@@ -17,13 +17,18 @@ Span: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WireLimits:
-    """What one message may hold. Without these a few megabytes of tiny fields would occupy the loop for seconds."""
+    """What one message may hold. Without these a few megabytes of tiny fields would occupy the loop for seconds.
+
+    `layouts_max` and `layout_size_bytes_max` bound what is remembered of earlier messages (`nearcast.wire.layout`).
+    """
 
     fields_max: int = 4096
     parameters_max: int = 256
     rank_max: int = 32
     bytes_elements_max: int = 1 << 20
     zero_copy_size_bytes_min: int = 64 * 1024
+    layouts_max: int = 256
+    layout_size_bytes_max: int = 1024
 
 
 LIMITS = WireLimits()
@@ -39,7 +44,7 @@ class Scan:
 
     model: str
     version: str
-    id: str
+    id: Span
     parameters: list[Span]
     tensors: list[Span]
     sixth: list[Span]
@@ -72,7 +77,8 @@ def scan(body: bytes) -> Scan:
             stop = position + size
             fields[number].append((position, stop))
             position = stop
-        model, version, id_ = _last_text(body, fields[1]), _last_text(body, fields[2]), _last_text(body, fields[3])
+        model, version = _last_text(body, fields[1]), _last_text(body, fields[2])
+        _last_text(body, fields[3])
     except IndexError:
         _fail("is truncated")
     except UnicodeDecodeError:
@@ -81,7 +87,20 @@ def scan(body: bytes) -> Scan:
         _fail(f"holds more than {LIMITS.fields_max} fields")
     if position > end:
         _fail("is truncated")
+    id_ = fields[3][-1] if fields[3] else (0, 0)
     return Scan(model, version, id_, fields[4], fields[5], fields[6], fields[7])
+
+
+def read_text(body: bytes, span: Span) -> str:
+    """The string of a field.
+
+    Raises:
+        MeshError: INVALID_REQUEST if it is not UTF-8.
+    """
+    try:
+        return body[span[0] : span[1]].decode()
+    except UnicodeDecodeError:
+        _fail("holds a string that is not UTF-8")
 
 
 def _last_text(body: bytes, spans: list[Span]) -> str:

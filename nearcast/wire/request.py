@@ -5,15 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from nearcast.handler import InferRequest, Parameter, Tensors
-from nearcast.wire.framing import Scan, scan
-from nearcast.wire.message import (
-    NO_PARAMETERS,
-    encode_message,
-    encode_requested,
-    read_parameters,
-    read_requested,
-    read_tensors,
-)
+from nearcast.wire.layout import Layouts
+from nearcast.wire.message import NO_PARAMETERS, encode_message, encode_requested
+
+_LAYOUTS = Layouts(raw_field=7)
 
 
 class WireRequest(InferRequest):
@@ -25,18 +20,17 @@ class WireRequest(InferRequest):
         MeshError: INVALID_REQUEST if the bytes are no protobuf message.
     """
 
-    __slots__ = ("_body", "_inputs", "_requested", "_scan")
+    __slots__ = ("_body", "_inputs", "_layout")
 
     def __init__(self, body: bytes) -> None:
-        found = scan(body)
-        self.model = found.model
-        self.version = found.version
-        self.id = found.id
-        self.parameters = read_parameters(body, found.parameters)
+        layout = _LAYOUTS.read(body)
+        self.model = layout.model
+        self.version = layout.version
+        self.id = layout.read_id(body)
+        self.parameters = layout.parameters
         self._body = body
-        self._scan: Scan = found
+        self._layout = layout
         self._inputs: Tensors | None = None
-        self._requested: tuple[str, ...] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -44,7 +38,7 @@ class WireRequest(InferRequest):
 
     def decode(self) -> Tensors:
         if self._inputs is None:
-            self._inputs = read_tensors(self.model, self._body, self._scan, self._scan.seventh)
+            self._inputs = self._layout.read_tensors(self._body)
         return self._inputs
 
     def encode(self) -> bytes:
@@ -60,9 +54,7 @@ class WireRequest(InferRequest):
         Raises:
             MeshError: INVALID_REQUEST if malformed; UNSUPPORTED for outputs by classification or in shared memory.
         """
-        if self._requested is None:
-            self._requested = read_requested(self._body, self._scan.sixth)
-        return self._requested
+        return self._layout.read_requested(self._body)
 
 
 class TensorRequest(InferRequest):

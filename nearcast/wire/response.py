@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from nearcast.errors import Code, MeshError
 from nearcast.handler import InferResponse, Parameter, Served, Tensors
-from nearcast.wire.framing import Scan, scan
-from nearcast.wire.message import NO_PARAMETERS, encode_message, read_parameters, read_tensors
+from nearcast.wire.layout import Layouts
+from nearcast.wire.message import NO_PARAMETERS, encode_message
+
+_LAYOUTS = Layouts(raw_field=6)
 
 
 class WireResponse(InferResponse):
@@ -17,26 +19,26 @@ class WireResponse(InferResponse):
         MeshError: INTERNAL if the bytes are no protobuf message: the peer is at fault, another may answer.
     """
 
-    __slots__ = ("_body", "_outputs", "_scan")
+    __slots__ = ("_body", "_layout", "_outputs")
 
     def __init__(self, body: bytes, served: Served) -> None:
         try:
-            found = scan(body)
-            self.parameters = read_parameters(body, found.parameters)
+            layout = _LAYOUTS.read(body)
+            self.id = layout.read_id(body)
         except MeshError as error:
             raise _broken(error) from error
-        self.model = found.model
-        self.version = found.version
-        self.id = found.id
+        self.model = layout.model
+        self.version = layout.version
+        self.parameters = layout.parameters
         self.served = served
         self._body = body
-        self._scan: Scan = found
+        self._layout = layout
         self._outputs: Tensors | None = None
 
     def decode(self) -> Tensors:
         if self._outputs is None:
             try:
-                self._outputs = read_tensors(self.model, self._body, self._scan, self._scan.sixth)
+                self._outputs = self._layout.read_tensors(self._body)
             except MeshError as error:
                 raise _broken(error) from error
         return self._outputs
