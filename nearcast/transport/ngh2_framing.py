@@ -11,6 +11,8 @@ from nearcast.errors import Code, MeshError
 PREFIX_SIZE_BYTES = 5
 _JOIN_SIZE_BYTES_MAX = 32 * 1024
 _GZIP_WINDOW_BITS = 31
+# Deflate makes at most 1032 bytes of one: this is a millisecond's work.
+_INLINE_SIZE_BYTES_MAX = 512
 
 
 def frame(body: Sequence[bytes]) -> Sequence[bytes]:
@@ -36,19 +38,44 @@ def whole_message(data: bytes) -> bytes | None:
     return None
 
 
+class Deflated(bytes):
+    """A message that is still compressed, because inflating it may take long."""
+
+    size_bytes_max: int
+
+    def inflate(self) -> bytes:
+        """The message itself.
+
+        Raises:
+            MeshError: TOO_LARGE or INVALID_REQUEST.
+        """
+        return _inflate(self, self.size_bytes_max)
+
+
 class MessageReader:
     """Turns the DATA of one call into messages.
 
     Args:
         size_bytes_max: largest message accepted, compressed or not.
         encoding: the call's `grpc-encoding`.
+        defers: compressed messages that do not become small are returned as `Deflated`.
     """
 
-    __slots__ = ("_chunks", "_compressed", "_encoding", "_length", "_offset", "_size_bytes_max", "buffered_bytes")
+    __slots__ = (
+        "_chunks",
+        "_compressed",
+        "_defers",
+        "_encoding",
+        "_length",
+        "_offset",
+        "_size_bytes_max",
+        "buffered_bytes",
+    )
 
-    def __init__(self, size_bytes_max: int, encoding: str = "identity") -> None:
+    def __init__(self, size_bytes_max: int, encoding: str = "identity", *, defers: bool = False) -> None:
         self._size_bytes_max = size_bytes_max
         self._encoding = encoding
+        self._defers = defers
         self._chunks: deque[bytes] = deque()
         self._offset = 0
         self._length: int | None = None
@@ -126,16 +153,24 @@ class MessageReader:
         return b"".join(parts)
 
     def _inflate(self, message: bytes) -> bytes:
-        inflater = zlib.decompressobj(_GZIP_WINDOW_BITS)
-        try:
-            data = inflater.decompress(message, self._size_bytes_max + 1)
-        except zlib.error as error:
-            raise MeshError(Code.INVALID_REQUEST, "The message is flagged as gzip but holds none.") from error
-        if len(data) > self._size_bytes_max:
-            raise _too_large(None, self._size_bytes_max)
-        if not inflater.eof or inflater.unused_data:
-            raise MeshError(Code.INVALID_REQUEST, "The gzip data of the message is cut short or has a tail.")
-        return data
+        if self._defers and len(message) > _INLINE_SIZE_BYTES_MAX:
+            deferred = Deflated(message)
+            deferred.size_bytes_max = self._size_bytes_max
+            return deferred
+        return _inflate(message, self._size_bytes_max)
+
+
+def _inflate(message: bytes, size_bytes_max: int) -> bytes:
+    inflater = zlib.decompressobj(_GZIP_WINDOW_BITS)
+    try:
+        data = inflater.decompress(message, size_bytes_max + 1)
+    except zlib.error as error:
+        raise MeshError(Code.INVALID_REQUEST, "The message is flagged as gzip but holds none.") from error
+    if len(data) > size_bytes_max:
+        raise _too_large(None, size_bytes_max)
+    if not inflater.eof or inflater.unused_data:
+        raise MeshError(Code.INVALID_REQUEST, "The gzip data of the message is cut short or has a tail.")
+    return data
 
 
 def _too_large(size_bytes: int | None, limit_bytes: int) -> MeshError:

@@ -12,7 +12,12 @@ from nearcast.transport.ngh2_connection import require_alpn, wait_gone
 from nearcast.transport.ngh2_server_connection import ServerConnection, ServerState
 from nearcast.transport.seam import DEFAULT_LIMITS, Limits, Methods
 
-_SWEEP_INTERVAL_S = 1.0
+_SWEEP_INTERVAL_S_MAX = 1.0
+_SWEEP_INTERVAL_S_MIN = 0.05
+# Of the shortest timeout: how late it may be noticed.
+_SWEEP_SHARE = 0.25
+# Connections looked at before others get their turn of the loop.
+_SWEPT_AT_ONCE = 256
 _NOTICE_S_MAX = 0.3
 _CANCEL_GRACE_S = 1.0
 _CLOSE_TIMEOUT_S = 0.5
@@ -33,10 +38,11 @@ class Ngh2Server:
     ) -> None:
         self._state = ServerState(methods=methods, limits=limits)
         self._is_draining = False
+        self._interval_s = _sweep_interval_s(limits)
         self._tls = require_alpn(tls) if tls is not None else None
         self._listener = Listener(address)
         self._loop: asyncio.AbstractEventLoop = cast("asyncio.AbstractEventLoop", None)
-        self._sweeper: asyncio.TimerHandle | None = None
+        self._sweeper: asyncio.Handle | None = None
 
     @property
     def address(self) -> str:
@@ -49,7 +55,7 @@ class Ngh2Server:
             tls=self._tls,
             handshake_timeout_s=self._state.limits.handshake_timeout_s,
         )
-        self._sweeper = self._loop.call_later(_SWEEP_INTERVAL_S, self._sweep)
+        self._sweep([])
 
     async def drain(self, timeout_s: float) -> None:
         if self._is_draining or self._loop is None:
@@ -94,8 +100,25 @@ class Ngh2Server:
             self._sweeper.cancel()
         await self._listener.wait_closed()
 
-    def _sweep(self) -> None:
+    def _sweep(self, rest: list[ServerConnection]) -> None:
         now = self._loop.time()
-        for connection in list(self._state.connections):
+        for connection in rest[:_SWEPT_AT_ONCE]:
             connection.sweep(now)
-        self._sweeper = self._loop.call_later(_SWEEP_INTERVAL_S, self._sweep)
+        del rest[:_SWEPT_AT_ONCE]
+        if rest:
+            self._sweeper = self._loop.call_soon(self._sweep, rest)
+        else:
+            self._sweeper = self._loop.call_later(self._interval_s, lambda: self._sweep(list(self._state.connections)))
+
+
+def _sweep_interval_s(limits: Limits) -> float:
+    shortest_s = min(
+        limits.handshake_timeout_s,
+        limits.upload_timeout_s,
+        limits.stall_timeout_s,
+        limits.idle_timeout_s,
+        limits.keepalive_s,
+        limits.keepalive_timeout_s,
+        limits.connection_age_s or limits.idle_timeout_s,
+    )
+    return min(_SWEEP_INTERVAL_S_MAX, max(_SWEEP_INTERVAL_S_MIN, _SWEEP_SHARE * shortest_s))

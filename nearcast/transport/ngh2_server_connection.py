@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -33,12 +34,19 @@ from nearcast.transport.ngh2_connection import (
 from nearcast.transport.ngh2_framing import MessageReader, whole_message
 from nearcast.transport.ngh2_headers import Fields, RequestHead, read_request, write_error, write_http_error
 from nearcast.transport.ngh2_stream import ServerStream
+from nearcast.transport.ngh2_watch import Seen, Verdict, Watch
 from nearcast.transport.seam import Call, Limits, Methods
 
 _log = logging.getLogger(__name__)
 _DRAIN_PING = b"nc-drain"
 _NO_ERROR = 0
 _REMEMBERED_SIZE_BYTES_MAX = 1024
+_AGE_JITTER = 0.1
+_KEEPALIVE_PING = b"nc-alive"
+# Together they bound what compressed messages cost in memory and time, whoever sends them.
+_INFLATED_AT_ONCE = 2
+# Above this share of `connections_max` who has no calls must go sooner.
+_CROWDED_SHARE = 0.9
 # A union would be built anew for each event.
 _ENDED = (StreamReset, StreamClosed)
 
@@ -50,7 +58,10 @@ class ServerState:
     methods: Methods
     limits: Limits
     connections: set[ServerConnection] = field(default_factory=set)
+    # What all calls hold of requests that have not been answered, and all connections of answers that were not read.
     receiving_bytes: int = 0
+    unsent_bytes: int = 0
+    inflating: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_INFLATED_AT_ONCE))
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     # Cancelled methods that have not returned yet; the loop itself keeps weak references only.
     cancelled: set[asyncio.Task[None]] = field(default_factory=set)
@@ -63,6 +74,20 @@ class ServerState:
             task.add_done_callback(self.cancelled.discard)
             task.cancel()
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether there is little room for further connections."""
+        return len(self.connections) > _CROWDED_SHARE * self.limits.connections_max
+
+    def evict(self) -> None:
+        """Drop the connection with the most unread answers, a stalled one first: memory is short."""
+        worst = max(self.connections, key=lambda c: (c.watch.is_stalled, c.unsent_bytes), default=None)
+        if worst is not None:
+            _log.info("dropped %s, which left %d bytes unread", worst.peer, worst.unsent_bytes)
+            self.unsent_bytes -= worst.unsent_bytes
+            worst.unsent_bytes = 0
+            worst.abort()
+
 
 class ServerConnection(Ngh2Connection):
     """One client's connection."""
@@ -72,13 +97,14 @@ class ServerConnection(Ngh2Connection):
         "_half_closed",
         "_head",
         "_is_greeted",
+        "_last_stream_id",
         "_notice_heard",
-        "_opened_at",
-        "_stalled_since",
-        "_swept_sent_bytes",
         "_waiting",
+        "receiving_bytes",
         "server",
         "streams",
+        "unsent_bytes",
+        "watch",
         "writers",
     )
 
@@ -88,13 +114,15 @@ class ServerConnection(Ngh2Connection):
         self.streams: dict[int, ServerStream] = {}
         self.writers: set[ServerStream] = set()
         # Calls whose start waits until the peer has read earlier replies.
-        self._waiting: deque[ServerStream] = deque()
+        self._waiting: dict[int, ServerStream] = {}
         # Answered calls whose request still comes in: reset once the answer is out, or it would be swallowed.
         self._half_closed: set[int] = set()
-        self._opened_at = self.last_read_at
         self._is_greeted = False
-        self._stalled_since: float | None = None
-        self._swept_sent_bytes = 0
+        self._last_stream_id = 0
+        self.receiving_bytes = 0
+        self.unsent_bytes = 0
+        age_s = self.limits.connection_age_s * random.uniform(1 - _AGE_JITTER, 1 + _AGE_JITTER)
+        self.watch = Watch(self.limits, opened_at=self.last_read_at, age_s=age_s)
         self._notice_heard: asyncio.Future[None] | None = None
         # Clients repeat themselves: the last call's fields, and what they said.
         self._fields: Fields = ()
@@ -120,6 +148,8 @@ class ServerConnection(Ngh2Connection):
     def lost(self, error: BaseException | None) -> None:
         self.server.connections.discard(self)
         self._waiting.clear()
+        self.server.unsent_bytes -= self.unsent_bytes
+        self.unsent_bytes = 0
         for stream in list(self.streams.values()):
             self.drop(stream)
         if self._notice_heard is not None and not self._notice_heard.done():
@@ -161,7 +191,7 @@ class ServerConnection(Ngh2Connection):
 
     def _open(self, event: RequestReceived) -> None:
         limits = self.limits
-        stream_id = event.stream_id
+        self._last_stream_id = stream_id = event.stream_id
         head = self._head
         if event.headers != self._fields:
             head = read_request(
@@ -191,7 +221,10 @@ class ServerConnection(Ngh2Connection):
     def _refuse(self, stream: ServerStream, head: RequestHead) -> None:
         if not head.is_grpc:
             text = "This port answers gRPC: POST with content-type application/grpc."
-            self.h2.send_response(stream.id, write_http_error(415, text), end_stream=True)
+            try:
+                self.h2.send_response(stream.id, write_http_error(415, text), end_stream=True)
+            except NGH2Error:
+                _log.debug("the call %d ended before its refusal", stream.id)
             self._end_early(stream)
             return
         self.fail(stream, head.problem or MeshError(Code.UNSUPPORTED, f"This server has no method {head.path[:256]}."))
@@ -213,19 +246,15 @@ class ServerConnection(Ngh2Connection):
                 self._assemble(stream, data)
         except MeshError as error:
             self.fail(stream, error)
+            self.server.cancel(stream)
             return
         if is_end and not stream.is_done:
             self._start(stream)
 
     def _assemble(self, stream: ServerStream, data: bytes) -> None:
         if stream.reader is None:
-            stream.reader = MessageReader(self.limits.message_size_bytes_max, stream.encoding)
-        stream.received_bytes += len(data)
-        self.server.receiving_bytes += len(data)
-        if self.server.receiving_bytes > self.limits.receive_buffer_bytes_max:
-            raise MeshError(
-                Code.OVERLOADED, "The server is receiving too much at once; retry in a moment.", retry_after_ms=100
-            )
+            stream.reader = MessageReader(self.limits.message_size_bytes_max, stream.encoding, defers=True)
+        self.hold(stream, stream.received_bytes + len(data))
         for message in stream.reader.feed(data):
             if stream.whole is not None:
                 raise MeshError(Code.INVALID_REQUEST, "A unary call holds exactly one message; this one holds more.")
@@ -233,9 +262,28 @@ class ServerConnection(Ngh2Connection):
         if stream.has_ended and (stream.whole is None or stream.reader.is_partial):
             raise MeshError(Code.INVALID_REQUEST, "The call ended before its message was complete.")
 
+    def hold(self, stream: ServerStream, size_bytes: int) -> None:
+        """Note how much of a call's requests waits in memory.
+
+        A connection may hold as much as is still free (the dynamic threshold of Choudhury and Hahne, 1998): one that
+        takes all it can get takes half, and leaves room for the others.
+
+        Raises:
+            MeshError: OVERLOADED if that is more than its share.
+        """
+        more_bytes = size_bytes - stream.received_bytes
+        stream.received_bytes = size_bytes
+        self.receiving_bytes += more_bytes
+        self.server.receiving_bytes += more_bytes
+        free_bytes = self.limits.receive_buffer_bytes_max - self.server.receiving_bytes
+        if more_bytes > 0 and self.receiving_bytes > free_bytes:
+            raise MeshError(
+                Code.OVERLOADED, "The server is receiving too much at once; retry in a moment.", retry_after_ms=100
+            )
+
     def _start(self, stream: ServerStream) -> None:
         if self._waiting or self.h2.queued_body_size() > self.limits.reply_queue_bytes_max:
-            self._waiting.append(stream)
+            self._waiting[stream.id] = stream
             return
         message = cast("bytes", stream.whole)
         stream.whole = None
@@ -272,8 +320,9 @@ class ServerConnection(Ngh2Connection):
             stream.deadline_timer.cancel()
             stream.deadline_timer = None
         if stream.received_bytes:
-            self.server.receiving_bytes -= stream.received_bytes
-            stream.received_bytes = 0
+            self.hold(stream, 0)
+        if self._waiting and self._waiting.pop(stream.id, None) is not None:
+            stream.whole = None
         if stream.unread_bytes:
             self.acknowledge(stream.unread_bytes, stream.id)
             stream.unread_bytes = 0
@@ -312,12 +361,14 @@ class ServerConnection(Ngh2Connection):
             for stream in list(self.writers):
                 if stream.wake_writer is not None and not stream.wake_writer.done() and not self.is_congested(stream):
                     stream.wake_writer.set_result(None)
-        while self._waiting and self.h2.queued_body_size() <= self.limits.reply_queue_bytes_max:
-            stream = self._waiting.popleft()
-            if not stream.is_done:
-                message = cast("bytes", stream.whole)
-                stream.whole = None
-                stream.task = self.loop.create_task(stream.answer(message))
+        queued_bytes = self.h2.queued_body_size()
+        if queued_bytes or self.unsent_bytes:
+            self._owe(queued_bytes)
+        while self._waiting and queued_bytes <= self.limits.reply_queue_bytes_max:
+            stream = self._waiting.pop(next(iter(self._waiting)))
+            message = cast("bytes", stream.whole)
+            stream.whole = None
+            stream.task = self.loop.create_task(stream.answer(message))
         if self._half_closed and not self._paused:
             answered = [stream_id for stream_id in self._half_closed if not self.h2.queued_body_size(stream_id)]
             for stream_id in answered:
@@ -334,27 +385,48 @@ class ServerConnection(Ngh2Connection):
         return not self.streams and not self.h2.queued_body_size() and not self.transport.get_write_buffer_size()
 
     def sweep(self, now: float) -> None:
-        """Close what never greeted, stalls or idles; refuse uploads that crawl."""
-        limits = self.limits
-        if not self._is_greeted and now - self._opened_at > limits.handshake_timeout_s:
-            self.abort()
-            return
-        moved = self.sent_bytes != self._swept_sent_bytes
-        self._swept_sent_bytes = self.sent_bytes
-        if moved or not (self._paused or self.h2.queued_body_size()):
-            self._stalled_since = None
-        elif self._stalled_since is None:
-            self._stalled_since = now
-        elif now - self._stalled_since > limits.stall_timeout_s:
-            self.abort()
-            return
-        if not self.streams and now - self.last_read_at > limits.idle_timeout_s:
-            self.say_goodbye()
-            return
-        for stream in list(self.streams.values()):
-            is_uploading = stream.unary_method is not None and not stream.has_ended
-            if is_uploading and now - stream.opened_at > limits.upload_timeout_s:
-                self.fail(stream, MeshError(Code.DEADLINE, "The request took too long to arrive."))
+        """Close what never greeted, stalls, falls silent, idles or is old; refuse uploads that crawl."""
+        if not self.transport.is_closing():
+            for stream in list(self.streams.values()):
+                if stream.is_uploading and now - stream.opened_at > self.limits.upload_timeout_s:
+                    self.fail(stream, MeshError(Code.DEADLINE, "The request took too long to arrive."))
+                    self.server.cancel(stream)
+        buffered_bytes = self.transport.get_write_buffer_size()
+        owed_bytes = self.h2.queued_body_size() + buffered_bytes
+        self._owe(owed_bytes)
+        seen = Seen(
+            is_greeted=self._is_greeted,
+            calls=len(self.streams),
+            last_stream_id=self._last_stream_id,
+            owed_bytes=owed_bytes,
+            left_bytes=self.sent_bytes - buffered_bytes,
+            read_at=self.last_read_at,
+        )
+        match self.watch.look(now, seen, is_crowded=self.server.is_crowded):
+            case Verdict.ABORT:
+                self.abort()
+            case Verdict.PING:
+                self._tell(lambda: self.h2.ping(_KEEPALIVE_PING))
+            case Verdict.NOTICE:
+                self._tell(self.h2.send_shutdown_notice)
+            case Verdict.GOODBYE:
+                self.say_goodbye()
+
+    def _owe(self, unsent_bytes: int) -> None:
+        """Note how much the peer has not read, and make room where all connections together hold too much."""
+        server = self.server
+        if not self.is_open:
+            unsent_bytes = 0
+        server.unsent_bytes += unsent_bytes - self.unsent_bytes
+        self.unsent_bytes = unsent_bytes
+        if server.unsent_bytes > self.limits.unsent_bytes_max:
+            server.evict()
+
+    def _tell(self, say: Callable[[], None]) -> None:
+        if self.is_open:
+            with suppress(NGH2Error):
+                say()
+            self.flush()
 
     async def notify(self, timeout_s: float) -> None:
         """Tell the peer to open no more calls, and wait until it has heard so."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 from ngh2 import NGH2Error
 
 from nearcast.errors import Code, MeshError
-from nearcast.transport.ngh2_framing import MessageReader, frame
+from nearcast.transport.ngh2_framing import Deflated, MessageReader, frame
 from nearcast.transport.ngh2_headers import RESPONSE, write_trailers
 from nearcast.transport.seam import Call, Metadata, StreamMethod, UnaryMethod
 
@@ -37,6 +37,7 @@ class ServerStream:
         "has_started_reply",
         "id",
         "inbox",
+        "inbox_bytes",
         "is_done",
         "opened_at",
         "reader",
@@ -68,6 +69,7 @@ class ServerStream:
         self.received_bytes = 0
         # Streaming calls only.
         self.inbox: deque[bytes] = deque()
+        self.inbox_bytes = 0
         self.unread_bytes = 0
         self.wake_reader: asyncio.Future[None] | None = None
         self.wake_writer: asyncio.Future[None] | None = None
@@ -78,6 +80,8 @@ class ServerStream:
         """Run the unary method and send what it returns or raises."""
         connection = self.connection
         try:
+            if isinstance(message, Deflated):
+                message = await self._inflate(message)
             reply = await cast("UnaryMethod", self.unary_method)(message, self.call)
         except MeshError as error:
             connection.fail(self, error)
@@ -143,7 +147,11 @@ class ServerStream:
         while True:
             while self.inbox:
                 message = self.inbox.popleft()
+                self.inbox_bytes -= len(message)
+                self._hold()
                 self.acknowledge()
+                if isinstance(message, Deflated):
+                    message = await self._inflate(message)
                 yield message
             if self.has_ended:
                 return
@@ -160,9 +168,14 @@ class ServerStream:
             MeshError: for a bad or too large message.
         """
         if self.reader is None:
-            self.reader = MessageReader(self.connection.limits.message_size_bytes_max, self.encoding)
+            self.reader = MessageReader(self.connection.limits.message_size_bytes_max, self.encoding, defers=True)
+        if not self.reader.is_partial:
+            self.opened_at = self.connection.last_read_at
         self.unread_bytes += len(data)
-        self.inbox.extend(self.reader.feed(data))
+        for message in self.reader.feed(data):
+            self.inbox.append(message)
+            self.inbox_bytes += len(message)
+        self._hold()
         if self.has_ended and self.reader.is_partial:
             raise MeshError(Code.INVALID_REQUEST, "The call ended in the middle of a message.")
         self.acknowledge()
@@ -175,6 +188,26 @@ class ServerStream:
             self.connection.acknowledge(self.unread_bytes, self.id)
             self.unread_bytes = 0
             self.connection.flush_soon()
+
+    @property
+    def is_uploading(self) -> bool:
+        """Whether the rest of a message is still to come; `opened_at` says since when."""
+        if self.unary_method is not None:
+            return not self.has_ended
+        return self.reader is not None and self.reader.is_partial
+
+    def _hold(self) -> None:
+        if self.reader is not None and not self.is_done:
+            self.connection.hold(self, self.inbox_bytes + self.reader.buffered_bytes)
+
+    async def _inflate(self, message: Deflated) -> bytes:
+        """Inflate in a thread, few at a time: a bomb of a few kilobytes would hold up the loop for long."""
+        connection = self.connection
+        async with connection.server.inflating:
+            data = await connection.loop.run_in_executor(None, message.inflate)
+        if not self.is_done:
+            connection.hold(self, self.received_bytes + len(data))
+        return data
 
     async def _writable(self) -> None:
         while not self.is_done and self.connection.is_congested(self):

@@ -5,7 +5,7 @@ A gRPC server maps method paths to `UnaryMethod` or `StreamMethod`; a channel ca
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -24,14 +24,17 @@ class Limits:
     Attributes:
         message_size_bytes_max: one message, also after decompression.
         metadata_size_bytes_max: all headers of one call, names and values and 32 bytes each as RFC 9113 counts.
-        receive_buffer_bytes_max: unfinished messages of all connections of a server together.
+        receive_buffer_bytes_max: requests of all connections of a server together that are on their way or not answered
+            yet, without those that came in one frame; one connection may hold as much as is still free.
+        unsent_bytes_max: replies of all connections of a server together that their peers have not read; beyond it the
+            connection that holds the most is dropped, a stalled one first.
         reply_queue_bytes_max: replies of one connection that its peer has not read; beyond it calls wait to be started.
         send_buffer_bytes_max: bytes handed to the socket's buffer.
         stream_messages_max: messages of one streaming call that wait for the method, and for the wire 256 KiB.
         upload_timeout_s: from a unary call's headers to the end of its message.
         stall_timeout_s: a peer that reads nothing of what waits for it is dropped after this.
         idle_timeout_s: a connection without calls is closed after this.
-        call_timeout_s_max: a channel's cap for calls without a deadline.
+        call_timeout_s_max: a channel's cap for unary calls without a deadline.
         keepalive_s: a peer that is expected to say something and says nothing for this long is sent a PING.
         keepalive_timeout_s: a peer that does not answer that PING within this is given up.
         connection_age_s: a server sends GOAWAY on a connection of about this age (10 % more or less, by chance, so that
@@ -45,6 +48,7 @@ class Limits:
     concurrent_streams_max: int = 256
     connections_max: int = 10_000
     receive_buffer_bytes_max: int = 1024 * 1024 * 1024
+    unsent_bytes_max: int = 1024 * 1024 * 1024
     reply_queue_bytes_max: int = 16 * 1024 * 1024
     send_buffer_bytes_max: int = 1024 * 1024
     stream_messages_max: int = 16
@@ -100,6 +104,26 @@ class Methods:
     stream: Mapping[str, StreamMethod] = field(default_factory=dict)
 
 
+class ReplyStream:
+    """A streaming call as its caller sees it: iterate over it once for the messages; then `trailers` are there.
+
+    Close it (`contextlib.aclosing`) to cancel what still goes on; so does cancelling the task that iterates.
+    """
+
+    __slots__ = ("_messages", "trailers")
+
+    def __init__(self, converse: Callable[[ReplyStream], AsyncGenerator[bytes, None]]) -> None:
+        self.trailers: Metadata = ()
+        self._messages = converse(self)
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._messages
+
+    async def aclose(self) -> None:
+        """End the call; nothing to do if it has ended."""
+        await self._messages.aclose()
+
+
 class Server(Protocol):
     """A listening gRPC server."""
 
@@ -131,6 +155,30 @@ class Channel(Protocol):
 
         Raises:
             CallError: the peer's status, or UNAVAILABLE (`sent` says whether the request may have run) or DEADLINE.
+        """
+        ...
+
+    def stream(
+        self,
+        method: str,
+        bodies: AsyncIterator[Sequence[bytes]],
+        *,
+        metadata: Metadata = (),
+        deadline: float | None = None,
+    ) -> ReplyStream:
+        """Call a streaming method of any kind; it starts when the first message is asked for.
+
+        Messages of `bodies` are taken as fast as the peer reads them, those of the peer let in as fast as they are
+        taken here. A call is never repeated: what it held would be lost.
+
+        Args:
+            method: full path.
+            bodies: what to send; its end closes our side. What it raises cancels the call and comes out of the stream.
+            metadata: sent once, at the start.
+            deadline: monotonic instant of the whole call; None = it may last as long as both sides live.
+
+        Raises:
+            CallError: out of the stream, as in `unary`; OVERLOADED if this channel has too many streams open.
         """
         ...
 
