@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from nearcast.cli.bundle_diff import diff
+from nearcast.cli.bundle_quantize import quantize
 from nearcast.cli.listing import json_option, print_json, print_table
 from nearcast.cli.operator_options import home_option
 
@@ -27,10 +28,11 @@ def tenant_keys_option(function: F) -> F:
 
 @click.group()
 def command() -> None:
-    """Create, verify, compare and inspect model bundles."""
+    """Create, verify, compare, quantise and inspect model bundles."""
 
 
 command.add_command(diff)
+command.add_command(quantize)
 
 
 @command.command()
