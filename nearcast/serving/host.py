@@ -14,7 +14,15 @@ from prometheus_client import CollectorRegistry
 
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import Code, MeshError
-from nearcast.handler import InferRequest, InferResponse, ModelMetadata, RequestContext, Served, TensorSpec
+from nearcast.handler import (
+    InferRequest,
+    InferResponse,
+    ModelMetadata,
+    RequestContext,
+    Served,
+    TensorSpec,
+    VersionCounts,
+)
 from nearcast.load import NodeReport, Tier, VersionReport
 from nearcast.serving.engines import PLATFORMS, Timed
 from nearcast.serving.limits import HostLimits
@@ -58,6 +66,7 @@ class ModelHost:
         self._role = role or ("cloud" if tier == "cloud" else "edge")
         self._limits = limits or HostLimits()
         self._registry = registry
+        self._clock = clock
         self._now = clock.monotonic
         self._residency = Residency(store, limits=self._limits, clock=clock, tenant_keys=tenant_keys)
         self._slots: Mapping[str, Slot] = self._residency.slots
@@ -113,15 +122,16 @@ class ModelHost:
             timed: Timed
             if version.stateful:
                 timed = await version.sequences.run(request, context, inputs)
+                statistics.ran(1, timed[1], timed[2])
             elif version.runs_inline(inputs):
                 timed = await version.run_inline(inputs, context.deadline)
             else:
                 timed = await version.submit(inputs, context.deadline)
         except MeshError as error:
-            statistics.fail(error.code)
+            statistics.fail(error.code, int((self._now() - arrived) * 1e6))
             raise
         except asyncio.CancelledError:
-            statistics.fail(Code.CANCELLED)
+            statistics.fail(Code.CANCELLED, int((self._now() - arrived) * 1e6))
             raise
         finally:
             self._in_flight -= 1
@@ -131,6 +141,7 @@ class ModelHost:
         queue_us = int((started - arrived) * 1e6)
         compute_us = int((ended - started) * 1e6)
         statistics.answer(queue_us, compute_us)
+        statistics.last = ended
         if slot.pair is not None and arrived >= self._shadow.due:
             self._shadow.take(slot.pair, version, inputs, outputs)
         if names:
@@ -192,6 +203,18 @@ class ModelHost:
             MeshError: MODEL_NOT_FOUND, naming the models that exist.
         """
         return self._require_slot(model).status(self._residency.statistics)
+
+    def counts(self, model: str = "", version: str = "") -> list[VersionCounts]:
+        """What the versions have done, those too that are no longer in memory; "" = every one."""
+        wall_offset_s = self._clock.wall() - self._now()
+        out = []
+        for (name, release), statistics in sorted(self._residency.statistics.items()):
+            if model in ("", name) and version in ("", str(release)):
+                slot = self._slots.get(name)
+                hot = slot.hot.get(release) if slot else None
+                held = hot.engine.memory_bytes if hot else 0
+                out.append(statistics.counts(name, str(release), wall_offset_s=wall_offset_s, memory_bytes=held))
+        return out
 
     def report(self) -> NodeReport:
         """What routers want to know about this node now. Cheap enough for several times a second."""

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from nearcast.errors import Code
+from nearcast.handler import VersionCounts
 
 _SUB_BITS = 3
 _SUB = 1 << _SUB_BITS
 _BUCKETS = 256
 """Enough for 2^33 µs, more than two hours."""
+RUN_SIZES_MAX = 256
+"""Sizes of runs that are counted apart, of one version."""
 
 
 def bucket_of(duration_us: int) -> int:
@@ -72,20 +75,29 @@ def slower_than(sparse: Mapping[str, int], limit_us: float) -> int:
 class Statistics:
     """One version since it was first loaded. `compute` is model time, `total` from arrival to answer, both in µs.
 
-    `compared` and `disagreed` count shadowed inputs, `shadows_dropped` those that the node had no time for.
+    `runs` counts what the engine ran by rows: how often, and microseconds in all. `last` is the monotonic instant of
+    the last answer. `compared` and `disagreed` count shadowed inputs, `shadows_dropped` those that the node had no time
+    for.
     """
 
     __slots__ = (
         "_snapshot",
         "batches",
+        "cache_hit_us",
+        "cache_hits",
+        "cache_miss_us",
+        "cache_misses",
         "codes",
         "compared",
         "compute",
         "compute_us",
         "disagreed",
+        "fail_us",
+        "last",
         "queue_us",
         "requests",
         "rows",
+        "runs",
         "shadows_dropped",
         "total",
         "total_us",
@@ -96,6 +108,13 @@ class Statistics:
         self.rows = 0
         self.codes: dict[Code, int] = {}
         self.batches: dict[str, int] = {}
+        self.runs: dict[int, list[int]] = {}
+        self.last = 0.0
+        self.fail_us = 0
+        self.cache_hits = 0
+        self.cache_hit_us = 0
+        self.cache_misses = 0
+        self.cache_miss_us = 0
         self.queue_us = 0
         self.compute_us = 0
         self.total_us = 0
@@ -116,15 +135,71 @@ class Statistics:
         self.compute[bucket_of(compute_us)] += 1
         self.total[bucket_of(total_us)] += 1
 
-    def fail(self, code: Code) -> None:
+    def fail(self, code: Code, elapsed_us: int = 0) -> None:
         """A request ended with an error."""
         self.requests += 1
+        self.fail_us += elapsed_us
         self.codes[code] = self.codes.get(code, 0) + 1
 
     def release(self, reason: str, rows: int) -> None:
         """A batch went to the engine."""
         self.batches[reason] = self.batches.get(reason, 0) + 1
         self.rows += rows
+
+    def ran(self, rows: int, started: float, ended: float) -> None:
+        """The engine ran once, for so many rows of however many requests, between two instants in seconds."""
+        run = self.runs.get(rows)
+        if run is None:
+            # One size beyond the bound counts as the largest: a client may send any number of rows.
+            run = self.runs.setdefault(rows if len(self.runs) < RUN_SIZES_MAX else max(self.runs), [0, 0])
+        run[0] += 1
+        run[1] += int((ended - started) * 1e6)
+
+    def hit(self, lookup_us: int) -> None:
+        """The response cache had the answer; `answer` is still to be called."""
+        self.cache_hits += 1
+        self.cache_hit_us += lookup_us
+
+    def miss(self, lookup_us: int) -> None:
+        """The response cache did not have the answer."""
+        self.cache_misses += 1
+        self.cache_miss_us += lookup_us
+
+    def counts(self, model: str, version: str, *, wall_offset_s: float, memory_bytes: int) -> VersionCounts:
+        """The same in the protocol's terms.
+
+        Args:
+            model: its name.
+            version: as on the wire.
+            wall_offset_s: wall time minus monotonic time, in seconds.
+            memory_bytes: what the version holds now.
+        """
+        answered, failed = self.answered, sum(self.codes.values())
+        return VersionCounts(
+            model=model,
+            version=version,
+            last_inference_ms=int((self.last + wall_offset_s) * 1e3) if self.last else 0,
+            rows=self.inferences,
+            runs=self.executions,
+            runs_by_rows={rows: (count, us * 1000) for rows, (count, us) in sorted(self.runs.items())},
+            success=(answered, self.total_us * 1000),
+            fail=(failed, self.fail_us * 1000),
+            queue=(answered, self.queue_us * 1000),
+            compute=(answered, self.compute_us * 1000),
+            cache_hit=(self.cache_hits, self.cache_hit_us * 1000),
+            cache_miss=(self.cache_misses, self.cache_miss_us * 1000),
+            memory_bytes=memory_bytes,
+        )
+
+    @property
+    def inferences(self) -> int:
+        """Rows that the engine answered."""
+        return sum(rows * run[0] for rows, run in self.runs.items())
+
+    @property
+    def executions(self) -> int:
+        """Runs of the engine."""
+        return sum(run[0] for run in self.runs.values())
 
     @property
     def errors(self) -> int:

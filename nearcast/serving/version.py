@@ -101,7 +101,10 @@ class HotVersion:
         turn = self._turn
         if turn is None or not turn.arrive():
             started = self._clock.monotonic()
-            return self.engine.run(inputs), started, self._clock.monotonic()
+            outputs = self.engine.run(inputs)
+            ended = self._clock.monotonic()
+            self.statistics.ran(self.signature.rows(inputs), started, ended)
+            return outputs, started, ended
         answer: asyncio.Future[Timed] = asyncio.get_running_loop().create_future()
         turn.join(self.signature.key(inputs), _Waiting(inputs, self.signature.rows(inputs), deadline, answer))
         return await answer
@@ -174,7 +177,9 @@ class HotVersion:
     def _run_turn(self, batch: list[_Waiting]) -> None:
         live = [waiting for waiting in batch if not waiting.answer.done()]
         self.statistics.release("turn", sum(waiting.rows for waiting in live))
-        for waiting, answer in zip(live, self._run_batch(live), strict=True):
+        answers = self._run_batch(live)
+        self._count(live, answers)
+        for waiting, answer in zip(live, answers, strict=True):
             _settle(waiting.answer, answer)
 
     def _obey(self, instructions: Sequence[Instruction]) -> None:
@@ -220,8 +225,19 @@ class HotVersion:
             answers = [MeshError(Code.INTERNAL, f"Model {self.title} failed; the log says why.") for _ in batch]
         else:
             answers = job.result()
+            self._count(batch, answers)
         for waiting, answer in zip(batch, answers, strict=True):
             _settle(waiting.answer, answer)
+
+    def _count(self, batch: list[_Waiting], answers: list[Timed | MeshError]) -> None:
+        """Count the runs: answers that began at the same instant come from the same one."""
+        runs: dict[float, tuple[int, float]] = {}
+        for waiting, answer in zip(batch, answers, strict=True):
+            if not isinstance(answer, MeshError):
+                _, started, ended = answer
+                runs[started] = (runs[started][0] + waiting.rows if started in runs else waiting.rows, ended)
+        for started, (rows, ended) in runs.items():
+            self.statistics.ran(rows, started, ended)
 
     def _run_batch(self, batch: list[_Waiting]) -> list[Timed | MeshError]:
         """In a thread, or for a crowded turn on the loop: each request gets its own answer or error."""
