@@ -1,4 +1,4 @@
-"""`nearcast models`: what lies in a store, and what a running node has in memory."""
+"""`nearcast models`: what lies in a store, what a running node has in memory, and what is publicly known."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import Any
 import click
 
 from nearcast.cli.listing import json_option, print_json, print_table, printable
+from nearcast.cli.models_fetch import fetch
 from nearcast.cli.models_tune import tune
 from nearcast.cli.repository_options import from_option, identity_options, open_source
 
 
 @click.group("models")
 def command() -> None:
-    """List the models of a store or of a running node."""
+    """List the models of a store or of a running node; fetch known public ones."""
 
 
+command.add_command(fetch)
 command.add_command(tune)
 
 @command.command("list", short_help="List models and their versions.")

@@ -23,7 +23,9 @@ _TAR_MAGIC, _TAR_AT = b"ustar", 257
 _ZIP_END, _ZIP_END_SIZE_BYTES, _ZIP_COMMENT_SIZE_BYTES_MAX = b"PK\x05\x06", 22, 0xFFFF
 PICKLE_SIZE_BYTES_MAX = 1024 * 1024
 PICKLE_OPCODES_MAX = 100_000
-_NAMES = {"GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID"}
+_SPELT = {"GLOBAL", "INST"}
+"""Opcodes that spell a name; in bytes that are no pickle, what stands there is none."""
+_NAMES = {"STACK_GLOBAL", "EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID"}
 _CALLS = {"REDUCE", "OBJ", "INST", "NEWOBJ", "NEWOBJ_EX", "BUILD"}
 
 
@@ -52,7 +54,7 @@ def _is_pickle(data: bytes) -> bool:
     names = False
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(head)):
-            if opcode.name == "GLOBAL":
+            if opcode.name in _SPELT:
                 names |= all(part.isidentifier() for part in str(argument).replace(".", " ").split())
             elif opcode.name in _NAMES:
                 names = True
