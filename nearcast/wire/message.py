@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from types import MappingProxyType
 from typing import Any
 
@@ -164,16 +165,22 @@ def encode_message(
     Raises:
         MeshError: INVALID_REQUEST if an array or a parameter cannot travel.
     """
-    gathered = [_names(model, version), encode_field(3, encode_text(id_)), encode_parameters(parameters)]
+    gathered = [_names(model, version)]
+    if id_:
+        gathered.append(encode_field(3, encode_text(id_)))
+    if parameters:
+        gathered.append(encode_parameters(parameters))
     raws = []
     for name, array in tensors.items():
         array = np.asarray(array)  # noqa: PLW2901 - engines may hand out numpy scalars
-        gathered.append(_tensor_header(name, datatype_of(array.dtype), array.shape))
-        raws.append(to_raw(array))
+        header, prefix = _tensor_fields(name, array.dtype, array.shape, raw_field)
+        raw = array.tobytes() if prefix else to_raw(array)
+        gathered.append(header)
+        raws.append((prefix or encode_prefix(raw_field, len(raw)), raw))
     gathered.append(sixth)
     pieces: list[bytes] = []
-    for raw in raws:
-        gathered.append(encode_prefix(raw_field, len(raw)))
+    for prefix, raw in raws:
+        gathered.append(prefix)
         if len(raw) < LIMITS.zero_copy_size_bytes_min:
             gathered.append(raw)
         else:
@@ -258,10 +265,15 @@ def _names(model: str, version: str) -> bytes:
 
 
 @lru_cache(maxsize=1024)
-def _tensor_header(name: str, datatype: str, shape: tuple[int, ...]) -> bytes:
+def _tensor_fields(name: str, dtype: np.dtype[Any], shape: tuple[int, ...], raw_field: int) -> tuple[bytes, bytes]:
+    """Field 5 of a tensor, and tag and length of its raw contents; b"" if its array is not sent byte by byte."""
+    datatype = datatype_of(dtype)
     packed = b"".join(encode_varint(size) for size in shape)
     inner = encode_field(1, encode_text(name)) + encode_field(2, datatype.encode()) + encode_field(3, packed)
-    return encode_prefix(5, len(inner)) + inner
+    is_plain = datatype != "BYTES" and dtype.byteorder != ">"
+    return encode_prefix(5, len(inner)) + inner, encode_prefix(
+        raw_field, dtype.itemsize * prod(shape)
+    ) if is_plain else b""
 
 
 def _parse(kind: Any, data: bytes, what: str) -> Any:
