@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import grpc
 from nearcast.errors import Code, MeshError
 from nearcast.identity import Identity
 from nearcast.transport.call_status import call_error
-from nearcast.transport.seam import DEFAULT_LIMITS, CallError, Limits, Metadata, Reply
+from nearcast.transport.seam import DEFAULT_LIMITS, CallError, Limits, Metadata, Reply, ReplyStream
 from nearcast.wire import status
 
 TLS_SERVER_NAME = "localhost"
@@ -58,14 +58,9 @@ class GrpcioChannel:
     async def unary(
         self, method: str, body: Sequence[bytes], *, metadata: Metadata = (), deadline: float | None = None
     ) -> Reply:
-        if self._is_closed:
-            raise CallError(Code.UNAVAILABLE, f"The channel to {self._address} is closed.")
         now = time.monotonic()
         deadline = now + self._limits.call_timeout_s_max if deadline is None else deadline
-        if deadline <= now:
-            raise CallError(Code.DEADLINE, "The deadline passed before the call could be sent.")
-        for name, value in metadata:
-            status.require_metadata_value(name, value)
+        self._require_sendable(metadata, deadline)
         message = b"".join(body)
         for attempt in range(_ATTEMPTS_MAX):
             call = self._callable(method)(message, timeout=deadline - time.monotonic(), metadata=tuple(metadata))
@@ -78,8 +73,49 @@ class GrpcioChannel:
                 pause_s = random.uniform(0, _REFUSED_PAUSE_S * 2**attempt)
                 await asyncio.sleep(min(pause_s, max(0.0, deadline - time.monotonic())))
             except grpc.aio.UsageError as error:
-                raise CallError(Code.UNAVAILABLE, f"The channel to {self._address} is closed.") from error
+                raise self._closed() from error
         raise AssertionError
+
+    def stream(
+        self,
+        method: str,
+        bodies: AsyncIterator[Sequence[bytes]],
+        *,
+        metadata: Metadata = (),
+        deadline: float | None = None,
+    ) -> ReplyStream:
+        problems: list[Exception] = []
+
+        async def messages() -> AsyncIterator[bytes]:
+            try:
+                async for body in bodies:
+                    yield b"".join(body)
+            except Exception as error:
+                problems.append(error)
+                raise
+
+        async def converse(replies: ReplyStream) -> AsyncGenerator[bytes, None]:
+            self._require_sendable(metadata, deadline)
+            timeout_s = None if deadline is None else deadline - time.monotonic()
+            begin: Any = self._channel.stream_stream(method)
+            call = begin(messages(), timeout=timeout_s, metadata=tuple(metadata))
+            try:
+                async for message in call:
+                    yield message
+                replies.trailers = _text_pairs(await call.trailing_metadata())
+            except grpc.aio.AioRpcError as error:
+                raise _error(error) from error
+            except asyncio.CancelledError:
+                # grpcio's word also for a call that ends because its messages failed or its channel was closed.
+                if problems:
+                    raise problems[0] from None
+                if self._is_closed and not _is_cancelled():
+                    raise self._closed(sent=True) from None
+                raise
+            finally:
+                call.cancel()
+
+        return ReplyStream(converse)
 
     def reconnect(self, credentials: grpc.ChannelCredentials) -> None:
         """Connect anew, with other credentials, at the next call; calls in flight end on the former connection."""
@@ -98,6 +134,17 @@ class GrpcioChannel:
             task.cancel()
         await asyncio.gather(*self._retired, return_exceptions=True)
 
+    def _require_sendable(self, metadata: Metadata, deadline: float | None) -> None:
+        if self._is_closed:
+            raise self._closed()
+        if deadline is not None and deadline <= time.monotonic():
+            raise CallError(Code.DEADLINE, "The deadline passed before the call could be sent.")
+        for name, value in metadata:
+            status.require_metadata_value(name, value)
+
+    def _closed(self, *, sent: bool = False) -> CallError:
+        return CallError(Code.UNAVAILABLE, f"The channel to {self._address} is closed.", sent=sent)
+
     def _make_channel(self, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
         limits = self._limits
         options: list[tuple[str, Any]] = [
@@ -107,6 +154,9 @@ class GrpcioChannel:
             ("grpc.min_reconnect_backoff_ms", int(limits.connect_timeout_s * 1000)),
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 2000),
+            ("grpc.keepalive_time_ms", int(limits.keepalive_s * 1000)),
+            ("grpc.keepalive_timeout_ms", int(limits.keepalive_timeout_s * 1000)),
+            ("grpc.http2.max_pings_without_data", 0),
             # Channels of one process that dial the same address would otherwise share a connection.
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.enable_http_proxy", 0),
@@ -130,6 +180,12 @@ async def _retire(channel: grpc.aio.Channel, grace_s: float) -> None:
         await channel.close(grace_s)
     finally:
         await channel.close()
+
+
+def _is_cancelled() -> bool:
+    """Whether it is the running task that was cancelled."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _error(error: grpc.aio.AioRpcError) -> CallError:

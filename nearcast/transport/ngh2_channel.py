@@ -6,18 +6,19 @@ import asyncio
 import random
 import ssl
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from ngh2 import NGH2Error
 
 from nearcast.errors import Code, MeshError
 from nearcast.identity import tls_error
-from nearcast.transport.ngh2_client import ClientCall, ClientConnection
+from nearcast.transport.ngh2_call import StreamCall, UnaryCall
+from nearcast.transport.ngh2_client import ClientConnection
 from nearcast.transport.ngh2_connection import require_alpn, split_address, wait_gone
 from nearcast.transport.ngh2_framing import frame
 from nearcast.transport.ngh2_headers import Fields, request_prefix, write_request
-from nearcast.transport.seam import DEFAULT_LIMITS, UNIX_PREFIX, CallError, Limits, Metadata, Reply
+from nearcast.transport.seam import DEFAULT_LIMITS, UNIX_PREFIX, CallError, Limits, Metadata, Reply, ReplyStream
 from nearcast.transport.tls_stream import TlsStream
 
 VerifyPeer: TypeAlias = Callable[[Mapping[str, Any]], object]
@@ -71,12 +72,14 @@ class Ngh2Channel:
             connection = self._connection
             if connection is None or not connection.is_usable:
                 connection = await self._connect(ends_at)
-            if not connection.has_slot:
-                await connection.wait_for_slot(ends_at)
+            if not connection.slots.is_free:
+                await connection.slots.wait(ends_at)
                 if not connection.is_usable:
                     continue
-            call = self._send(connection, method, body, metadata, deadline)
-            if call is None:
+            try:
+                call = self._send(connection, method, body, metadata, deadline)
+            except NGH2Error:
+                connection.retire()
                 continue
             try:
                 return await call.future
@@ -91,7 +94,27 @@ class Ngh2Channel:
                 if connection.is_usable:
                     pause_s = random.uniform(0, _REFUSED_PAUSE_S * 2**attempt)
                     await asyncio.sleep(min(pause_s, max(0.0, ends_at - time.monotonic())))
-        raise CallError(Code.UNAVAILABLE, f"{self.address} is going away; ask another node.", retry_after_ms=100)
+        raise self._going_away()
+
+    def stream(
+        self,
+        method: str,
+        bodies: AsyncIterator[Sequence[bytes]],
+        *,
+        metadata: Metadata = (),
+        deadline: float | None = None,
+    ) -> ReplyStream:
+        async def converse(replies: ReplyStream) -> AsyncGenerator[bytes, None]:
+            call = await self._open_stream(method, metadata, deadline)
+            try:
+                call.send(bodies)
+                async for message in call.messages():
+                    yield message
+                replies.trailers = call.trailers
+            finally:
+                await call.close()
+
+        return ReplyStream(converse)
 
     async def close(self) -> None:
         self._is_closed = True
@@ -113,25 +136,49 @@ class Ngh2Channel:
         body: Sequence[bytes],
         metadata: Metadata,
         deadline: float | None,
-    ) -> ClientCall | None:
-        """Queue a call; None if the connection has just begun to close."""
+    ) -> UnaryCall:
+        try:
+            fields = self._head(method, metadata, deadline)
+            pieces = frame(body)
+        except MeshError as error:
+            raise CallError(error.code, error.message) from error
+        return connection.send(fields, pieces, deadline)
+
+    async def _open_stream(self, method: str, metadata: Metadata, deadline: float | None) -> StreamCall:
+        now = time.monotonic()
+        ends_at = now + self.limits.call_timeout_s_max if deadline is None else deadline
+        if ends_at <= now:
+            raise CallError(Code.DEADLINE, "The deadline passed before the call could be sent.")
+        for _ in range(_CONNECTIONS_MAX):
+            connection = self._connection
+            if connection is None or not connection.is_usable:
+                connection = await self._connect(ends_at)
+            if not connection.slots.may_stream:
+                text = f"Too many streams to {self.address} are open on this channel; end one or ask another node."
+                raise CallError(Code.OVERLOADED, text, retry_after_ms=100)
+            await connection.slots.wait(ends_at)
+            if not connection.is_usable:
+                continue
+            try:
+                return connection.open(self._head(method, metadata, deadline), deadline)
+            except NGH2Error:
+                connection.retire()
+            except MeshError as error:
+                raise CallError(error.code, error.message) from error
+        raise self._going_away()
+
+    def _head(self, method: str, metadata: Metadata, deadline: float | None) -> Fields:
         prefix = self._prefixes.get(method)
         if prefix is None:
             if len(self._prefixes) >= _METHODS_MAX:
                 self._prefixes.clear()
             prefix = request_prefix(method, authority=self._authority, is_tls=self._tls is not None)
             self._prefixes[method] = prefix
-        try:
-            # Our own cap is nobody's deadline: it stays here.
-            fields = write_request(prefix, metadata, None if deadline is None else deadline - time.monotonic())
-            pieces = frame(body)
-        except MeshError as error:
-            raise CallError(error.code, error.message) from error
-        try:
-            return connection.send(fields, pieces, deadline)
-        except NGH2Error:
-            connection.retire()
-            return None
+        # Our own cap is nobody's deadline: it stays here.
+        return write_request(prefix, metadata, None if deadline is None else deadline - time.monotonic())
+
+    def _going_away(self) -> CallError:
+        return CallError(Code.UNAVAILABLE, f"{self.address} is going away; ask another node.", retry_after_ms=100)
 
     async def _connect(self, ends_at: float) -> ClientConnection:
         """The connection being made, or a new one; calls that wait for it share it."""

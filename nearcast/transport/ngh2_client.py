@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
@@ -23,13 +23,17 @@ from ngh2 import (
 
 from nearcast.errors import Code, MeshError
 from nearcast.transport.call_status import call_error
-from nearcast.transport.ngh2_connection import FRAME_SIZE_BYTES_MAX, STREAM_WINDOW_BYTES, Ngh2Connection
-from nearcast.transport.ngh2_framing import MessageReader, whole_message
+from nearcast.transport.ngh2_call import ClientCall, StreamCall, UnaryCall
+from nearcast.transport.ngh2_connection import (
+    FRAME_SIZE_BYTES_MAX,
+    PULL_SIZE_BYTES,
+    STREAM_WINDOW_BYTES,
+    Ngh2Connection,
+)
 from nearcast.transport.ngh2_headers import Fields, read_trailers, response_problem
-from nearcast.transport.seam import CallError, Limits, Reply
+from nearcast.transport.ngh2_slots import Slots
+from nearcast.transport.seam import CallError, Limits
 
-_STREAMS_BEFORE_SETTINGS = 100
-_PROBE_TIMEOUT_S = 2.0
 _CANCEL = 8
 # A union would be built anew for each event.
 _ENDED = (StreamReset, StreamClosed)
@@ -42,27 +46,6 @@ _FROM_RESET = {
     _ENHANCE_YOUR_CALM: Code.OVERLOADED,
     12: Code.FORBIDDEN,
 }
-
-
-class ClientCall:
-    """One call in flight."""
-
-    __slots__ = ("ends_at", "future", "id", "is_refused", "message", "reader", "started_at", "timer")
-
-    def __init__(self, stream_id: int, future: asyncio.Future[Reply], started_at: float, ends_at: float) -> None:
-        self.id = stream_id
-        self.future = future
-        self.started_at = started_at
-        self.ends_at = ends_at
-        self.timer: asyncio.TimerHandle | None = None
-        self.is_refused = False
-        self.message: bytes | None = None
-        self.reader: MessageReader | None = None
-
-    def fail(self, error: CallError) -> None:
-        """End the call with an error, unless it has ended."""
-        if not self.future.done():
-            self.future.set_exception(error)
 
 
 class ClientConnection(Ngh2Connection):
@@ -79,14 +62,15 @@ class ClientConnection(Ngh2Connection):
     __slots__ = (
         "_address",
         "_cap",
+        "_is_probing",
         "_is_retired",
+        "_keepalive",
         "_on_lost",
         "_on_retire",
-        "_probe",
-        "_slots",
-        "_waiters",
+        "_writers",
         "calls",
         "greeted",
+        "slots",
     )
 
     def __init__(
@@ -105,9 +89,11 @@ class ClientConnection(Ngh2Connection):
         self._on_retire = on_retire
         self._on_lost = on_lost
         self._is_retired = False
-        self._slots = _STREAMS_BEFORE_SETTINGS
-        self._waiters: deque[asyncio.Future[None]] = deque()
-        self._probe: asyncio.TimerHandle | None = None
+        self.slots = Slots(loop, address)
+        self._writers: dict[int, asyncio.Future[None]] = {}
+        # One timer at a time: until the peer may be asked for a sign of life, or until it must have given one.
+        self._keepalive: asyncio.TimerHandle | None = None
+        self._is_probing = False
         # Wakes for the oldest call without a deadline of its own; those share a cap, so one timer serves all.
         self._cap: asyncio.TimerHandle | None = None
 
@@ -119,36 +105,8 @@ class ClientConnection(Ngh2Connection):
         """Whether a new call may be sent."""
         return not self._closing and not self._is_retired
 
-    @property
-    def has_slot(self) -> bool:
-        """Whether the server's limit of concurrent streams allows one more; the library would queue it silently."""
-        return len(self.calls) < self._slots
-
-    async def wait_for_slot(self, ends_at: float) -> None:
-        """Wait, in order, until a call may be sent or the connection cannot be used any more.
-
-        Raises:
-            CallError: DEADLINE; the call was not sent.
-        """
-        while self.is_usable and not self.has_slot:
-            waiter = self.loop.create_future()
-            self._waiters.append(waiter)
-            try:
-                async with asyncio.timeout(max(0.0, ends_at - time.monotonic())):
-                    await waiter
-            except TimeoutError as error:
-                raise CallError(
-                    Code.DEADLINE, f"The deadline passed before {self._address} had a free stream."
-                ) from error
-            finally:
-                if not waiter.done() or waiter.cancelled():
-                    if waiter in self._waiters:
-                        self._waiters.remove(waiter)
-                elif not self.is_usable or self.has_slot:
-                    self._wake_waiter()
-
-    def send(self, fields: Fields, pieces: Sequence[bytes], deadline: float | None) -> ClientCall:
-        """Queue a call. Await its `future`, and `abandon` it if nobody waits any more.
+    def send(self, fields: Fields, pieces: Sequence[bytes], deadline: float | None) -> UnaryCall:
+        """Queue a unary call. Await its `future`, and `abandon` it if nobody waits any more.
 
         Args:
             fields: the call's header fields.
@@ -165,23 +123,39 @@ class ClientConnection(Ngh2Connection):
             h2.send_data(stream_id, piece, end_stream=index == last)
         now = time.monotonic()
         ends_at = now + self.limits.call_timeout_s_max if deadline is None else deadline
-        call = ClientCall(stream_id, self.loop.create_future(), self.last_read_at, ends_at)
-        self.calls[stream_id] = call
-        if deadline is not None:
-            call.timer = self.loop.call_later(max(0.0, ends_at - now), self._expire, call)
-        elif self._cap is None:
+        call = UnaryCall(self, stream_id, ends_at)
+        self._follow(call, now, deadline)
+        if deadline is None and self._cap is None:
             self._cap = self.loop.call_later(ends_at - now, self._expire_oldest)
+        return call
+
+    def open(self, fields: Fields, deadline: float | None) -> StreamCall:
+        """Queue the headers of a streaming call; `send` its messages, and `close` it in the end.
+
+        Raises:
+            NGH2Error: if the connection takes no more calls.
+        """
+        call = StreamCall(self, self.h2.send_request(fields), deadline)
+        self._follow(call, time.monotonic(), deadline)
+        return call
+
+    def _follow(self, call: ClientCall, now: float, deadline: float | None) -> None:
+        self.calls[call.id] = call
+        self.slots.take(streaming=isinstance(call, StreamCall))
+        if deadline is not None:
+            call.timer = self.loop.call_later(max(0.0, deadline - now), self._expire, call)
+        if self._keepalive is None:
+            self._keepalive = self.loop.call_later(self.limits.keepalive_s, self._keep_alive)
         if len(self.calls) == 1:
             # A lone call need not wait for others of this turn.
             self.flush()
         else:
             self.flush_soon()
-        return call
 
     def _expire_oldest(self) -> None:
         self._cap = None
         now = time.monotonic()
-        for call in [call for call in self.calls.values() if call.timer is None]:
+        for call in [call for call in self.calls.values() if call.timer is None and call.ends_at < math.inf]:
             if call.ends_at > now:
                 self._cap = self.loop.call_later(call.ends_at - now, self._expire_oldest)
                 return
@@ -190,23 +164,49 @@ class ClientConnection(Ngh2Connection):
     def _expire(self, call: ClientCall) -> None:
         call.fail(CallError(Code.DEADLINE, f"{self._address} did not answer before the deadline.", sent=True))
         self.abandon(call)
-        if self.last_read_at <= call.started_at and self._probe is None and self.is_open:
+        if self.last_read_at <= call.started_at and self.is_open:
             # Nothing was heard since the call began: the peer may be gone without a word.
-            read_at = self.last_read_at
-            with suppress(NGH2Error):
-                self.h2.ping(b"nc-alive")
-                self.flush_soon()
-            self._probe = self.loop.call_later(_PROBE_TIMEOUT_S, self._give_up, read_at)
+            self._probe()
 
-    def _give_up(self, read_at: float) -> None:
-        self._probe = None
+    # A peer that lost power sends no FIN. Whether it is there is asked only while calls wait for it.
+
+    def _keep_alive(self) -> None:
+        self._keepalive = None
+        quiet_s = self.loop.time() - self.last_read_at
+        if not self.calls or self._closing:
+            return
+        if quiet_s >= self.limits.keepalive_s:
+            self._probe()
+        else:
+            self._keepalive = self.loop.call_later(self.limits.keepalive_s - quiet_s, self._keep_alive)
+
+    def _probe(self) -> None:
+        """Ask for a sign of life, and give the connection up if there is none in time."""
+        if self._is_probing:
+            return
+        self._is_probing = True
+        if self._keepalive is not None:
+            self._keepalive.cancel()
+        with suppress(NGH2Error):
+            self.h2.ping(b"nc-alive")
+            self.flush_soon()
+        self._keepalive = self.loop.call_later(self.limits.keepalive_timeout_s, self._judge, self.last_read_at)
+
+    def _judge(self, read_at: float) -> None:
+        self._is_probing = False
         if self.last_read_at <= read_at:
             self.abort()
+        else:
+            self._keep_alive()
 
     def abandon(self, call: ClientCall) -> None:
         """Reset a call whose answer nobody waits for; harmless if it has ended."""
-        if self._forget(call.id) is not None and self.is_open:
-            self.reset(call.id, _CANCEL)
+        if self._forget(call.id) is not None:
+            self._cancel(call.id)
+
+    def _cancel(self, stream_id: int) -> None:
+        if self.is_open:
+            self.reset(stream_id, _CANCEL)
             self.flush_soon()
 
     def _forget(self, stream_id: int) -> ClientCall | None:
@@ -214,18 +214,26 @@ class ClientConnection(Ngh2Connection):
         if call is not None:
             if call.timer is not None:
                 call.timer.cancel()
-            if self._waiters:
-                self._wake_waiter()
+            self.slots.give_back(streaming=isinstance(call, StreamCall))
             if self._is_retired and not self.calls:
                 self.loop.call_soon(self.shut)
         return call
 
-    def _wake_waiter(self) -> None:
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                return
+    # Back-pressure of streaming calls: the peer's windows and the socket decide how much is taken from their callers.
+
+    async def wait_writable(self, stream_id: int) -> None:
+        """Wait until a streaming call may queue more. Its task is cancelled if the call ends meanwhile."""
+        while self.is_open and self.h2.queued_body_size(stream_id) >= PULL_SIZE_BYTES:
+            waker = self._writers[stream_id] = self.loop.create_future()
+            try:
+                await waker
+            finally:
+                del self._writers[stream_id]
+
+    def flushed(self) -> None:
+        for stream_id, waker in self._writers.items():
+            if not waker.done() and self.h2.queued_body_size(stream_id) < PULL_SIZE_BYTES:
+                waker.set_result(None)
 
     # Receiving.
 
@@ -247,9 +255,8 @@ class ClientConnection(Ngh2Connection):
     def _greet(self, settings: Mapping[int, int]) -> None:
         if 3 in settings or not self.greeted.done():
             # The server's number, but never more than we would serve ourselves.
-            self._slots = min(settings.get(3, self.limits.concurrent_streams_max), self.limits.concurrent_streams_max)
-            for _ in range(min(self._slots, len(self._waiters))):
-                self._wake_waiter()
+            total_max = self.limits.concurrent_streams_max
+            self.slots.allow(min(settings.get(3, total_max), total_max))
         if not self.greeted.done():
             self.greeted.set_result(None)
 
@@ -265,43 +272,31 @@ class ClientConnection(Ngh2Connection):
             self._conclude(event.stream_id, event.headers)
 
     def _receive(self, event: DataReceived) -> None:
-        data, stream_id = event.data, event.stream_id
-        if data:
-            self.acknowledge(len(data), stream_id)
-        call = self.calls.get(stream_id)
+        call = self.calls.get(event.stream_id)
         if call is None:
+            if event.data:
+                self.acknowledge(len(event.data), event.stream_id)
             return
         try:
-            if call.reader is None:
-                message = whole_message(data) if call.message is None else None
-                if message is not None and len(message) <= self.limits.message_size_bytes_max:
-                    call.message = message
-                    return
-                call.reader = MessageReader(self.limits.message_size_bytes_max)
-            for message in call.reader.feed(data):
-                if call.message is not None:
-                    raise MeshError(Code.INTERNAL, "The peer sent more than one message for a unary call.")
-                call.message = message
+            call.receive(event.data)
         except MeshError as error:
             call.fail(CallError(error.code, f"The answer cannot be read: {error.message}", sent=True))
             self.abandon(call)
 
     def _conclude(self, stream_id: int, fields: Fields) -> None:
         call = self._forget(stream_id)
-        if call is None or call.future.done():
+        if call is None:
             return
+        if not call.has_sent_all:
+            # The peer needs no more of it.
+            self._cancel(stream_id)
         number, message, trailers = read_trailers(fields)
         if number == 0:
-            if call.message is None:
-                error = CallError(Code.INTERNAL, "The peer answered OK without a message.", sent=True)
-                call.fail(error)
-            else:
-                call.future.set_result(Reply((call.message,), tuple(trailers)))
-            return
-        if number is None:
+            call.succeed(trailers)
+        elif number is None:
             call.fail(CallError(Code.INTERNAL, "The peer's answer has no gRPC status.", sent=True))
-            return
-        call.fail(call_error(number, message, trailers))
+        else:
+            call.fail(call_error(number, message, trailers))
 
     def _closed(self, stream_id: int, error_code: int) -> None:
         call = self._forget(stream_id)
@@ -326,8 +321,7 @@ class ClientConnection(Ngh2Connection):
         if not self._is_retired:
             self._is_retired = True
             self._on_retire(self)
-            while self._waiters:
-                self._wake_waiter()
+            self.slots.close()
             if not self.calls:
                 self.loop.call_soon(self.shut)
 
@@ -347,16 +341,15 @@ class ClientConnection(Ngh2Connection):
 
     def lost(self, error: BaseException | None) -> None:
         self._is_retired = True
-        for timer in (self._probe, self._cap, *(call.timer for call in self.calls.values())):
+        for timer in (self._keepalive, self._cap, *(call.timer for call in self.calls.values())):
             if timer is not None:
                 timer.cancel()
-        self._probe = self._cap = None
+        self._keepalive = self._cap = None
         if not self.greeted.done():
             self.greeted.set_exception(error or ConnectionResetError("the server closed the connection"))
             self.greeted.exception()
         for call in list(self.calls.values()):
             call.fail(CallError(Code.UNAVAILABLE, f"The connection to {self._address} was lost.", sent=True))
         self.calls.clear()
-        while self._waiters:
-            self._wake_waiter()
+        self.slots.close()
         self._on_lost(self)
