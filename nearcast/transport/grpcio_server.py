@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import grpc
@@ -93,6 +95,8 @@ class GrpcioServer:
             raise cannot_listen(self._address, OSError(errno.EADDRINUSE, str(error))) from error
         if not self._address.startswith(UNIX_PREFIX):
             self._address = join_address(split_address(self._address)[0], port)
+        else:
+            Path(self._address.removeprefix(UNIX_PREFIX)).chmod(0o600)
         self._server = server
         await server.start()
 
@@ -226,7 +230,7 @@ def _call(path: str, context: _Context) -> Call:
 
 
 def _peer(name: str) -> str:
-    """grpcio does not say who is at a Unix socket; its file lets this user in alone."""
+    """Whoever is at a Unix socket is this user: grpcio does not say who, but its file lets nobody else in."""
     kind, _, address = name.partition(":")
     return f"{UNIX_PREFIX}{os.geteuid()}" if kind == "unix" else address
 

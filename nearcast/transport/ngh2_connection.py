@@ -12,6 +12,7 @@ from ngh2 import Configuration, Connection, Event, NGH2Error, Role
 
 from nearcast.errors import Code, MeshError
 from nearcast.identity import peer_uri
+from nearcast.transport.peer import peer_name
 from nearcast.transport.seam import Limits
 
 PULL_SIZE_BYTES = 256 * 1024
@@ -89,7 +90,7 @@ class Ngh2Connection(asyncio.Protocol):
                 self.abort()
                 return
             self.identity = peer_uri(tls)
-        self.peer = _peer_name(transport)
+        self.peer = peer_name(transport)
         self.transport.set_write_buffer_limits(high=self.limits.send_buffer_bytes_max)
         self.h2.initiate_connection(self.settings())
         self.h2.set_local_window_size(CONNECTION_WINDOW_BYTES)
@@ -218,10 +219,3 @@ def require_alpn(tls: ssl.SSLContext) -> ssl.SSLContext:
     """Offer HTTP/2 only, whatever the maker of the context forgot."""
     tls.set_alpn_protocols(["h2"])
     return tls
-
-
-def _peer_name(transport: asyncio.BaseTransport) -> str:
-    name = transport.get_extra_info("peername")
-    if isinstance(name, tuple):
-        return join_address(str(name[0]), int(name[1]))
-    return "unix"
