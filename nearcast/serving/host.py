@@ -27,6 +27,7 @@ from nearcast.load import NodeReport, Tier, VersionReport
 from nearcast.serving.engines import PLATFORMS, Timed
 from nearcast.serving.limits import HostLimits
 from nearcast.serving.metrics import HostCollector
+from nearcast.serving.on_demand import OnDemand
 from nearcast.serving.residency import Residency, unknown_model
 from nearcast.serving.shadow import Shadow
 from nearcast.serving.slots import Slot, VersionStatus
@@ -69,6 +70,7 @@ class ModelHost:
         self._clock = clock
         self._now = clock.monotonic
         self._residency = Residency(store, limits=self._limits, clock=clock, tenant_keys=tenant_keys)
+        self._on_demand = OnDemand(self._residency, limits=self._limits, clock=clock)
         self._slots: Mapping[str, Slot] = self._residency.slots
         self._in_flight = 0
         self._started = False
@@ -107,6 +109,9 @@ class ModelHost:
         if slot is None:
             raise self._unknown(request.model)
         version = slot.choose(request, context)
+        if version is None:
+            version = await self._on_demand.fetch(slot, context.version or request.version, context.deadline)
+        version.used_at = arrived
         in_flight = self._in_flight
         self._in_flight = in_flight + 1
         version.in_flight += 1
@@ -169,7 +174,7 @@ class ModelHost:
 
     async def metadata(self, model: str, version: str) -> ModelMetadata:
         slot = self._require_slot(model)
-        manifest = slot.require(version).manifest
+        manifest = slot.manifest(version)
         properties = {
             "semver": manifest.semver,
             "stateful": manifest.stateful,
@@ -190,7 +195,7 @@ class ModelHost:
             return self._started and not self._closed
         slot = self._require_slot(model)
         found = slot.by_name.get(version) if version else slot.stable
-        return found is not None and not self._closed
+        return not self._closed and (found is not None or slot.on_demand(version) is not None)
 
     def models(self) -> tuple[str, ...]:
         """Names of the models that this host knows, sorted."""
@@ -229,6 +234,29 @@ class ModelHost:
             versions=tuple(versions),
         )
 
+    async def load(self, model: str) -> None:
+        """Have a model's stable release in memory and keep it there until `unload`.
+
+        Raises:
+            MeshError: MODEL_NOT_FOUND; OVERLOADED if memory does not suffice; UNAVAILABLE if it cannot be loaded.
+        """
+        slot = self._require_slot(model)
+        slot.pinned = True
+        await self._residency.follow(model)
+        if slot.stable is None:
+            slot.pinned = model in self._limits.pinned
+            raise slot.unavailable()
+
+    async def unload(self, model: str) -> None:
+        """Give a model's memory back once its requests are done; the next request or `load` brings it in again.
+
+        Raises:
+            MeshError: MODEL_NOT_FOUND.
+        """
+        slot = self._require_slot(model)
+        slot.pinned = False
+        self._residency.unload(slot)
+
     async def close(self) -> None:
         """Refuse new work, finish what is in flight within `drain_timeout_s`, unload everything."""
         if self._closed:
@@ -261,7 +289,21 @@ class ModelHost:
             yield VersionReport(model=slot.name, version=str(release), residency="loading", eta_ms=eta_ms)
         for release in slot.wanted():
             if release not in slot.hot and release not in slot.loading and release not in slot.failed:
-                yield VersionReport(model=slot.name, version=str(release), residency="cold")
+                yield self._report_cold(slot, release)
+
+    def _report_cold(self, slot: Slot, release: int) -> VersionReport:
+        """A request may bring it in, then `eta_ms` is how long that takes; 0 = it is not to be had here."""
+        manifest = slot.manifests.get(release)
+        if release not in slot.cold or manifest is None:
+            return VersionReport(model=slot.name, version=str(release), residency="cold")
+        return VersionReport(
+            model=slot.name,
+            version=str(release),
+            residency="cold",
+            eta_ms=(slot.load_s or self._residency.load_s) * 1000,
+            stateful=manifest.stateful,
+            quality=manifest.quality,
+        )
 
     def _require_slot(self, model: str) -> Slot:
         slot = self._slots.get(model)

@@ -11,13 +11,27 @@ class HostLimits:
     """Bounds of one model host.
 
     Attributes:
-        memory_bytes_max: estimated memory of all loaded versions; beyond it no mere fallback stays warm.
+        memory_bytes_max: estimated memory of all loaded versions; what does not fit is loaded when a request asks.
+        memory_protect_s: how long a version that came in may stay, and one that went must find free room; see `memory`.
+        pinned: models that are never sent away.
+        reloads_max: versions that may come back within a minute before there is an alarm.
+        load_wait_s_max: how long a request without a deadline waits for a cold model.
+        load_waiters_max: requests that wait for cold models.
         slots: model runs in threads at the same time, over all models.
         threads: threads of one engine run.
         inline_us_max: a version whose warmed p99 is at most this runs on the loop: a thread costs 50-100 µs a call, and
             inline the loop lags by the model's time.
-        queue_rows_max: rows that may wait for one version.
+        queue_rows_max: rows that may wait for one version; queue_bytes_max: bytes of their requests.
         batch_rows_max: rows of one engine run.
+        batch_window_us_max: longest that a request waits for company where runs in threads are joined; how long it does
+            is learnt from the load, and is 0 for a lone client. 0 = never.
+        priority_levels: of requests, 1 is the highest. A request of level 0, or beyond the lowest, has
+            `priority_default`.
+        priority_age_ms: a request of level p is overtaken only by what arrives within (p - 1) times this after it.
+        late_quantile: a request is refused at once if its deadline would be missed at this quantile of the measured
+            run times; 0 = it is run all the same.
+        cache_bytes_max: answers that are remembered for models whose manifest allows it, of all models together.
+        cache_request_bytes_max: a larger request is not looked up.
         loads_concurrent_max: versions that load at the same time.
         drain_timeout_s: how long a version that was replaced waits for its requests and sequences.
         sequences_max: open sequences of one version with hidden state.
@@ -30,11 +44,24 @@ class HostLimits:
     """
 
     memory_bytes_max: int = 1024 * 1024 * 1024
+    memory_protect_s: float = 10.0
+    pinned: frozenset[str] = frozenset()
+    reloads_max: int = 10
+    load_wait_s_max: float = 10.0
+    load_waiters_max: int = 256
     slots: int = max(1, min(16, os.cpu_count() or 1))
     threads: int = 1
     inline_us_max: float = 1000.0
     queue_rows_max: int = 256
+    queue_bytes_max: int = 64 * 1024 * 1024
     batch_rows_max: int = 32
+    batch_window_us_max: float = 1000.0
+    priority_levels: int = 3
+    priority_default: int = 2
+    priority_age_ms: float = 1000.0
+    late_quantile: float = 0.95
+    cache_bytes_max: int = 64 * 1024 * 1024
+    cache_request_bytes_max: int = 1024 * 1024
     loads_concurrent_max: int = 1
     drain_timeout_s: float = 30.0
     sequences_max: int = 256

@@ -1,25 +1,28 @@
-"""Which versions are in memory: load, flip, keep a fallback warm, drain, unload. Follows the store's pointers."""
+"""Which versions are in memory: load, flip, keep a fallback warm, drain, unload. Follows the store's pointers.
+
+`memory` decides who may come and who must go; here its instructions are carried out.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError
-from nearcast.serving.engines import estimate_memory_bytes
+from nearcast.serving.engines import LoadedModel, estimate_memory_bytes
+from nearcast.serving.heap import trim_heap
 from nearcast.serving.limits import HostLimits
-from nearcast.serving.loading import Loaded, load_version
+from nearcast.serving.loading import Loaded, load_version, yield_to_serving
+from nearcast.serving.memory import Alarm, Evict, Held, Key, Memory, Reason, Refuse
 from nearcast.serving.slots import Slot
 from nearcast.serving.statistics import Statistics
 from nearcast.serving.version import HotVersion
-from nearcast.store import Pointer, Store, is_model_name
+from nearcast.store import Manifest, Pointer, Store, is_model_name
 
 _LOG = logging.getLogger(__name__)
 _LOAD_GUESS_S = 0.2
@@ -32,6 +35,7 @@ class Residency:
         slots: by model name; readers may hold on to the mapping.
         statistics: by model and release; they outlive an unloaded version, up to `versions_max`.
         load_s: how long a load takes, from the loads so far.
+        memory: who came and went, and how often.
     """
 
     def __init__(self, store: Store, *, limits: HostLimits, clock: Clock, tenant_keys: Path | None = None) -> None:
@@ -42,9 +46,13 @@ class Residency:
         self.slots: dict[str, Slot] = {}
         self.statistics: dict[tuple[str, int], Statistics] = {}
         self.load_s = _LOAD_GUESS_S
+        self.memory = Memory(
+            bytes_max=limits.memory_bytes_max, protect_s=limits.memory_protect_s, reloads_max=limits.reloads_max
+        )
         self._executor = ThreadPoolExecutor(limits.slots, "nearcast-run")
-        self._loader = ThreadPoolExecutor(limits.loads_concurrent_max, "nearcast-load")
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._loader = ThreadPoolExecutor(limits.loads_concurrent_max, "nearcast-load", initializer=yield_to_serving)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._granted: dict[Key, int] = {}
         self._closed = False
 
     def in_flight(self) -> dict[tuple[str, int], int]:
@@ -54,7 +62,9 @@ class Residency:
     async def follow_all(self) -> None:
         """Follow every pointer; what is wrong with one model is logged and leaves the others alone."""
         names = sorted({*self._store.models(), *self.slots})
-        results = await asyncio.gather(*(self.follow(name) for name in names), return_exceptions=True)
+        # Pinned models come first: what no longer fits stays on disk until a request asks for it.
+        names.sort(key=lambda name: name not in self._limits.pinned)
+        results = await asyncio.gather(*(self.follow(name, "start") for name in names), return_exceptions=True)
         for name, result in zip(names, results, strict=True):
             if isinstance(result, MeshError):
                 if result.code is not Code.MODEL_NOT_FOUND:
@@ -62,7 +72,7 @@ class Residency:
             elif result is not None:
                 raise result
 
-    async def follow(self, model: str) -> None:
+    async def follow(self, model: str, reason: Reason = "deploy") -> None:
         """Follow one pointer.
 
         Raises:
@@ -71,7 +81,21 @@ class Residency:
         slot = self._point(model)
         if slot is not None:
             # Shielded: a caller that goes away must not leave a version half loaded.
-            await asyncio.shield(self._spawn(self._load_wanted(slot)))
+            await asyncio.shield(self.spawn(self._load_wanted(slot, reason)))
+
+    async def load(self, slot: Slot, release: int, reason: Reason) -> Refuse | None:
+        """Bring one version in, however long that takes; None once it is hot or has failed."""
+        async with slot.turn:
+            if self._closed or release in slot.hot or release in slot.failed:
+                return None
+            refusal = await self._load(slot, release, reason)
+            slot.route()
+            return refusal
+
+    def unload(self, slot: Slot) -> None:
+        """Take every version of a model out of memory; requests inside are finished first."""
+        for version in list(slot.hot.values()):
+            self._evict(slot, version)
 
     async def close(self) -> None:
         """Unload everything, after what is in flight or `drain_timeout_s`."""
@@ -85,6 +109,13 @@ class Residency:
             await asyncio.wait(self._tasks)
         self._executor.shutdown(wait=False, cancel_futures=True)
         self._loader.shutdown(wait=False, cancel_futures=True)
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run in the background; `close` waits for it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _point(self, model: str) -> Slot | None:
         """Read the pointer and flip to what is hot already; None if there is nothing to do."""
@@ -104,50 +135,63 @@ class Residency:
         if slot is None:
             if pointer == Pointer() and not self._store.releases(model):
                 raise unknown_model(model, self.slots)
-            slot = self.slots[model] = Slot(model)
+            slot = self.slots[model] = Slot(model, pinned=model in self._limits.pinned)
         slot.problem = ""
         slot.pointer = pointer
         slot.failed = {}
         slot.route()
+        self._read_manifests(slot)
         return slot
 
-    async def _load_wanted(self, slot: Slot) -> None:
+    def _read_manifests(self, slot: Slot) -> None:
+        known, slot.manifests = slot.manifests, {}
+        for release in {*slot.wanted(), *slot.hot}:
+            try:
+                slot.manifests[release] = known.get(release) or self._store.manifest(slot.name, release)
+            except MeshError as error:
+                _LOG.info("model %s release %d: %s", slot.name, release, error.message)
+
+    async def _load_wanted(self, slot: Slot, reason: Reason) -> None:
         async with slot.turn:
-            while not self._closed and (release := self._next(slot)) is not None:
-                await self._load(slot, release)
+            tried: set[int] = set()
+            while not self._closed and (release := self._next(slot, tried)) is not None:
+                tried.add(release)
+                is_fallback = release not in (slot.pointer.stable, slot.pointer.candidate)
+                await self._load(slot, release, "fallback" if is_fallback else reason)
                 slot.route()
             for version in slot.unused():
                 self._retire(slot, version)
+            slot.cold.intersection_update(slot.wanted())
 
-    def _next(self, slot: Slot) -> int | None:
-        """The most important release that is neither hot nor hopeless; the pointer may have changed meanwhile."""
-        for release in slot.wanted():
-            if release in slot.hot or release in slot.failed:
-                continue
-            is_fallback = release not in (slot.pointer.stable, slot.pointer.candidate)
-            if is_fallback and not self._fits(self._need_bytes(slot.name, release)):
-                continue
-            return release
-        return None
+    def _next(self, slot: Slot, tried: set[int]) -> int | None:
+        """The most important release that is not tried yet; the pointer may have changed meanwhile."""
+        done = {*tried, *slot.hot, *slot.failed}
+        return next((release for release in slot.wanted() if release not in done), None)
 
-    async def _load(self, slot: Slot, release: int) -> None:
-        slot.loading[release] = self._clock.monotonic()
+    async def _load(self, slot: Slot, release: int, reason: Reason) -> Refuse | None:
+        now = slot.loading[release] = self._clock.monotonic()
         try:
-            self._make_room(slot, release)
+            refusal = await self._make_room(slot, release, now, reason)
+            if refusal is not None:
+                slot.cold.add(release)
+                return refusal
+            self._granted[slot.name, release] = self._need_bytes(slot, release)
             loaded = await asyncio.get_running_loop().run_in_executor(
                 self._loader, load_version, self._store, slot.name, release, self._limits.threads, self._tenant_keys
             )
         except MeshError as error:
             slot.failed[release] = error.message
             _LOG.error("model %s release %d cannot be served: %s", slot.name, release, error.message)
-            return
+            return None
         except Exception as error:  # noqa: BLE001 - whatever a file makes an engine raise, others go on serving
             slot.failed[release] = f"Loading failed: {type(error).__name__}; the node's log says more."
             _LOG.exception("model %s release %d cannot be served", slot.name, release)
-            return
+            return None
         finally:
             del slot.loading[release]
+            self._granted.pop((slot.name, release), None)
         self._admit(slot, loaded)
+        return None
 
     def _admit(self, slot: Slot, loaded: Loaded) -> None:
         release = loaded.manifest.release
@@ -155,6 +199,9 @@ class Residency:
             loaded.engine.close()
             return
         self.load_s += 0.3 * (loaded.load_s - self.load_s)
+        slot.load_s = loaded.load_s
+        slot.cold.discard(release)
+        slot.manifests[release] = loaded.manifest
         slot.hot[release] = HotVersion(
             loaded,
             statistics=self._remember(slot.name, release),
@@ -162,6 +209,7 @@ class Residency:
             executor=self._executor,
             clock=self._clock,
         )
+        slot.since[release] = slot.hot[release].used_at = self._clock.monotonic()
         _LOG.info(
             "model %s release %d is hot after %.0f ms, p50 %.0f us, %s",
             slot.name,
@@ -180,46 +228,83 @@ class Residency:
                 del self.statistics[oldest]
         return statistics
 
-    def _need_bytes(self, model: str, release: int) -> int:
-        try:
-            return estimate_memory_bytes(self._store.manifest(model, release))
-        except MeshError:
-            return 0
+    def _held(self) -> Iterator[Held]:
+        """What takes memory now. A version that drains still takes it, one that loads does already."""
+        for slot in self.slots.values():
+            for release, version in slot.hot.items():
+                yield Held(
+                    key=(slot.name, release),
+                    size_bytes=version.engine.memory_bytes,
+                    used_at=version.used_at,
+                    since=slot.since[release],
+                    leases=version.in_flight + len(version.sequences) + slot.waiting.get(release, 0),
+                    pinned=slot.pinned and slot.needs(version),
+                    fallback=not slot.needs(version),
+                )
+            for version in slot.draining:
+                yield _busy((slot.name, version.release), version.engine.memory_bytes)
+        for key, size_bytes in self._granted.items():
+            yield _busy(key, size_bytes)
 
-    def _fits(self, need_bytes: int) -> bool:
-        used = sum(v.engine.memory_bytes for slot in self.slots.values() for v in (*slot.hot.values(), *slot.draining))
-        return used + need_bytes <= self._limits.memory_bytes_max
+    def _need_bytes(self, slot: Slot, release: int) -> int:
+        manifest: Manifest | None = slot.manifests.get(release)
+        return 0 if manifest is None else estimate_memory_bytes(manifest)
 
-    def _make_room(self, slot: Slot, release: int) -> None:
-        """Give up fallbacks of any model until the release fits.
+    async def _make_room(self, slot: Slot, release: int, now: float, reason: Reason) -> Refuse | None:
+        """Send away what `memory` says. A deployment waits a while for what is in use.
 
         Raises:
-            MeshError: OVERLOADED if it does not fit all the same.
+            MeshError: OVERLOADED if a deployed release does not fit.
         """
-        need_bytes = self._need_bytes(slot.name, release)
-        for other in self.slots.values():
-            for version in [v for v in other.hot.values() if not other.needs(v)]:
-                if self._fits(need_bytes):
-                    return
-                self._retire(other, version)
-        if not self._fits(need_bytes):
-            raise MeshError(
-                Code.OVERLOADED,
-                f"About {need_bytes >> 20} MiB more would exceed the {self._limits.memory_bytes_max >> 20} MiB "
-                "that models may use on this node.",
-            )
+        until = now + self._limits.drain_timeout_s
+        while True:
+            for instruction in self.memory.demand(
+                now, (slot.name, release), self._need_bytes(slot, release), tuple(self._held()), reason
+            ):
+                match instruction:
+                    case Evict((model, gone)):
+                        other = self.slots[model]
+                        self._evict(other, other.hot[gone])
+                    case Alarm(reloads):
+                        _LOG.warning("%d models came back within a minute: too little memory for them all", reloads)
+                    case Refuse(_, obstacle, retry_after_s) as refusal:
+                        if reason in ("deploy", "start") and obstacle == "too_large":
+                            raise self._short_of_memory(slot, release)
+                        if reason != "deploy" or retry_after_s is None:
+                            return refusal
+                        if now + retry_after_s > until:
+                            raise self._short_of_memory(slot, release)
+                        await asyncio.sleep(retry_after_s)
+                    case _:
+                        return None
+            now = self._clock.monotonic()
+
+    def _short_of_memory(self, slot: Slot, release: int) -> MeshError:
+        return MeshError(
+            Code.OVERLOADED,
+            f"About {self._need_bytes(slot, release) >> 20} MiB more would exceed the "
+            f"{self._limits.memory_bytes_max >> 20} MiB that models may use on this node.",
+        )
+
+    def _evict(self, slot: Slot, version: HotVersion) -> None:
+        _LOG.info("%s leaves the memory", version.title)
+        if slot.stable is version:
+            slot.stable = None
+        slot.cold.add(version.release)
+        self._retire(slot, version)
 
     def _retire(self, slot: Slot, version: HotVersion, *, keep_sequences: bool = True) -> None:
         """Take a version out of service; it goes once its requests, and for a while its sequences, are done."""
         del slot.hot[version.release]
+        slot.since.pop(version.release, None)
         slot.route()
         drained = version.drained(keep_sequences=keep_sequences)
         if drained.done():
             version.close()
-            self._spawn(self._trim())
+            self.spawn(self._free(version.engine))
             return
         slot.draining.add(version)
-        self._spawn(self._drain(slot, version, drained))
+        self.spawn(self._drain(slot, version, drained))
 
     async def _drain(self, slot: Slot, version: HotVersion, drained: asyncio.Future[None]) -> None:
         done, _ = await asyncio.wait([drained], timeout=self._limits.drain_timeout_s)
@@ -227,17 +312,11 @@ class Residency:
             _LOG.warning("%s was still in use after %.0f s", version.title, self._limits.drain_timeout_s)
         slot.draining.discard(version)
         version.close()
-        await self._trim()
+        await self._free(version.engine)
 
-    async def _trim(self) -> None:
-        """Give freed memory back to the system; off the loop, because it walks the whole heap."""
-        await asyncio.get_running_loop().run_in_executor(self._loader, _trim_heap)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+    async def _free(self, engine: LoadedModel) -> None:
+        """Give the memory back to the system. Off the loop: weights and heap are large. Before the next load begins."""
+        await asyncio.get_running_loop().run_in_executor(self._loader, _free, engine)
 
 
 def unknown_model(model: str, known: Iterable[str]) -> MeshError:
@@ -246,13 +325,10 @@ def unknown_model(model: str, known: Iterable[str]) -> MeshError:
     return MeshError(Code.MODEL_NOT_FOUND, f"Model {model[:64]!r} is not on this node; it has: {names}.")
 
 
-def _trim_heap() -> None:
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
+def _busy(key: Key, size_bytes: int) -> Held:
+    return Held(key=key, size_bytes=size_bytes, used_at=0.0, since=0.0, leases=1)
 
 
-@cache
-def _malloc_trim() -> Any:
-    """The C library's `malloc_trim`; None where it has none (musl)."""
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+def _free(engine: LoadedModel) -> None:
+    engine.close()
+    trim_heap()

@@ -13,7 +13,7 @@ from nearcast.handler import InferRequest, RequestContext
 from nearcast.serving.shadow import Pair
 from nearcast.serving.statistics import Statistics, quantile_us
 from nearcast.serving.version import HotVersion
-from nearcast.store import Pointer
+from nearcast.store import Manifest, Pointer
 
 State: TypeAlias = Literal["hot", "loading", "failed", "cold"]
 """`cold`: on disk, and not loaded because memory is short or nothing asked for it."""
@@ -44,7 +44,16 @@ class VersionStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """The mutable state of one model. Only the host changes it, on the loop, and only by whole assignments."""
+    """The mutable state of one model. Only the host changes it, on the loop.
+
+    Attributes:
+        since: when each hot version became so, in monotonic seconds.
+        cold: releases that wait for a request before they are loaded: memory was short.
+        waiting: requests for each release that is not hot yet.
+        manifests: of what is wanted or hot.
+        load_s: how long the last load took; 0 = none yet.
+        pinned: what serves this model is never sent away.
+    """
 
     name: str
     pointer: Pointer = field(default_factory=Pointer)
@@ -52,7 +61,13 @@ class Slot:
     by_name: dict[str, HotVersion] = field(default_factory=dict)
     hot: dict[int, HotVersion] = field(default_factory=dict)
     draining: set[HotVersion] = field(default_factory=set)
+    since: dict[int, float] = field(default_factory=dict)
     loading: dict[int, float] = field(default_factory=dict)
+    cold: set[int] = field(default_factory=set)
+    waiting: dict[int, int] = field(default_factory=dict)
+    manifests: dict[int, Manifest] = field(default_factory=dict)
+    load_s: float = 0.0
+    pinned: bool = False
     failed: dict[int, str] = field(default_factory=dict)
     problem: str = ""
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -94,32 +109,34 @@ class Slot:
         """Whether a version answers requests by the pointer, and is no mere fallback."""
         return version is self.stable or version.release in (self.pointer.stable, self.pointer.candidate)
 
-    def choose(self, request: InferRequest, context: RequestContext) -> HotVersion:
-        """The version that answers a request.
-
-        Raises:
-            MeshError: VERSION_MISMATCH if the version asked for is not hot, UNAVAILABLE if none is.
-        """
+    def choose(self, request: InferRequest, context: RequestContext) -> HotVersion | None:
+        """The hot version that answers a request; None if the one asked for is not hot."""
         wanted = context.version or request.version
         version = self.by_name.get(wanted) if wanted else self.stable
         if (version is None or version.stateful) and not request.version:
             version = self._keeping_sequence(request, context, version)
-        if version is not None:
-            return version
-        if wanted:
-            raise self.mismatch(wanted)
-        raise self.unavailable()
+        return version
 
-    def require(self, version: str) -> HotVersion:
-        """The hot version of that name; "" = stable.
+    def on_demand(self, version: str) -> int | None:
+        """The release of that name ("" = stable) if it is cold and a request may bring it in."""
+        releases = {str(release): release for release in self.wanted()}
+        semvers = {self.manifests[release].semver: release for release in self.wanted() if release in self.manifests}
+        release = (semvers | releases).get(version) if version else self.pointer.stable
+        return release if release in self.cold else None
+
+    def manifest(self, version: str) -> Manifest:
+        """The manifest of a version that answers, or would once it is loaded; "" = stable.
 
         Raises:
             MeshError: VERSION_MISMATCH or UNAVAILABLE.
         """
         found = self.by_name.get(version) if version else self.stable
-        if found is None:
+        if found is not None:
+            return found.manifest
+        release = self.on_demand(version)
+        if release is None or release not in self.manifests:
             raise self.mismatch(version) if version else self.unavailable()
-        return found
+        return self.manifests[release]
 
     def mismatch(self, wanted: str) -> MeshError:
         """The error for a version that is not hot here."""
@@ -158,7 +175,7 @@ class Slot:
             release=release,
             state=state,
             error=self.failed.get(release, "") if state == "failed" else "",
-            semver=version.manifest.semver if version else "",
+            semver=self.manifests[release].semver if release in self.manifests else "",
             requests=counted.requests,
             errors=counted.errors,
             p50_us=round(quantile_us(counted.compute, 0.5), 1),

@@ -38,6 +38,7 @@ class HotVersion:
 
     Attributes:
         in_flight: requests that have arrived and are not answered.
+        used_at: when the last one arrived, in monotonic seconds.
         inline: small requests run on the loop.
     """
 
@@ -54,6 +55,7 @@ class HotVersion:
         self.signature = Signature(loaded.manifest)
         self.stateful = loaded.manifest.stateful == "hidden"
         self.in_flight = 0
+        self.used_at = 0.0
         warm_up = loaded.warm_up
         self.inline = warm_up.runs > 0 and warm_up.busy_p99_us <= limits.inline_us_max
         self.sequences = Sequences(
@@ -157,7 +159,7 @@ class HotVersion:
             self._idle.set_result(None)
 
     def close(self) -> None:
-        """Unload. What still waits is refused; the engine's memory goes once the threads inside it are done."""
+        """Refuse what still waits. The engine is its owner's to close, off the loop."""
         self.is_closed = True
         if self._timer is not None:
             self._timer.cancel()
@@ -166,7 +168,6 @@ class HotVersion:
             _settle(self._waiting.pop(request_id).answer, _unloaded(self.title))
         for waiting in self._turn.take_all() if self._turn is not None else ():
             _settle(waiting.answer, _unloaded(self.title))
-        self.engine.close()
 
     def _make_turn(self) -> Turn[_Waiting] | None:
         """So many rows that a run stays within what the loop may lag, by the batch-1 time; None if that is one."""
