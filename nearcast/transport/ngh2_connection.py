@@ -30,6 +30,7 @@ class Ngh2Connection(asyncio.Protocol):
     __slots__ = (
         "_closing",
         "_flush_pending",
+        "_is_reading",
         "_paused",
         "gone",
         "h2",
@@ -61,6 +62,7 @@ class Ngh2Connection(asyncio.Protocol):
         self.gone: asyncio.Future[None] = loop.create_future()
         self._paused = False
         self._flush_pending = False
+        self._is_reading = False
         self._closing = False
 
     # What subclasses do.
@@ -107,9 +109,13 @@ class Ngh2Connection(asyncio.Protocol):
             # The peer broke the protocol. What is queued cannot be fetched any more.
             self.abort()
             return
-        self.handle_events(h2.events())
-        # Most of what arrives is answered later, by whoever it woke.
-        if h2.want_write or not h2.want_read:
+        self._is_reading = True
+        try:
+            self.handle_events(h2.events())
+        finally:
+            self._is_reading = False
+        # Much of what arrives is answered later, by whoever it woke.
+        if self._flush_pending or h2.want_write or not h2.want_read:
             self.flush()
 
     def pause_writing(self) -> None:
@@ -134,7 +140,9 @@ class Ngh2Connection(asyncio.Protocol):
         """Flush after everything that is ready to run in this turn of the loop: one write for many answers."""
         if not self._flush_pending:
             self._flush_pending = True
-            self.loop.call_soon(self.flush)
+            # Whoever reads flushes at the end.
+            if not self._is_reading:
+                self.loop.call_soon(self.flush)
 
     def flush(self) -> None:
         """Hand over what the library wants to send, as long as the socket takes it."""

@@ -25,6 +25,7 @@ from ngh2 import (
 )
 
 from nearcast.errors import Code, MeshError
+from nearcast.transport import eager
 from nearcast.transport.ngh2_connection import (
     FRAME_SIZE_BYTES_MAX,
     PULL_SIZE_BYTES,
@@ -99,6 +100,8 @@ class ServerConnection(Ngh2Connection):
         "_is_greeted",
         "_last_stream_id",
         "_notice_heard",
+        "_ready",
+        "_timed",
         "_waiting",
         "receiving_bytes",
         "server",
@@ -115,6 +118,9 @@ class ServerConnection(Ngh2Connection):
         self.writers: set[ServerStream] = set()
         # Calls whose start waits until the peer has read earlier replies.
         self._waiting: dict[int, ServerStream] = {}
+        # Of the bytes that are being read: complete calls, and calls with a deadline.
+        self._ready: list[ServerStream] = []
+        self._timed: list[ServerStream] = []
         # Answered calls whose request still comes in: reset once the answer is out, or it would be swallowed.
         self._half_closed: set[int] = set()
         self._is_greeted = False
@@ -176,6 +182,23 @@ class ServerConnection(Ngh2Connection):
                     self.drop(stream)
             else:
                 self._handle_rare(event)
+        # Only now, so that nothing runs for a call that was reset in the same breath.
+        if self._ready:
+            ready, self._ready = self._ready, []
+            for stream in ready:
+                if not stream.is_done:
+                    self._start(stream)
+        # Only now, because most calls are over by now.
+        if self._timed:
+            self._set_timers()
+
+    def _set_timers(self) -> None:
+        now = time.monotonic()
+        for stream in self._timed:
+            if not stream.is_done:
+                left_s = cast("float", stream.call.deadline) - now
+                stream.deadline_timer = self.loop.call_later(max(0.0, left_s), self._expire, stream)
+        self._timed.clear()
 
     def _handle_rare(self, event: Event) -> None:
         if isinstance(event, SettingsReceived):
@@ -212,7 +235,7 @@ class ServerConnection(Ngh2Connection):
             return
         self.streams[stream_id] = stream
         if head.timeout_s is not None:
-            stream.deadline_timer = self.loop.call_later(head.timeout_s, self._expire, stream)
+            self._timed.append(stream)
         if stream.stream_method is not None:
             stream.task = self.loop.create_task(stream.converse())
         elif event.end_stream:
@@ -249,7 +272,7 @@ class ServerConnection(Ngh2Connection):
             self.server.cancel(stream)
             return
         if is_end and not stream.is_done:
-            self._start(stream)
+            self._ready.append(stream)
 
     def _assemble(self, stream: ServerStream, data: bytes) -> None:
         if stream.reader is None:
@@ -287,7 +310,7 @@ class ServerConnection(Ngh2Connection):
             return
         message = cast("bytes", stream.whole)
         stream.whole = None
-        stream.task = self.loop.create_task(stream.answer(message))
+        stream.task = eager.start(stream.answer(message), self.loop)
 
     # Answering.
 
