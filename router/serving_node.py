@@ -20,6 +20,7 @@ from nearcast.load import Tier
 from nearcast.runtime import Shutdown, announce, run_in_daemon
 from nearcast.serving import ModelHost
 from nearcast.serving.control import ControlSocket
+from nearcast.serving.limits import HostLimits
 from nearcast.store import Store
 from nearcast.telemetry import Telemetry, TelemetryConfig, get_logger
 from nearcast.transport.grpc import make_server
@@ -98,6 +99,20 @@ class AgentSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     upload_bytes_per_s_max: Annotated[float, msgspec.Meta(ge=0)] = 0
 
 
+class MemorySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What models may take of this node's memory; what does not fit is loaded when a request asks for it.
+
+    Attributes:
+        bytes_max: of all versions in memory together, by estimate.
+        protect_s: how long a version that came in for a request may stay.
+        pinned: models that are never sent away.
+    """
+
+    bytes_max: Annotated[int, msgspec.Meta(gt=0)] = 1024**3
+    protect_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0
+    pinned: tuple[str, ...] = ()
+
+
 class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One node that holds models.
 
@@ -114,6 +129,7 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     tenant_keys: str = ""
     listen: ListenConfig = ListenConfig()
     agent: AgentSettings = AgentSettings()
+    memory: MemorySettings = MemorySettings()
     policy: PolicyConfig = PolicyConfig()
     probe: ProbeConfig = ProbeConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
@@ -194,6 +210,11 @@ class ServingNode:
             role=role,
             registry=registry,
             tenant_keys=Path(config.tenant_keys) if config.tenant_keys else None,
+            limits=HostLimits(
+                memory_bytes_max=config.memory.bytes_max,
+                memory_protect_s=config.memory.protect_s,
+                pinned=frozenset(config.memory.pinned),
+            ),
         )
         seed = config.seed or random.SystemRandom().getrandbits(48)
         self.router = Router(

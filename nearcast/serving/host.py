@@ -26,6 +26,7 @@ from nearcast.handler import (
 from nearcast.load import NodeReport, Tier, VersionReport
 from nearcast.serving.engines import PLATFORMS, Timed
 from nearcast.serving.limits import HostLimits
+from nearcast.serving.memory_metrics import MemoryCollector
 from nearcast.serving.metrics import HostCollector
 from nearcast.serving.on_demand import OnDemand
 from nearcast.serving.residency import Residency, unknown_model
@@ -77,9 +78,13 @@ class ModelHost:
         self._closed = False
         self._arrived = 0.0
         self._shadow = Shadow(self._limits, self._quiet, self._now)
-        self._collector = HostCollector(self._residency.statistics, self._residency.in_flight)
+        self._collectors = (
+            HostCollector(self._residency.statistics, self._residency.in_flight),
+            MemoryCollector(self._residency),
+        )
         if registry is not None:
-            registry.register(self._collector)
+            for collector in self._collectors:
+                registry.register(collector)
 
     async def start(self) -> None:
         """Load every model of the store. A model that cannot be loaded is reported, not raised."""
@@ -265,7 +270,8 @@ class ModelHost:
         await self._shadow.close()
         await self._residency.close()
         if self._registry is not None:
-            self._registry.unregister(self._collector)
+            for collector in self._collectors:
+                self._registry.unregister(collector)
 
     def _quiet(self) -> bool:
         return not self._in_flight and self._now() - self._arrived >= self._limits.shadow_quiet_s

@@ -7,7 +7,7 @@ who was sent away, and when, is remembered here.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -93,7 +93,7 @@ class Memory:
     """
 
     def __init__(self, *, bytes_max: int, protect_s: float, reloads_max: int) -> None:
-        self._bytes_max = bytes_max
+        self.bytes_max = bytes_max
         self._protect_s = protect_s
         self._reloads_max = reloads_max
         self._evicted: dict[Key, float] = {}
@@ -106,7 +106,7 @@ class Memory:
         self, now: float, key: Key, size_bytes: int, held: Sequence[Held], reason: Reason
     ) -> tuple[Instruction, ...]:
         """What to do for a version that is wanted and not in memory: evictions and a `Load`, or one `Refuse`."""
-        excess = sum(each.size_bytes for each in held) + size_bytes - self._bytes_max
+        excess = sum(each.size_bytes for each in held) + size_bytes - self.bytes_max
         leaving: list[Held] = []
         if excess > 0:
             movable = [each for each in held if self._movable(now, key, each, reason)]
@@ -118,11 +118,6 @@ class Memory:
             self._remember(now, each.key)
         instructions += [Load(key), *self._count_load(now, key)]
         return tuple(instructions)
-
-    def forget(self, keys: Iterable[Key]) -> None:
-        """These are no longer wanted by anybody, or by somebody with a better right: their coming back is no reload."""
-        for key in keys:
-            self._evicted.pop(key, None)
 
     def _movable(self, now: float, key: Key, each: Held, reason: Reason) -> bool:
         if each.leases or each.pinned:
@@ -148,7 +143,7 @@ class Memory:
     def _refuse(self, now: float, key: Key, size_bytes: int, held: Sequence[Held], reason: Reason) -> Refuse:
         pinned_bytes = sum(each.size_bytes for each in held if each.pinned)
         refusal = Refuse(key, "in_use", IN_USE_RETRY_S)
-        if size_bytes + pinned_bytes > self._bytes_max:
+        if size_bytes + pinned_bytes > self.bytes_max:
             refusal = Refuse(key, "too_large", None)
         elif reason in ("start", "fallback"):
             refusal = Refuse(key, "full", self._protect_s)

@@ -59,6 +59,10 @@ class Residency:
         """Requests inside of each hot version."""
         return {(s.name, release): v.in_flight for s in self.slots.values() for release, v in s.hot.items()}
 
+    def held_bytes(self) -> int:
+        """Estimate of what all versions take now."""
+        return sum(each.size_bytes for each in self._held())
+
     async def follow_all(self) -> None:
         """Follow every pointer; what is wrong with one model is logged and leaves the others alone."""
         names = sorted({*self._store.models(), *self.slots})

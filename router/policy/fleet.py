@@ -97,8 +97,9 @@ class Fleet:
                     index = models[version.model] = ModelIndex()
                 index.versions.setdefault(version.version, []).append(version)
         for index in models.values():
-            hot = [v for versions in index.versions.values() for v in versions if v.residency == "hot"]
-            index.newest = max(hot, key=lambda v: (v.number, v.version)).version if hot else ""
+            held = [v for versions in index.versions.values() for v in versions]
+            usable = [v for v in held if v.residency == "hot"] or [v for v in held if v.load_s]
+            index.newest = max(usable, key=lambda v: (v.number, v.version)).version if usable else ""
         self.models = models
 
     def refresh(self, now: float, elapsed_s: float) -> None:

@@ -79,12 +79,12 @@ class Policy:
         return index.newest if index is not None else ""
 
     def holders(self, model: str, version: str = "") -> tuple[str, ...]:
-        """Names of the targets that hold a version hot ("" = any version)."""
+        """Names of the targets that hold a version hot or load it on demand ("" = any version)."""
         index = self._fleet.models.get(model)
         if index is None:
             return ()
         lists = index.versions.values() if not version else [index.versions.get(version, [])]
-        return tuple(v.target.name for versions in lists for v in versions if v.residency == "hot")
+        return tuple(v.target.name for versions in lists for v in versions if v.residency == "hot" or v.load_s)
 
     # Targets come, go and speak --------------------------------------------------------------------------------------
 

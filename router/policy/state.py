@@ -112,8 +112,8 @@ class VersionState:
     """One version of a model on one target."""
 
     __slots__ = (
-        "base50", "base95", "breaker", "cost", "drain_s", "error", "model", "number", "p50_claim_s", "p95_claim_s",
-        "plain", "ready_at", "residency", "sampled_at", "settled_at", "stateful", "target", "unserved_until",
+        "base50", "base95", "breaker", "cost", "drain_s", "error", "load_s", "model", "number", "p50_claim_s",
+        "p95_claim_s", "plain", "ready_at", "residency", "sampled_at", "settled_at", "stateful", "target", "unserved_until",
         "version", "window",
     )  # fmt: skip
 
@@ -125,6 +125,7 @@ class VersionState:
         self.number = int(version) if version.isdecimal() else 0
         self.residency = "hot"
         self.ready_at = 0.0
+        self.load_s = 0.0
         self.unserved_until = 0.0
         self.stateful = False
         self.p50_claim_s = 0.0
@@ -140,7 +141,10 @@ class VersionState:
     def claim(self, now: float, report: VersionReport) -> None:
         """Take what the target says; values are bounded, whatever it says."""
         self.residency = report.residency
-        self.ready_at = now + min(max(report.eta_ms, 0.0) / 1e3, _CLAIM_MAX_S)
+        eta_s = min(max(report.eta_ms, 0.0) / 1e3, _CLAIM_MAX_S)
+        self.ready_at = now + eta_s
+        # A cold version that says how long it takes is loaded by the first request, whenever that comes.
+        self.load_s = eta_s if report.residency == "cold" else 0.0
         self.stateful = report.stateful == "hidden"
         self.p50_claim_s = min(max(report.service_p50_us, 0.0) / 1e6, _CLAIM_MAX_S)
         self.p95_claim_s = min(max(report.service_p95_us, 0.0) / 1e6, _CLAIM_MAX_S)
@@ -214,11 +218,12 @@ class VersionState:
             return "pushed_back", target.pushed_back_until - now
         if now < self.unserved_until:
             return "not_resident", self.unserved_until - now
-        if self.residency != "hot" and self.ready_at <= now:
+        delay_s = 0.0 if self.residency == "hot" else self.load_s or max(0.0, self.ready_at - now)
+        if self.residency != "hot" and not delay_s:
             return "not_resident", 0.0
         if not self.breaker.admits(now):
             return "breaker_open", max(0.0, self.breaker.until - now)
-        return "", (self.ready_at - now if self.residency != "hot" else 0.0)
+        return "", delay_s
 
 
 def make_breaker(config: PolicyConfig, *, failures_max: int) -> Breaker:

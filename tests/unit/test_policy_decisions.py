@@ -167,9 +167,14 @@ def test_a_cold_version_is_no_candidate_and_a_loading_one_costs_its_eta() -> Non
     send = policy.decide(0.0, facts(remaining_s=1.0), explain=True)
     assert sent(send).terms[0].t50_ms > 100.0
     assert refused(policy.decide(0.0, facts(remaining_s=0.05)))
+    asleep = VersionReport(model="digits", version="1", residency="cold", eta_ms=50.0, service_p50_us=1000.0)
+    policy.on_report(1.0, "near", NodeReport(node="near", role="edge", versions=(asleep,)))
+    for now in (1.0, 60.0):
+        assert sent(policy.decide(now, facts(remaining_s=0.2))), "what loads on demand does so whenever a request comes"
+        assert refused(policy.decide(now, facts(remaining_s=0.03))), "and not faster than it says"
     cold = VersionReport(model="digits", version="1", residency="cold")
-    policy.on_report(0.0, "near", NodeReport(node="near", role="edge", versions=(cold,)))
-    assert refused(policy.decide(0.0, facts())).code is Code.UNAVAILABLE
+    policy.on_report(60.0, "near", NodeReport(node="near", role="edge", versions=(cold,)))
+    assert refused(policy.decide(60.0, facts())).code is Code.UNAVAILABLE
 
 
 class TestHedge:
