@@ -54,6 +54,8 @@ def read_context(
         MeshError: INVALID_REQUEST for values out of bounds; UNAUTHENTICATED or FORBIDDEN if a mesh listener's peer is
             no mesh node.
     """
+    if not (metadata or parameters or trusted):
+        return RequestContext(deadline=deadline, principal=identity)
     key = metadata.get(status.IDEMPOTENCY_KEY, "")
     if len(key) > LIMITS.idempotency_key_chars_max:
         most = LIMITS.idempotency_key_chars_max

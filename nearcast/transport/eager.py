@@ -39,11 +39,9 @@ def start(coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop)
 class _Beginning:
     """The current task while there is none yet: who keeps it (a timeout, a hedge) means the later task."""
 
-    __slots__ = ("_cancelling", "_task")
-
-    def __init__(self) -> None:
-        self._task: asyncio.Task[None] | None = None
-        self._cancelling = 0
+    # On the class, because one is made for each call and hardly any is ever asked.
+    _task: asyncio.Task[None] | None = None
+    _cancelling = 0
 
     def become(self, task: asyncio.Task[None]) -> None:
         self._task = task

@@ -111,7 +111,7 @@ def write_request(prefix: Fields, metadata: Metadata, timeout_s: float | None) -
     """
     fields = list(prefix)
     for name, value in metadata:
-        field = _wire_field(name, value)
+        field, _ = _wire_field((name, value))
         if field is None:
             status.require_metadata_value(name, value)
             raise MeshError(Code.INVALID_REQUEST, f"{name!r} cannot be used as a metadata name.")
@@ -200,14 +200,16 @@ def response_problem(fields: Fields) -> CallError | None:
 
 
 def _append_custom(fields: list[tuple[bytes, bytes]], trailers: Metadata, size_bytes_max: int) -> None:
-    size_bytes = sum(len(name) + len(value) + FIELD_OVERHEAD_BYTES for name, value in fields)
-    for name, value in trailers:
-        size_bytes += len(name) + len(value) + FIELD_OVERHEAD_BYTES
-        field = _wire_field(name, value)
-        if field is not None and size_bytes <= size_bytes_max:
+    left_bytes = size_bytes_max
+    for name, value in fields:
+        left_bytes -= len(name) + len(value) + FIELD_OVERHEAD_BYTES
+    for text in trailers:
+        field, size_bytes = _wire_field(text)
+        left_bytes -= size_bytes
+        if field is not None and left_bytes >= 0:
             fields.append(field)
         else:
-            _log.warning("left out the trailer %s: it cannot travel or the trailers are too large", name[:64])
+            _log.warning("left out the trailer %s: it cannot travel or the trailers are too large", text[0][:64])
 
 
 @lru_cache(maxsize=512)
@@ -217,20 +219,21 @@ def _wire_name(name: str) -> bytes | None:
     return name.encode() if is_custom and name.encode() not in _PROTOCOL_NAMES else None
 
 
-def _encode_field(name: str, value: str) -> tuple[bytes, bytes] | None:
-    """Custom metadata as it travels; None if it may not."""
+def _encode_field(text: tuple[str, str]) -> tuple[tuple[bytes, bytes] | None, int]:
+    """Custom metadata as it travels, None if it may not; and what it adds to the size of a header list."""
+    name, value = text
     wire_name = _wire_name(name)
     # The library would send a line feed as it is, and the peer would answer by resetting the call.
     is_clean = value.isascii() and (value.isprintable() or not value)
-    return (wire_name, value.encode()) if wire_name is not None and is_clean else None
+    field = (wire_name, value.encode()) if wire_name is not None and is_clean else None
+    return field, len(name) + len(value) + FIELD_OVERHEAD_BYTES
 
 
-_encode_field_once = lru_cache(maxsize=1024)(_encode_field)
+_encode_field_once = lru_cache(maxsize=4096)(_encode_field)
 
 
-def _wire_field(name: str, value: str) -> tuple[bytes, bytes] | None:
-    is_short = len(value) <= CACHED_FIELD_SIZE_BYTES_MAX
-    return _encode_field_once(name, value) if is_short else _encode_field(name, value)
+def _wire_field(text: tuple[str, str]) -> tuple[tuple[bytes, bytes] | None, int]:
+    return _encode_field_once(text) if len(text[1]) <= CACHED_FIELD_SIZE_BYTES_MAX else _encode_field(text)
 
 
 def _decode_field(name: bytes, value: bytes) -> tuple[str, str] | None:
