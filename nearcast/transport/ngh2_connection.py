@@ -17,9 +17,9 @@ from nearcast.transport.seam import Limits
 
 PULL_SIZE_BYTES = 256 * 1024
 """Bytes taken from the library at once; also what one streaming call may queue before its method waits."""
-CONNECTION_WINDOW_BYTES = 1 << 24
 STREAM_WINDOW_BYTES = 1 << 20
 FRAME_SIZE_BYTES_MAX = 1 << 20
+_WINDOW_BYTES_MAX = 2**31 - 1
 # The library kills the whole connection at its limit, so its limit lies above the one that refuses a single call.
 _HEADER_LIMIT_FACTOR = 4
 
@@ -95,7 +95,8 @@ class Ngh2Connection(asyncio.Protocol):
         self.peer = peer_name(transport)
         self.transport.set_write_buffer_limits(high=self.limits.send_buffer_bytes_max)
         self.h2.initiate_connection(self.settings())
-        self.h2.set_local_window_size(CONNECTION_WINDOW_BYTES)
+        # Room for all streams: those that nobody reads must not keep the others waiting.
+        self.h2.set_local_window_size(min(_WINDOW_BYTES_MAX, STREAM_WINDOW_BYTES * self.limits.concurrent_streams_max))
         self.flush()
 
     def data_received(self, data: bytes) -> None:
