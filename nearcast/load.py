@@ -20,7 +20,7 @@ class VersionReport:
     """One version on one node.
 
     `service_p50_us`/`service_p95_us` are batch-1 model times in microseconds, measured at warm-up and then live;
-    `eta_ms` is the time until a loading version is hot; of a cold one, how long a request for it waits while it is loaded
+    `eta_ms` is the time until a loading version is hot; of a cold one, how long a request that brings it in waits
     (0 = it is not to be had); `quality` in [0, 1] comes from the signed manifest.
     """
 

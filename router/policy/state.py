@@ -113,8 +113,8 @@ class VersionState:
 
     __slots__ = (
         "base50", "base95", "breaker", "cost", "drain_s", "error", "load_s", "model", "number", "p50_claim_s",
-        "p95_claim_s", "plain", "ready_at", "residency", "sampled_at", "settled_at", "stateful", "target", "unserved_until",
-        "version", "window",
+        "p95_claim_s", "plain", "ready_at", "residency", "sampled_at", "settled_at", "stateful", "target",
+        "unserved_until", "version", "window",
     )  # fmt: skip
 
     def __init__(self, target: TargetState, model: str, version: str) -> None:
