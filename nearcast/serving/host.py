@@ -24,6 +24,7 @@ from nearcast.handler import (
     VersionCounts,
 )
 from nearcast.load import NodeReport, Tier, VersionReport
+from nearcast.serving.cache import ResponseCache
 from nearcast.serving.engines import PLATFORMS, Timed
 from nearcast.serving.limits import HostLimits
 from nearcast.serving.memory_metrics import MemoryCollector
@@ -73,6 +74,7 @@ class ModelHost:
         self._residency = Residency(store, limits=self._limits, clock=clock, tenant_keys=tenant_keys)
         self._on_demand = OnDemand(self._residency, limits=self._limits, clock=clock)
         self._slots: Mapping[str, Slot] = self._residency.slots
+        self._cache = ResponseCache(self._limits.cache_bytes_max, clock)
         self._in_flight = 0
         self._started = False
         self._closed = False
@@ -130,13 +132,25 @@ class ModelHost:
             if names:
                 version.signature.require_outputs(names)
             timed: Timed
-            if version.stateful:
+            if version.cache_salt and request.size_bytes <= self._limits.cache_request_bytes_max:
+                timed = await self._cache.answer(
+                    version.cache_salt,
+                    inputs,
+                    context,
+                    statistics,
+                    lambda: (
+                        version.run_inline(inputs, context.deadline)
+                        if version.runs_inline(inputs)
+                        else version.submit(inputs, context, request.size_bytes)
+                    ),
+                )
+            elif version.stateful:
                 timed = await version.sequences.run(request, context, inputs)
                 statistics.ran(1, timed[1], timed[2])
             elif version.runs_inline(inputs):
                 timed = await version.run_inline(inputs, context.deadline)
             else:
-                timed = await version.submit(inputs, context.deadline)
+                timed = await version.submit(inputs, context, request.size_bytes)
         except MeshError as error:
             statistics.fail(error.code, int((self._now() - arrived) * 1e6))
             raise

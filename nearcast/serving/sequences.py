@@ -6,13 +6,13 @@ The protocol is Triton's sequence extension: parameters `sequence_id`, `sequence
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
 
 from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError
 from nearcast.handler import InferRequest, RequestContext, Tensors
+from nearcast.serving.dispatch import Dispatch
 from nearcast.serving.engines import LoadedModel, Runner, Timed
 from nearcast.serving.limits import HostLimits
 
@@ -37,11 +37,11 @@ class Sequences:
         self,
         title: str,
         engine: LoadedModel,
+        dispatch: Dispatch,
         *,
         limits: HostLimits,
         inline_run: bool,
         inline_start: bool,
-        executor: Executor,
         clock: Clock,
     ) -> None:
         self._title = title
@@ -51,7 +51,7 @@ class Sequences:
         self._pending_max = limits.queue_rows_max
         self._inline_run = inline_run
         self._inline_start = inline_start
-        self._executor = executor
+        self._dispatch = dispatch
         self._clock = clock
         self._pending = 0
         self._open: dict[SequenceKey, Sequence] = {}
@@ -91,8 +91,7 @@ class Sequences:
                 Code.OVERLOADED, f"Model {self._title} has {self._pending} requests waiting.", retry_after_ms=1
             )
         sequence = self.enter(self._clock.monotonic(), key, start=start)
-        entered = False
-        job: asyncio.Future[Timed] | None = None
+        entered = is_handed_on = False
         try:
             await self._wait_turn(sequence, context)
             entered = True
@@ -101,14 +100,18 @@ class Sequences:
                 raise self.not_started(key)
             if self._inline_start if start else self._inline_run:
                 return self._step(sequence, inputs, start=start, end=end)
-            step = partial(self._step, sequence, inputs, start=start, end=end)
-            job = asyncio.get_running_loop().run_in_executor(self._executor, step)
+            is_handed_on = True
         finally:
-            if job is None:
+            if not is_handed_on:
                 self._leave_turn(key, sequence, entered=entered)
         # The thread may outlive the client's interest; the next request must not enter before it is done.
-        job.add_done_callback(lambda _: self._leave_turn(key, sequence, entered=True))
-        return await asyncio.shield(job)
+        return await self._dispatch.submit(
+            inputs,
+            context,
+            size_bytes=request.size_bytes,
+            step=partial(self._step, sequence, inputs, start=start, end=end),
+            left=partial(self._leave_turn, key, sequence, entered=True),
+        )
 
     async def _wait_turn(self, sequence: Sequence, context: RequestContext) -> None:
         if not sequence.turn.locked():

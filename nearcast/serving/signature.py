@@ -103,6 +103,13 @@ class Signature:
                 )
         return 1 if rows == -1 else rows
 
+    def late_quantile(self, quantile: float) -> float:
+        """The quantile of run times at which work counts as late.
+
+        Where shapes differ so do the times: then only what even a quick run could not save is late.
+        """
+        return 1.0 - quantile if quantile and self._keyed else quantile
+
     def key(self, inputs: Tensors) -> Hashable:
         """What must be equal for two requests to be joined: the free axes other than the batch axis."""
         if not self._keyed:

@@ -76,8 +76,8 @@ class Statistics:
     """One version since it was first loaded. `compute` is model time, `total` from arrival to answer, both in µs.
 
     `runs` counts what the engine ran by rows: how often, and microseconds in all. `last` is the monotonic instant of
-    the last answer. `compared` and `disagreed` count shadowed inputs, `shadows_dropped` those that the node had no time
-    for.
+    the last answer. `refusals` counts by reason what the queue turned away. `compared` and `disagreed` count
+    shadowed inputs, `shadows_dropped` those that the node had no time for.
     """
 
     __slots__ = (
@@ -95,6 +95,7 @@ class Statistics:
         "fail_us",
         "last",
         "queue_us",
+        "refusals",
         "requests",
         "rows",
         "runs",
@@ -108,6 +109,7 @@ class Statistics:
         self.rows = 0
         self.codes: dict[Code, int] = {}
         self.batches: dict[str, int] = {}
+        self.refusals: dict[str, int] = {}
         self.runs: dict[int, list[int]] = {}
         self.last = 0.0
         self.fail_us = 0
@@ -145,6 +147,10 @@ class Statistics:
         """A batch went to the engine."""
         self.batches[reason] = self.batches.get(reason, 0) + 1
         self.rows += rows
+
+    def refuse(self, why: str) -> None:
+        """The queue turned a request away."""
+        self.refusals[why] = self.refusals.get(why, 0) + 1
 
     def ran(self, rows: int, started: float, ended: float) -> None:
         """The engine ran once, for so many rows of however many requests, between two instants in seconds."""

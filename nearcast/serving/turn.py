@@ -18,13 +18,13 @@ class Turn(Generic[W]):
     Args:
         run: runs a batch, in the order given, and settles its answers. Blocks the loop, so `rows_max` bounds it.
         rows_of: rows of a waiting request.
-        rows_max: rows of one run; what is over runs in the next turn, so that the loop breathes in between.
+        rows_max: rows of one run, which may change; what is over runs in the next turn: the loop breathes in between.
     """
 
     def __init__(self, run: Callable[[list[W]], None], rows_of: Callable[[W], int], *, rows_max: int) -> None:
         self._run = run
         self._rows_of = rows_of
-        self._rows_max = rows_max
+        self.rows_max = rows_max
         self._arrived = 0
         self._crowded = False
         self._armed = False
@@ -73,6 +73,6 @@ class Turn(Generic[W]):
         rows = 0
         for index, waiting in enumerate(group):
             rows += self._rows_of(waiting)
-            if rows > self._rows_max and index:
+            if rows > self.rows_max and index:
                 return group[:index], group[index:]
         return group, []

@@ -88,6 +88,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         release: monotone counter per model; in decimal it is the `model_version` of the wire.
         engine: which engine runs it. `model_file` names the file that it opens.
         stateful: none, explicit (state is a tensor) or hidden (one interpreter per sequence).
+        response_cache: equal inputs give equal outputs, so that nodes may remember them; only with `stateful` none.
         quality: what the model's author measured, in [0, 1]; compared only between versions of one model.
         quality_tolerance: how much quality a variant made of this version, such as an int8 one, may lose.
         latency_budget_ms: a golden run slower than this fails the gate.
@@ -109,6 +110,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     stateful: Literal["none", "explicit", "hidden"] = "none"
+    response_cache: bool = False
     variant: str = "default"
     quality: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
     quality_tolerance: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.01

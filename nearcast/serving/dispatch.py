@@ -1,0 +1,260 @@
+"""The queue of one version in front of its engine: the batcher's shell, with the futures, the timer and the threads."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from nearcast.clock import Clock
+from nearcast.errors import Code, MeshError
+from nearcast.handler import RequestContext, Tensors
+from nearcast.serving.batching import Batcher, BatchingConfig, Expire, Instruction, Refuse, Run
+from nearcast.serving.engines import LoadedModel, Timed
+from nearcast.serving.joining import join, split
+from nearcast.serving.signature import Signature
+from nearcast.serving.statistics import Statistics
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """A request until it is over. `step` runs instead of the engine; `left` is called once nothing of it can run."""
+
+    inputs: Tensors
+    rows: int
+    deadline: float | None
+    answer: asyncio.Future[Timed]
+    step: Callable[[], Timed] | None = None
+    left: Callable[[], None] | None = None
+
+
+class Dispatch:
+    """Requests in, answers out; runs in threads what the batcher releases. Lives on one loop.
+
+    An answer's deadline is kept here and not by the thread: whoever waits is told in time even if the engine is stuck.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        engine: LoadedModel,
+        signature: Signature,
+        config: BatchingConfig,
+        *,
+        statistics: Statistics,
+        executor: Executor,
+        clock: Clock,
+    ) -> None:
+        self.batcher = Batcher(config)
+        self._title = title
+        self._engine = engine
+        self._signature = signature
+        self._statistics = statistics
+        self._executor = executor
+        self._clock = clock
+        self._ids = itertools.count()
+        self._open: dict[int, Waiting] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+
+    async def submit(
+        self,
+        inputs: Tensors,
+        context: RequestContext,
+        *,
+        rows: int = 1,
+        key: Hashable = (),
+        size_bytes: int = 0,
+        step: Callable[[], Timed] | None = None,
+        left: Callable[[], None] | None = None,
+    ) -> Timed:
+        """Run in a thread, alone or in a batch, once an engine is free.
+
+        Raises:
+            MeshError: OVERLOADED if the queue is full or the deadline cannot be kept, DEADLINE if it passed, or what
+                the model raised.
+        """
+        request_id = next(self._ids)
+        answer: asyncio.Future[Timed] = asyncio.get_running_loop().create_future()
+        self._open[request_id] = Waiting(inputs, rows, context.deadline, answer, step, left)
+        self._obey(
+            self.batcher.add(
+                self._clock.monotonic(),
+                request_id,
+                rows,
+                key=key,
+                deadline=context.deadline,
+                priority=context.priority,
+                size_bytes=size_bytes,
+            )
+        )
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            if self.batcher.cancel(request_id):
+                self._end(request_id)
+            raise
+
+    def close(self) -> None:
+        """Refuse what still waits; what runs is answered once it is done."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for request_id in list(self._open):
+            if self.batcher.cancel(request_id):
+                settle(self._end(request_id).answer, unloaded(self._title))
+
+    def _end(self, request_id: int) -> Waiting:
+        waiting = self._open.pop(request_id)
+        if waiting.left is not None:
+            waiting.left()
+        return waiting
+
+    def _obey(self, instructions: Sequence[Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case Run(ids, rows, reason):
+                    self._statistics.release(reason, rows)
+                    self._start(ids)
+                case Refuse(request_id, why, _):
+                    self._statistics.refuse(why)
+                    settle(self._end(request_id).answer, self._refusal(instruction))
+                case Expire(ids):
+                    for request_id in ids:
+                        self._expire(request_id)
+        self._arm()
+
+    def _expire(self, request_id: int) -> None:
+        waiting = self._open[request_id]
+        if self.batcher.is_running(request_id):
+            settle(waiting.answer, _too_slow())
+        else:
+            settle(self._end(request_id).answer, expired())
+
+    def _arm(self) -> None:
+        wake = self.batcher.next_wake()
+        if wake is None or (self._timer is not None and self._timer_at <= wake):
+            # A timer that rings too early arms the next one; cancelling one for each request would fill the loop.
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = wake
+        delay_s = max(0.0, wake - self._clock.monotonic())
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._wake)
+
+    def _wake(self) -> None:
+        self._timer = None
+        self._obey(self.batcher.tick(self._clock.monotonic()))
+
+    def _start(self, ids: tuple[int, ...]) -> None:
+        batch = [self._open[request_id] for request_id in ids]
+        job = asyncio.get_running_loop().run_in_executor(self._executor, self.run_batch, batch)
+        job.add_done_callback(lambda done: self._finish(ids, batch, done))
+
+    def _finish(self, ids: tuple[int, ...], batch: list[Waiting], job: asyncio.Future[list[Timed | MeshError]]) -> None:
+        answers: list[Timed | MeshError]
+        if job.cancelled():
+            answers = [unloaded(self._title) for _ in batch]
+        elif (error := job.exception()) is not None:
+            _LOG.error("%s failed", self._title, exc_info=error)
+            answers = [MeshError(Code.INTERNAL, f"Model {self._title} failed; the log says why.") for _ in batch]
+        else:
+            answers = job.result()
+            self.count(batch, answers)
+        for request_id in ids:
+            self._end(request_id)
+        # First the engine gets new work, then the clients their answers.
+        ran = not any(isinstance(answer, MeshError) for answer in answers)
+        self._obey(self.batcher.finish(self._clock.monotonic(), ids[0], ran=ran))
+        for waiting, answer in zip(batch, answers, strict=True):
+            settle(waiting.answer, answer)
+
+    def count(self, batch: Sequence[Waiting], answers: Sequence[Timed | MeshError]) -> None:
+        """Count the runs: answers that began at the same instant come from the same one."""
+        runs: dict[float, tuple[int, float]] = {}
+        for waiting, answer in zip(batch, answers, strict=True):
+            if not isinstance(answer, MeshError) and waiting.step is None:
+                _, started, ended = answer
+                runs[started] = (runs[started][0] + waiting.rows if started in runs else waiting.rows, ended)
+        for started, (rows, ended) in runs.items():
+            self._statistics.ran(rows, started, ended)
+
+    def run_batch(self, batch: list[Waiting]) -> list[Timed | MeshError]:
+        """Run some requests: each gets its own answer or error. In a thread, or for a crowded turn on the loop."""
+        now = self._clock.monotonic()
+        answers: dict[int, Timed | MeshError] = {}
+        live = [index for index, waiting in enumerate(batch) if waiting.deadline is None or waiting.deadline > now]
+        if len(live) > 1:
+            try:
+                answers |= zip(live, self._run_joined([batch[index] for index in live]), strict=True)
+            except (MeshError, ValueError, TypeError, MemoryError):
+                # One request may have failed all of them: each gets a run of its own.
+                _LOG.info("a batch of %s failed; its requests run one by one", self._title, exc_info=True)
+        for index in live:
+            if index not in answers:
+                answers[index] = self._run_alone(batch[index])
+        return [answers.get(index) or expired() for index in range(len(batch))]
+
+    def _run_joined(self, batch: list[Waiting]) -> list[Timed]:
+        joined = join([waiting.inputs for waiting in batch], self._signature.input_axes)
+        started = self._clock.monotonic()
+        outputs = self._engine.run(joined)
+        ended = self._clock.monotonic()
+        parts = split(outputs, [waiting.rows for waiting in batch], self._signature.output_axes)
+        return [(part, started, ended) for part in parts]
+
+    def _run_alone(self, waiting: Waiting) -> Timed | MeshError:
+        started = self._clock.monotonic()
+        try:
+            if waiting.step is not None:
+                return waiting.step()
+            return self._engine.run(waiting.inputs), started, self._clock.monotonic()
+        except MeshError as error:
+            return error
+
+    def _refusal(self, refusal: Refuse) -> MeshError:
+        if refusal.why == "hopeless":
+            needed_ms = self.batcher.curve.quantile_s(1, 0.5) * 1e3
+            return MeshError(
+                Code.DEADLINE,
+                f"The deadline is too short for {self._title}, which lately needs about {needed_ms:.1f} ms.",
+            )
+        reason = {
+            "full": f"is full ({self.batcher.rows_waiting} rows wait)",
+            "displaced": "is full and more important requests came",
+            "late": "is too long to answer before the deadline",
+        }[refusal.why]
+        retry_after_ms = max(1, -int(-1e3 * (refusal.retry_s or 0.0) // 1))
+        return MeshError(
+            Code.OVERLOADED, f"The queue of {self._title} {reason}; try again later.", retry_after_ms=retry_after_ms
+        )
+
+
+def settle(answer: asyncio.Future[Timed], result: Timed | MeshError) -> None:
+    """Give a request its end, unless it has one."""
+    if answer.done():
+        return
+    if isinstance(result, MeshError):
+        answer.set_exception(result)
+    else:
+        answer.set_result(result)
+
+
+def expired() -> MeshError:
+    """The error for work that was dropped before it ran."""
+    return MeshError(Code.DEADLINE, "The deadline passed while the request waited for the model.")
+
+
+def unloaded(title: str) -> MeshError:
+    """The error for work that waits for a version which goes."""
+    return MeshError(Code.UNAVAILABLE, f"Model {title} is being unloaded; try again.")
+
+
+def _too_slow() -> MeshError:
+    return MeshError(
+        Code.DEADLINE, "The deadline passed while the model ran on the request; send a longer deadline.", sent=True
+    )

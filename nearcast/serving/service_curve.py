@@ -1,0 +1,95 @@
+"""How long a run takes, learnt from the runs themselves: a straight line over the rows, and how far runs stray from it.
+
+Pure. The line is fitted by least squares with exponential forgetting (recursive least squares, Haykin, Adaptive Filter
+Theory); a few sums and no matrix, since there are two unknowns.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+FORGET = 0.98
+"""Weight of a run relative to the next one: the line remembers about 50."""
+SAMPLES_MIN = 5
+"""Runs before anything is claimed."""
+SAMPLES_MAX = 64
+FRESH_S_MIN = 1.0
+FRESH_RUNS = 10
+"""What was learnt holds for a second or the time of this many runs; later it is forgotten, since the machine may have
+changed and a wrong belief that keeps work away would never meet the run that corrects it."""
+SPREAD_MIN = 0.05
+"""Variance of the rows over their squared mean, below which the cost of one more row is unknown."""
+
+
+class ServiceCurve:
+    """Seconds of a run of n rows: `fixed_s` + n x `row_s`, times a quantile of actual over predicted.
+
+    Attributes:
+        fixed_s: cost of a run whatever its rows.
+        row_s: cost of one more row; 0 while unknown.
+        knows_rows: runs of different sizes were seen, so that the two can be told apart.
+    """
+
+    __slots__ = ("_ratios", "_sorted", "_sums", "_updated", "fixed_s", "knows_rows", "row_s")
+
+    def __init__(self) -> None:
+        self.fixed_s = 0.0
+        self.row_s = 0.0
+        self.knows_rows = False
+        self._updated = float("-inf")
+        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
+        self._ratios: deque[float] = deque(maxlen=SAMPLES_MAX)
+        self._sorted: tuple[float, ...] = ()
+
+    def add(self, now: float, rows: int, seconds: float) -> None:
+        """A run of `rows` rows ended at `now` after `seconds`."""
+        if not self.is_fresh(now):
+            self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
+            self._ratios.clear()
+        self._updated = now
+        weight, n, t, nn, nt = self._sums
+        weight, n, t = FORGET * weight + 1.0, FORGET * n + rows, FORGET * t + seconds
+        nn, nt = FORGET * nn + rows * rows, FORGET * nt + rows * seconds
+        self._sums = (weight, n, t, nn, nt)
+        mean_rows, mean_s = n / weight, t / weight
+        variance = nn / weight - mean_rows * mean_rows
+        self.knows_rows = variance > SPREAD_MIN * mean_rows * mean_rows
+        slope = (nt / weight - mean_rows * mean_s) / variance if self.knows_rows else 0.0
+        self.row_s = min(max(0.0, slope), mean_s / mean_rows)
+        self.fixed_s = mean_s - self.row_s * mean_rows
+        self._ratios.append(seconds / max(1e-9, self.fixed_s + rows * self.row_s))
+        self._sorted = ()
+
+    def is_fresh(self, now: float) -> bool:
+        """Whether the last run is recent enough to say something about the next."""
+        return now - self._updated <= max(FRESH_S_MIN, FRESH_RUNS * (self.fixed_s + self.row_s))
+
+    def is_known(self, now: float) -> bool:
+        """Whether `quantile_s` may be relied on."""
+        return len(self._ratios) >= SAMPLES_MIN and self.is_fresh(now)
+
+    def quantile_s(self, rows: int, q: float) -> float:
+        """Seconds within which a share `q` of the runs of `rows` rows would end. 0 before the first run."""
+        return (self.fixed_s + rows * self.row_s) * self.spread(q)
+
+    def spread(self, q: float) -> float:
+        """The `q` quantile of actual over predicted time."""
+        if not self._sorted:
+            self._sorted = tuple(sorted(self._ratios)) or (1.0,)
+        return self._sorted[min(len(self._sorted) - 1, int(q * len(self._sorted)))]
+
+    def rows_within(self, seconds: float, q: float) -> int:
+        """Most rows of a run that stays within `seconds` in a share `q` of the runs; 0 while that is unknown."""
+        if not self.knows_rows or len(self._ratios) < SAMPLES_MIN:
+            return 0
+        return max(1, int((seconds / self.spread(q) - self.fixed_s) / max(1e-9, self.row_s)))
+
+
+def best_window_s(fixed_s: float, row_s: float, gap_s: float) -> float:
+    """How long a lone row should wait for company, given the mean gap between arrivals; 0 = not at all.
+
+    Waiting w lets w/g rows join. Each of them saves its own run's `fixed_s` and adds `row_s` to the others; each waits,
+    as does the first. The sum of all times changes by (w/g)(fixed - row) - w(1 + w/g), which is greatest at half of
+    what the saving exceeds the gap by, and negative for every w where it does not.
+    """
+    return max(0.0, (fixed_s - row_s - gap_s) / 2)
