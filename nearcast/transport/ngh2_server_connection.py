@@ -344,8 +344,11 @@ class ServerConnection(Ngh2Connection):
             stream.deadline_timer = None
         if stream.received_bytes:
             self.hold(stream, 0)
-        if self._waiting and self._waiting.pop(stream.id, None) is not None:
-            stream.whole = None
+        if self._waiting:
+            self._waiting.pop(stream.id, None)
+        # A call and its method refer to each other: what they hold would wait for the garbage collector.
+        stream.whole = stream.reader = None
+        stream.inbox.clear()
         if stream.unread_bytes:
             self.acknowledge(stream.unread_bytes, stream.id)
             stream.unread_bytes = 0
@@ -385,8 +388,8 @@ class ServerConnection(Ngh2Connection):
                 if stream.wake_writer is not None and not stream.wake_writer.done() and not self.is_congested(stream):
                     stream.wake_writer.set_result(None)
         queued_bytes = self.h2.queued_body_size()
-        if queued_bytes or self.unsent_bytes:
-            self._owe(queued_bytes)
+        if queued_bytes or self.unsent_bytes or self._paused:
+            self._owe(queued_bytes + self.transport.get_write_buffer_size())
         while self._waiting and queued_bytes <= self.limits.reply_queue_bytes_max:
             stream = self._waiting.pop(next(iter(self._waiting)))
             message = cast("bytes", stream.whole)

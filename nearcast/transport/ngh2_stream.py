@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nearcast.transport.ngh2_server_connection import ServerConnection
 
 _log = logging.getLogger(__name__)
+_TURN_MESSAGES = 32
 
 
 class ServerStream:
@@ -144,8 +145,15 @@ class ServerStream:
 
     async def messages(self) -> AsyncIterator[bytes]:
         """The peer's messages in order. Taking one opens the peer's window again."""
+        taken = 0
         while True:
             while self.inbox:
+                taken += 1
+                if not taken % _TURN_MESSAGES:
+                    # Nothing else makes a method wait that is given many small messages at once.
+                    await asyncio.sleep(0)
+                    if not self.inbox:
+                        break
                 message = self.inbox.popleft()
                 self.inbox_bytes -= len(message)
                 self._hold()
