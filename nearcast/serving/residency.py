@@ -90,8 +90,9 @@ class Residency:
     async def load(self, slot: Slot, release: int, reason: Reason) -> Refuse | None:
         """Bring one version in, however long that takes; None once it is hot or has failed."""
         async with slot.turn:
-            if self._closed or release in slot.hot or release in slot.failed:
+            if self._closed or release in slot.hot or release not in slot.cold:
                 return None
+            slot.failed.pop(release, None)
             refusal = await self._load(slot, release, reason)
             slot.route()
             return refusal
@@ -185,10 +186,13 @@ class Residency:
             )
         except MeshError as error:
             slot.failed[release] = error.message
+            # What found no room may find some later; what is broken stays so until the pointer is followed again.
+            (slot.cold.add if error.code is Code.OVERLOADED else slot.cold.discard)(release)
             _LOG.error("model %s release %d cannot be served: %s", slot.name, release, error.message)
             return None
         except Exception as error:  # noqa: BLE001 - whatever a file makes an engine raise, others go on serving
             slot.failed[release] = f"Loading failed: {type(error).__name__}; the node's log says more."
+            slot.cold.discard(release)
             _LOG.exception("model %s release %d cannot be served", slot.name, release)
             return None
         finally:
@@ -233,7 +237,10 @@ class Residency:
         return statistics
 
     def _held(self) -> Iterator[Held]:
-        """What takes memory now. A version that drains still takes it, one that loads does already."""
+        """What takes memory now. A version that drains still takes it, one that loads does already.
+
+        What could not come back, because its files are gone, stays as if it were pinned.
+        """
         for slot in self.slots.values():
             for release, version in slot.hot.items():
                 yield Held(
@@ -242,7 +249,7 @@ class Residency:
                     used_at=version.used_at,
                     since=slot.since[release],
                     leases=version.in_flight + len(version.sequences) + slot.waiting.get(release, 0),
-                    pinned=slot.pinned and slot.needs(version),
+                    pinned=slot.needs(version) and (slot.pinned or not self._store.folder(slot.name, release).is_dir()),
                     fallback=not slot.needs(version),
                 )
             for version in slot.draining:

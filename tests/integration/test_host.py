@@ -295,25 +295,6 @@ async def test_a_torn_pointer_keeps_what_was_served(store: Store) -> None:
         assert host.models() == ("other",)
 
 
-async def test_a_fallback_gives_way_when_memory_is_short(store: Store) -> None:
-    size = len(affine_model())
-    for release in (1, 2, 3):
-        install(store, affine_model(float(release)), release=release)
-    activate(store, stable=1)
-    async with running(store, HostLimits(memory_bytes_max=4 * size + size)) as host:
-        activate(store, stable=2, last_good=1)
-        await host.refresh("affine")
-        assert states(host) == {1: "hot", 2: "hot"}
-        activate(store, stable=2, candidate=3, last_good=1)
-        await host.refresh("affine")
-        assert states(host) == {1: "cold", 2: "hot", 3: "hot"}
-        activate(store, stable=1, last_good=3)
-        await host.refresh("affine")
-        assert (await host.infer(request(), CONTEXT)).version == "1"
-    async with running(store, HostLimits(memory_bytes_max=size)) as host:
-        assert "more would exceed" in stats(host, "affine")[1].error
-
-
 async def test_expired_work_is_dropped_before_it_runs(store: Store) -> None:
     install(store, affine_model(1.0, width=256, repeat=40), **wide(256))
     activate(store, stable=1)
