@@ -29,7 +29,7 @@ from nearcast.transport.mesh import Members, join_methods, mesh_methods
 from nearcast.transport.oip import oip_methods
 from nearcast.transport.rest import RestServer
 from nearcast.transport.seam import Server
-from nearcast.transport.statistics import Statistics
+from nearcast.transport.shared_memory import Regions
 from router.child import Child
 from router.config import ProbeConfig
 from router.control import ControlLink, find_control
@@ -311,10 +311,17 @@ class ServingNode:
     async def _listen_for_clients(self) -> None:
         listen, router = self.config.listen, self.router
         shown = self.identity if listen.tls else None
-        counts = Statistics()
+        regions = Regions()
         methods = join_methods(
             oip_methods(
-                router, router, server_name=self.name, trusted=False, statistics=counts, report=router.catalogue
+                router,
+                router,
+                server_name=self.name,
+                trusted=False,
+                counting=self.host,
+                repository=self.host,
+                report=router.catalogue,
+                regions=regions,
             ),
             health_methods(router.is_ready),
         )
@@ -326,8 +333,10 @@ class ServingNode:
             address=listen.http,
             server_name=self.name,
             tls=tls,
-            statistics=counts,
+            counting=self.host,
+            repository=self.host,
             report=router.catalogue,
+            regions=regions,
         )
         await self._open("http", rest)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import msgspec
@@ -11,8 +11,9 @@ import numpy as np
 
 from nearcast.errors import Code, MeshError
 from nearcast.handler import InferResponse, ModelMetadata, Parameter
+from nearcast.transport.outputs import Form, Output, read_form, read_place
+from nearcast.transport.shared_memory import Place
 from nearcast.wire.framing import LIMITS, encode_text
-from nearcast.wire.message import require_supported
 from nearcast.wire.request import TensorRequest
 from nearcast.wire.tensors import Array, datatype_of, elements_of, from_elements, from_raw, size_bytes, to_raw
 
@@ -52,10 +53,11 @@ class JsonRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """Which outputs the client wants as binary data."""
+    """Which outputs the client wants as binary data, and which in a form of their own."""
 
     by_default: bool = False
-    by_name: Mapping[str, bool]
+    by_name: Mapping[str, bool] = field(default_factory=dict)
+    forms: Mapping[str, Form] = field(default_factory=dict)
 
     def is_binary(self, name: str) -> bool:
         """Whether output `name` goes behind the JSON."""
@@ -65,7 +67,9 @@ class Wanted:
 _DECODER = msgspec.json.Decoder(JsonRequest)
 
 
-def decode_request(model: str, version: str, body: bytes, json_size_bytes: int) -> tuple[TensorRequest, Wanted]:
+def decode_request(
+    model: str, version: str, body: bytes, json_size_bytes: int, fetch: Callable[[Place], bytes]
+) -> tuple[TensorRequest, Wanted]:
     """A request from its HTTP body.
 
     Args:
@@ -73,10 +77,11 @@ def decode_request(model: str, version: str, body: bytes, json_size_bytes: int) 
         version: from the path; "" = the channel's choice.
         body: JSON, then the binary data of its inputs in their order.
         json_size_bytes: where the JSON ends.
+        fetch: copies the bytes of a tensor out of shared memory.
 
     Raises:
         MeshError: INVALID_REQUEST for malformed JSON, tensors that do not fit their shape, or binary data left over;
-            TOO_LARGE for too much JSON; UNSUPPORTED for classification and shared memory.
+            TOO_LARGE for too much JSON; what `fetch` raises.
     """
     if not 0 < json_size_bytes <= len(body):
         raise MeshError(
@@ -95,11 +100,9 @@ def decode_request(model: str, version: str, body: bytes, json_size_bytes: int) 
     for tensor in message.inputs:
         if tensor.name in inputs:
             raise MeshError(Code.INVALID_REQUEST, f"Tensor '{tensor.name}' occurs twice.")
-        inputs[tensor.name], position = _read(tensor, body, position)
+        inputs[tensor.name], position = _read(tensor, body, position, fetch)
     if position != len(body):
         raise MeshError(Code.INVALID_REQUEST, f"{len(body) - position} bytes of binary data belong to no input.")
-    for output in message.outputs:
-        require_supported(output.name, output.parameters)
     parameters = {name: value for name, value in message.parameters.items() if name not in _NOT_MODEL_PARAMETERS}
     request = TensorRequest(
         model=model,
@@ -131,26 +134,32 @@ def decode_raw_request(metadata: ModelMetadata, version: str, body: bytes) -> tu
         shape = _fit(spec.shape, len(body), size_bytes(spec.datatype, [max(1, axis) for axis in spec.shape]) or 1)
         tensor = from_raw(spec.name, spec.datatype, shape, body, 0, len(body))
     request = TensorRequest(model=metadata.name, version=version, inputs={spec.name: tensor})
-    return request, Wanted(by_default=True, by_name={})
+    return request, Wanted(by_default=True)
 
 
-def encode_response(response: InferResponse, wanted: Wanted) -> tuple[bytes, list[bytes]]:
+def encode_response(response: InferResponse, found: Sequence[Output], wanted: Wanted) -> tuple[bytes, list[bytes]]:
     """An answer as JSON and the binary data that follows it.
+
+    Args:
+        response: what is answered.
+        found: its outputs as they travel.
+        wanted: which of them as binary data.
 
     Raises:
         MeshError: INVALID_REQUEST if an output cannot be JSON and was not asked for as binary data.
     """
     outputs = []
     pieces = []
-    for name, array in response.decode().items():
-        array = np.asarray(array)  # noqa: PLW2901 - engines may hand out numpy scalars
-        output: dict[str, Any] = {"name": name, "datatype": datatype_of(array.dtype), "shape": array.shape}
-        if wanted.is_binary(name):
-            raw = to_raw(array)
+    for each in found:
+        output: dict[str, Any] = {"name": each.name, "datatype": each.datatype, "shape": each.shape}
+        if each.array is None:
+            output["parameters"] = each.parameters
+        elif wanted.is_binary(each.name):
+            raw = to_raw(each.array)
             output["parameters"] = {"binary_data_size": len(raw)}
             pieces.append(raw)
         else:
-            output["data"] = _to_json(name, array)
+            output["data"] = _to_json(each.name, each.array)
         outputs.append(output)
     message: dict[str, Any] = {"model_name": response.model, "model_version": response.version}
     if response.id:
@@ -160,8 +169,11 @@ def encode_response(response: InferResponse, wanted: Wanted) -> tuple[bytes, lis
     return msgspec.json.encode(message | {"outputs": outputs}), pieces
 
 
-def _read(tensor: JsonTensor, body: bytes, position: int) -> tuple[Array, int]:
-    require_supported(tensor.name, tensor.parameters)
+def _read(tensor: JsonTensor, body: bytes, position: int, fetch: Callable[[Place], bytes]) -> tuple[Array, int]:
+    place = read_place(tensor.name, tensor.parameters) if tensor.parameters else None
+    if place is not None:
+        data = fetch(place)
+        return from_raw(tensor.name, tensor.datatype, tensor.shape, data, 0, len(data)), position
     size = tensor.parameters.get("binary_data_size")
     if size is None:
         if tensor.data is msgspec.UNSET:
@@ -220,12 +232,14 @@ def _to_json(name: str, array: Array) -> list[Any]:
 
 
 def _wanted(message: JsonRequest) -> Wanted:
-    by_name = {}
+    by_name, forms = {}, {}
     for output in message.outputs:
         value: Parameter | None = output.parameters.get("binary_data")
         if value is not None:
             by_name[output.name] = bool(value)
-    return Wanted(by_default=bool(message.parameters.get("binary_data_output", False)), by_name=by_name)
+        if output.parameters:
+            forms[output.name] = read_form(output.name, output.parameters)
+    return Wanted(by_default=bool(message.parameters.get("binary_data_output", False)), by_name=by_name, forms=forms)
 
 
 def _fit(shape: Sequence[int], got: int, unit: int) -> tuple[int, ...]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from functools import lru_cache
 
 import msgspec
 from google.protobuf.message import DecodeError
 
 from nearcast.errors import Code, MeshError
-from nearcast.handler import InferRequest, InferResponse, ModelMetadata, RequestContext
+from nearcast.handler import InferRequest, InferResponse, ModelMetadata, RequestContext, Served
 from nearcast.load import NodeReport
 from nearcast.transport.mesh import REPORT
-from nearcast.transport.oip import MODEL_INFER, MODEL_METADATA, MODEL_READY, SERVER_READY, decode_metadata
+from nearcast.transport.oip import MODEL_INFER, MODEL_METADATA, MODEL_READY, MODEL_STREAM_INFER, SERVER_READY
+from nearcast.transport.oip_models import decode_metadata
 from nearcast.transport.seam import Channel, Metadata
+from nearcast.transport.stream_answers import decode_answer
 from nearcast.wire import status
 from nearcast.wire.report import decode_report
 from nearcast.wire.request import request_pieces
@@ -50,13 +53,27 @@ class RemoteNode:
     async def stream(
         self, requests: AsyncIterator[InferRequest], context: RequestContext
     ) -> AsyncIterator[InferResponse]:
-        """Answer a stream of requests, in order, one after the other.
+        """Send the requests as one stream, each as soon as there is one, and yield the answers in their order.
+
+        The context is that of the whole stream: its deadline ends it.
 
         Raises:
-            CallError: of the first request that fails.
+            CallError: of the first request that fails, or the channel's; both end the stream.
+            MeshError: INTERNAL if an answer is malformed, INVALID_REQUEST if a value cannot travel.
         """
-        async for request in requests:
-            yield await self.infer(request, context)
+
+        async def bodies() -> AsyncIterator[Sequence[bytes]]:
+            async for request in requests:
+                yield request_pieces(request)
+
+        metadata, served = _metadata(context), Served(node=self.name)
+        replies = self._channel.stream(MODEL_STREAM_INFER, bodies(), metadata=metadata, deadline=context.deadline)
+        async with aclosing(replies):
+            async for body in replies:
+                response = decode_answer(body, served)
+                if response.version:
+                    response.served = Served(node=self.name, version=response.version)
+                yield response
 
     async def report(self, *, deadline: float | None = None) -> NodeReport:
         """What the node says about itself, clamped.

@@ -8,31 +8,36 @@ import math
 import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import CATALOGUE, Code, MeshError
-from nearcast.handler import InferenceHandler, ModelDirectory, TensorSpec
+from nearcast.handler import Counting, InferenceHandler, ModelDirectory, ModelRepository
 from nearcast.identity import peer_uri
 from nearcast.runtime import format_address, listen_error, parse_address, require_tls
 from nearcast.telemetry import get_logger
 from nearcast.transport.context import read_context
 from nearcast.transport.json_tensors import decode_raw_request, decode_request, encode_response
-from nearcast.transport.oip import triton_type
-from nearcast.transport.seam import DEFAULT_LIMITS, Limits
+from nearcast.transport.listener import require_free
+from nearcast.transport.outputs import form_outputs
+from nearcast.transport.peer import peer_name
+from nearcast.transport.rest_models import ROUTES, Route, answer
+from nearcast.transport.seam import DEFAULT_LIMITS, UNIX_PREFIX, Call, Limits
 from nearcast.transport.service import InferenceService, Report
-from nearcast.transport.statistics import Statistics, VersionStatistics
+from nearcast.transport.shared_memory import Regions
+from nearcast.transport.statistics import Statistics
 from nearcast.wire import status
 
 if TYPE_CHECKING:
     from aiohttp import web
 
-    _Route = Callable[[web.Request], Awaitable[web.StreamResponse]]
+    _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 JSON_SIZE = "Inference-Header-Content-Length"
-_UNIX = "unix:"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +50,10 @@ class RestLimits:
 
 
 REST_LIMITS = RestLimits()
+BODY_SIZE_BYTES_MAX = 64 * 1024
+"""Of a question; only inference takes more."""
+_COMPRESSIONS = frozenset({"gzip", "deflate"})
+"""Answers are compressed for a client that names one of these alone. Libraries name several without being asked."""
 
 
 class RestServer:
@@ -59,8 +68,11 @@ class RestServer:
         server_name: str,
         limits: Limits = DEFAULT_LIMITS,
         tls: ssl.SSLContext | None = None,
+        counting: Counting | None = None,
         statistics: Statistics | None = None,
+        repository: ModelRepository | None = None,
         report: Report | None = None,
+        regions: Regions | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self.address = address
@@ -68,7 +80,15 @@ class RestServer:
         self._tls = tls
         self._clock = clock
         self._service = InferenceService(
-            handler, directory, server_name=server_name, statistics=statistics, report=report, clock=clock
+            handler,
+            directory,
+            server_name=server_name,
+            counting=counting,
+            statistics=statistics,
+            repository=repository,
+            report=report,
+            regions=regions,
+            clock=clock,
         )
         self._in_flight = 0
         self._draining = False
@@ -92,16 +112,20 @@ class RestServer:
         await runner.setup()
         host, port = parse_address(self.address)
         site: web.BaseSite
-        if host.startswith(_UNIX):
-            site = web.UnixSite(runner, host.removeprefix(_UNIX), ssl_context=self._tls)
+        path = Path(host.removeprefix(UNIX_PREFIX)) if host.startswith(UNIX_PREFIX) else None
+        if path is not None:
+            site = web.UnixSite(runner, path, ssl_context=self._tls)
         else:
             site = web.TCPSite(runner, host, port, ssl_context=self._tls)
         try:
+            require_free(self.address)
             await site.start()
+            if path is not None:
+                path.chmod(0o600)
         except OSError as error:
             await runner.cleanup()
             raise listen_error(error, self.address) from error
-        if not host.startswith(_UNIX):
+        if path is None:
             self.address = format_address(*runner.addresses[0][:2])
         self._runner = runner
 
@@ -119,23 +143,21 @@ class RestServer:
         await runner.cleanup()
 
     def _add_routes(self, app: web.Application) -> None:
-        get: dict[str, _Route] = {
-            "/v2": self._server,
-            "/v2/health/live": self._live,
-            "/v2/health/ready": self._ready,
-            "/v2/models/stats": self._statistics,
-        }
+        app.router.add_get("/v2/health/ready", self._ready)
+        # In this order, or a model named "stats" would hide the statistics of all.
+        for route in ROUTES:
+            add = app.router.add_get if route.method == "GET" else app.router.add_post
+            add(route.path, self._answering(route))
         for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
-            get |= {
-                model: self._metadata,
-                model + "/ready": self._model_ready,
-                model + "/config": self._config,
-                model + "/stats": self._statistics,
-            }
+            app.router.add_get(model + "/ready", self._model_ready)
             app.router.add_post(model + "/infer", self._infer)
-        app.router.add_post("/v2/repository/index", self._index)
-        for path, route in get.items():
-            app.router.add_get(path, route)
+
+    def _answering(self, route: Route) -> _Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            body = await _read_body(request, min(BODY_SIZE_BYTES_MAX, self._limits.message_size_bytes_max))
+            return _json(await answer(self._service, route, request.match_info, body, _call(request)))
+
+        return handle
 
     async def _infer(self, request: web.Request) -> web.StreamResponse:
         if self._draining:
@@ -159,28 +181,34 @@ class RestServer:
         from aiohttp import web
 
         deadline = self._deadline(request.headers.get(status.DEADLINE_MS, ""))
+        call = _call(request)
         body = await _read_body(request, self._limits.message_size_bytes_max)
         model, version = _names(request)
         json_size = _json_size(request, len(body))
         if json_size == 0:
             infer, wanted = decode_raw_request(await self._service.metadata(model, version), version, body)
         else:
-            infer, wanted = decode_request(model, version, body, json_size)
+            infer, wanted = decode_request(model, version, body, json_size, partial(self._service.regions.read, call))
         context = read_context(
             request.headers,
             infer.parameters,
             deadline=deadline,
-            identity=_identity(request),
+            identity=call.identity,
             trusted=False,
             clock=self._clock,
         )
         response = await self._service.infer(infer, context)
-        head, pieces = encode_response(response, wanted)
+        outputs = await form_outputs(self._service, response, wanted.forms, call)
+        head, pieces = encode_response(response, outputs, wanted)
         headers = dict(status.served_to_trailers(response.served))
-        if not pieces:
-            return web.Response(body=head, headers=headers, content_type="application/json")
-        headers[JSON_SIZE] = str(len(head))
-        return web.Response(body=b"".join((head, *pieces)), headers=headers, content_type="application/octet-stream")
+        if pieces:
+            headers[JSON_SIZE] = str(len(head))
+        kind = "application/octet-stream" if pieces else "application/json"
+        reply = web.Response(body=b"".join((head, *pieces)), headers=headers, content_type=kind)
+        coding = request.headers.get("Accept-Encoding", "")
+        if coding in _COMPRESSIONS:
+            reply.enable_compression(web.ContentCoding(coding))
+        return reply
 
     def _deadline(self, text: str) -> float | None:
         if not text:
@@ -195,65 +223,18 @@ class RestServer:
             )
         return self._clock.monotonic() + value / 1e3
 
-    async def _server(self, _: web.Request) -> web.StreamResponse:
-        service = self._service
-        return _json({"name": service.server_name, "version": service.server_version, "extensions": service.extensions})
-
-    async def _live(self, _: web.Request) -> web.StreamResponse:
-        return _json({"live": True})
-
     async def _ready(self, _: web.Request) -> web.StreamResponse:
         ready = await self._service.directory.is_ready()
-        return _json({"ready": ready}, status_code=200 if ready else 503)
+        # The protocol's text calls this field `live` too.
+        return _json({"live": ready}, status_code=200 if ready else 503)
 
     async def _model_ready(self, request: web.Request) -> web.StreamResponse:
         model, version = _names(request)
         ready = await self._service.directory.is_ready(model, version)
         return _json({"name": model, "ready": ready}, status_code=200 if ready else 503)
 
-    async def _metadata(self, request: web.Request) -> web.StreamResponse:
-        metadata = await self._service.metadata(*_names(request))
-        return _json(
-            {
-                "name": metadata.name,
-                "versions": metadata.versions,
-                "platform": metadata.platform,
-                "inputs": [_tensor(spec) for spec in metadata.inputs],
-                "outputs": [_tensor(spec) for spec in metadata.outputs],
-                "properties": dict(metadata.properties),
-            }
-        )
 
-    async def _config(self, request: web.Request) -> web.StreamResponse:
-        metadata = await self._service.metadata(*_names(request))
-
-        def tensors(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
-            return [{"name": s.name, "data_type": triton_type(s.datatype), "dims": s.shape} for s in specs]
-
-        return _json(
-            {
-                "name": metadata.name,
-                "platform": metadata.platform,
-                "max_batch_size": 0,
-                "input": tensors(metadata.inputs),
-                "output": tensors(metadata.outputs),
-            }
-        )
-
-    async def _statistics(self, request: web.Request) -> web.StreamResponse:
-        entries = await self._service.statistics(*_names(request))
-        return _json({"model_stats": [_counts(entry) for entry in entries]})
-
-    async def _index(self, request: web.Request) -> web.StreamResponse:
-        body = await _read_body(request, self._limits.message_size_bytes_max)
-        try:
-            asked = msgspec.json.decode(body or b"{}", type=dict[str, Any])
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise MeshError(Code.INVALID_REQUEST, "The body must be a JSON object.") from error
-        return _json(self._service.index(ready_only=asked.get("ready") is True))
-
-
-async def _answer_errors(request: web.Request, handler: _Route) -> web.StreamResponse:
+async def _answer_errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
     from aiohttp import web
 
     try:
@@ -310,8 +291,13 @@ def _names(request: web.Request) -> tuple[str, str]:
     return request.match_info.get("model", ""), request.match_info.get("version", "")
 
 
-def _identity(request: web.Request) -> str:
-    return "" if request.transport is None else peer_uri(request.transport.get_extra_info("ssl_object"))
+def _call(request: web.Request) -> Call:
+    transport = request.transport
+    if transport is None:
+        return Call(method=request.path)
+    return Call(
+        method=request.path, identity=peer_uri(transport.get_extra_info("ssl_object")), peer=peer_name(transport)
+    )
 
 
 def _json(value: Any, *, status_code: int = 200) -> web.Response:
@@ -327,27 +313,3 @@ def _error(error: MeshError) -> web.Response:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_ms / 1000)))
         response.headers[status.RETRY_AFTER_MS] = str(max(0, error.retry_after_ms))
     return response
-
-
-def _tensor(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "datatype": spec.datatype, "shape": spec.shape}
-
-
-def _counts(entry: VersionStatistics) -> dict[str, Any]:
-    def duration(count: int, ns: int) -> dict[str, int]:
-        return {"count": count, "ns": ns}
-
-    return {
-        "name": entry.model,
-        "version": entry.version,
-        "last_inference": entry.last_inference_ms,
-        "inference_count": entry.success_count,
-        "execution_count": entry.success_count,
-        "inference_stats": {
-            "success": duration(entry.success_count, entry.success_ns),
-            "fail": duration(entry.fail_count, entry.fail_ns),
-            "queue": duration(entry.success_count, entry.queue_ns),
-            "compute_infer": duration(entry.success_count, entry.compute_ns),
-        },
-        "batch_stats": [],
-    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -11,19 +11,27 @@ from nearcast import __version__
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import Code, MeshError
 from nearcast.handler import (
+    Counting,
     InferenceHandler,
     InferRequest,
     InferResponse,
     ModelDirectory,
     ModelMetadata,
+    ModelRepository,
     RequestContext,
+    VersionCounts,
 )
 from nearcast.load import NodeReport
-from nearcast.transport.statistics import Statistics, VersionStatistics
+from nearcast.transport.peer import is_operator, peer_uid, require_operator
+from nearcast.transport.seam import Call
+from nearcast.transport.shared_memory import Regions
+from nearcast.transport.statistics import Statistics
 from nearcast.wire.response import TensorResponse
 
 Report: TypeAlias = Callable[[], NodeReport]
 State: TypeAlias = Literal["READY", "LOADING", "UNAVAILABLE"]
+DESCRIBED_MAX = 64
+"""Model versions whose description is remembered."""
 _STATES: dict[str, State] = {"hot": "READY", "loading": "LOADING", "cold": "UNAVAILABLE"}
 
 
@@ -47,7 +55,19 @@ class IndexEntry:
 
 
 class InferenceService:
-    """One handler and one directory as the Open Inference Protocol sees them."""
+    """One handler and one directory as the Open Inference Protocol sees them.
+
+    Args:
+        handler: answers inference.
+        directory: answers questions about models.
+        server_name: what ServerMetadata says.
+        counting: knows what the engines here did; the directory itself if it does. Elsewhere what passes is counted.
+        statistics: what passes; share one between listeners to count both. Unused where `counting` knows.
+        repository: what an operator may load and unload; the directory itself if it can.
+        report: what RepositoryIndex lists; the directory's own `report` if it has one.
+        regions: shared memory; share one between listeners.
+        clock: for deadlines.
+    """
 
     def __init__(
         self,
@@ -55,30 +75,46 @@ class InferenceService:
         directory: ModelDirectory,
         *,
         server_name: str,
+        counting: Counting | None = None,
         statistics: Statistics | None = None,
+        repository: ModelRepository | None = None,
         report: Report | None = None,
+        regions: Regions | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self.directory = directory
         self.server_name = server_name
         self.server_version = __version__
         self.clock = clock
+        self.regions = regions or Regions()
         self._handler = handler
-        self._statistics = Statistics(clock) if statistics is None else statistics
+        self._described: dict[tuple[str, str], ModelMetadata] = {}
+        self._counting = directory if counting is None and isinstance(directory, Counting) else counting
+        self._statistics = None
+        if self._counting is None:
+            self._statistics = statistics or Statistics(clock)
+        self._repository = directory if repository is None and isinstance(directory, ModelRepository) else repository
         self._report = directory.report if report is None and isinstance(directory, Reporting) else report
 
-    @property
-    def extensions(self) -> tuple[str, ...]:
-        """The extensions that exist here, in Triton's words where it has one."""
-        always = (
+    def extensions(self, call: Call) -> tuple[str, ...]:
+        """The extensions that exist here for this peer, in Triton's words where it has one."""
+        names = [
             "binary_tensor_data",
+            "classification",
             "model_configuration",
             "parameters",
             "schedule_policy",
             "sequence",
+            "sequence(string_id)",
             "statistics",
-        )
-        return (*always, "model_repository(index)") if self._report is not None else always
+        ]
+        if self._repository is not None and is_operator(call):
+            names.append("model_repository")
+        elif self._report is not None:
+            names.append("model_repository(index)")
+        if peer_uid(call) is not None:
+            names.append("system_shared_memory")
+        return tuple(sorted(names))
 
     async def infer(
         self, request: InferRequest, context: RequestContext, *, kept: float | None = None
@@ -103,11 +139,13 @@ class InferenceService:
             else:
                 response = await self._within(request, context, context.deadline - began)
         except MeshError:
-            version = context.version or request.version
-            self._statistics.fail(request.model, version, self.clock.monotonic() - began)
+            if self._statistics is not None:
+                version = context.version or request.version
+                self._statistics.fail(request.model, version, self.clock.monotonic() - began)
             raise
-        elapsed_s = self.clock.monotonic() - began
-        self._statistics.succeed(request.model, response.version, response.served, elapsed_s)
+        if self._statistics is not None:
+            elapsed_s = self.clock.monotonic() - began
+            self._statistics.succeed(request.model, response.version, response.served, elapsed_s)
         if response.id != request.id and isinstance(response, TensorResponse):
             return response.with_id(request.id)
         return response
@@ -143,17 +181,57 @@ class InferenceService:
         """
         return await self.directory.metadata(model, version)
 
-    async def statistics(self, model: str, version: str) -> list[VersionStatistics]:
-        """Counts of a model ("" = all models) since the start of the process.
+    async def described(self, model: str, version: str) -> ModelMetadata:
+        """As `metadata`, of a version that has answered: a release never changes, so it is asked for once.
+
+        Raises:
+            MeshError: MODEL_NOT_FOUND.
+        """
+        found = self._described.get((model, version))
+        if found is None:
+            found = await self.directory.metadata(model, version)
+            if len(self._described) >= DESCRIBED_MAX:
+                self._described.clear()
+            self._described[model, version] = found
+        return found
+
+    async def statistics(self, model: str, version: str) -> Sequence[VersionCounts]:
+        """What the versions of a model ("" = of every model) have done since the start of the process.
 
         Raises:
             MeshError: MODEL_NOT_FOUND for a model that the directory does not know.
         """
-        entries = self._statistics.of(model, version)
+        source = self._counting or self._statistics
+        entries = source.counts(model, version) if source is not None else ()
         if model and not entries:
             known = await self.directory.metadata(model, version)
-            return [VersionStatistics(model=model, version=v) for v in known.versions if version in ("", v)]
+            return [VersionCounts(model=model, version=v) for v in known.versions if version in ("", v)]
         return entries
+
+    async def load(self, model: str, call: Call) -> None:
+        """Have a model in memory and keep it there.
+
+        Raises:
+            MeshError: FORBIDDEN for everyone but operators; UNSUPPORTED where there are no models to load; what the
+                repository raises.
+        """
+        await self._require_repository(model, call, "load models").load(model)
+
+    async def unload(self, model: str, call: Call) -> None:
+        """Give a model's memory back until it is asked for again.
+
+        Raises:
+            MeshError: as `load`.
+        """
+        await self._require_repository(model, call, "unload models").unload(model)
+
+    def _require_repository(self, model: str, call: Call, what: str) -> ModelRepository:
+        require_operator(call, what)
+        if self._repository is None:
+            raise MeshError(Code.UNSUPPORTED, "This server routes to others and cannot load or unload; ask a node.")
+        if not model:
+            raise MeshError(Code.INVALID_REQUEST, "The request names no model.")
+        return self._repository
 
     def index(self, *, ready_only: bool) -> list[IndexEntry]:
         """Every model version that this process holds.

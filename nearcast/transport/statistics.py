@@ -1,22 +1,18 @@
-"""Counts per model version as Triton's statistics extension reports them. Counters only grow."""
+"""What passed through a process without engines of its own, such as a router, by model version. Counters only grow."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from nearcast.clock import SYSTEM_CLOCK, Clock
-from nearcast.handler import Served
+from nearcast.handler import Served, VersionCounts
 
 MODEL_VERSIONS_MAX = 1024
 """Model versions counted; later ones are not, so that invented names cannot fill the memory."""
 
 
-@dataclass(slots=True, kw_only=True)
-class VersionStatistics:
-    """One model version since the start of the process; times in nanoseconds."""
-
-    model: str
-    version: str
+@dataclass(slots=True)
+class _Passed:
     last_inference_ms: int = 0
     success_count: int = 0
     success_ns: int = 0
@@ -27,11 +23,14 @@ class VersionStatistics:
 
 
 class Statistics:
-    """Counts of one process; gRPC and REST listeners may share one."""
+    """Counts of one process; gRPC and REST listeners may share one.
+
+    It sees requests and not the engines' runs, which happen elsewhere: those count as none, and a request as one row.
+    """
 
     def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
         self._clock = clock
-        self._versions: dict[tuple[str, str], VersionStatistics] = {}
+        self._versions: dict[tuple[str, str], _Passed] = {}
 
     def succeed(self, model: str, version: str, served: Served, elapsed_s: float) -> None:
         """Count an answered request."""
@@ -50,14 +49,25 @@ class Statistics:
             entry.fail_count += 1
             entry.fail_ns += int(elapsed_s * 1e9)
 
-    def of(self, model: str = "", version: str = "") -> list[VersionStatistics]:
+    def counts(self, model: str = "", version: str = "") -> list[VersionCounts]:
         """Entries of one model and version; "" = all."""
         return [
-            entry for key, entry in sorted(self._versions.items()) if model in ("", key[0]) and version in ("", key[1])
+            VersionCounts(
+                model=name,
+                version=release,
+                last_inference_ms=entry.last_inference_ms,
+                rows=entry.success_count,
+                success=(entry.success_count, entry.success_ns),
+                fail=(entry.fail_count, entry.fail_ns),
+                queue=(entry.success_count, entry.queue_ns),
+                compute=(entry.success_count, entry.compute_ns),
+            )
+            for (name, release), entry in sorted(self._versions.items())
+            if model in ("", name) and version in ("", release)
         ]
 
-    def _entry(self, model: str, version: str) -> VersionStatistics | None:
+    def _entry(self, model: str, version: str) -> _Passed | None:
         entry = self._versions.get((model, version))
         if entry is None and len(self._versions) < MODEL_VERSIONS_MAX:
-            entry = self._versions[model, version] = VersionStatistics(model=model, version=version)
+            entry = self._versions[model, version] = _Passed()
         return entry

@@ -16,15 +16,21 @@ from nearcast.wire.framing import LIMITS, Span, read_text, scan
 from nearcast.wire.message import read_parameters, read_requested, read_tensors
 from nearcast.wire.tensors import Array
 
+_MARKS = (b"shared_memory_region", b"classification")
+
 
 class Layout:
     """What all messages of one layout share. `raws` are the spans of their raw contents.
+
+    `is_extended`: a tensor may lie in shared memory, or an output be wanted there or as its classes.
 
     Raises:
         MeshError: INVALID_REQUEST if the bytes are no protobuf message.
     """
 
-    __slots__ = ("_fixed", "_id", "_plain", "_requested", "_scan", "model", "parameters", "raws", "version")
+    __slots__ = (
+        "_fixed", "_id", "_plain", "_requested", "_scan", "is_extended", "model", "parameters", "raws", "version",
+    )  # fmt: skip
 
     def __init__(self, body: bytes, raw_field: int) -> None:
         found = scan(body)
@@ -32,6 +38,9 @@ class Layout:
         self.version = found.version
         self.parameters: Mapping[str, Parameter] = read_parameters(body, found.parameters)
         self.raws: Sequence[Span] = found.seventh if raw_field == 7 else found.sixth
+        self.is_extended = raw_field == 7 and any(
+            body.find(mark, start, stop) >= 0 for mark in _MARKS for start, stop in (*found.tensors, *found.sixth)
+        )
         self._scan = found
         self._id = found.id
         self._fixed = _between(body, sorted((found.id, *self.raws)))

@@ -36,6 +36,11 @@ class WireRequest(InferRequest):
     def size_bytes(self) -> int:
         return len(self._body)
 
+    @property
+    def is_extended(self) -> bool:
+        """Whether a tensor may lie in shared memory, or an output be wanted there or as its classes."""
+        return self._layout.is_extended
+
     def decode(self) -> Tensors:
         if self._inputs is None:
             self._inputs = self._layout.read_tensors(self._body)

@@ -65,7 +65,7 @@ async def post(client, path, status=200, **how):
 
 async def test_server_and_models(client, model):
     assert await get(client, "/v2/health/live") == {"live": True}
-    assert await get(client, "/v2/health/ready") == {"ready": True}
+    assert await get(client, "/v2/health/ready") == {"live": True}
     server = await get(client, "/v2")
     assert server["name"] == "test-1"
     assert "binary_tensor_data" in server["extensions"]
@@ -81,7 +81,7 @@ async def test_server_and_models(client, model):
     index, _ = await post(client, "/v2/repository/index", json={"ready": True})
     assert [m["version"] for m in index] == ["2"]
     model.ready = False
-    assert await get(client, "/v2/health/ready", 503) == {"ready": False}
+    assert await get(client, "/v2/health/ready", 503) == {"live": False}
     assert await get(client, "/v2/models/add/ready", 503) == {"name": "add", "ready": False}
 
 
