@@ -28,6 +28,7 @@ from nearcast.store.manifest import (
     FileName,
     Manifest,
     ModelName,
+    Pipeline,
     Release,
     Sha256,
     Tensor,
@@ -48,13 +49,15 @@ class BundleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     Attributes:
         files: further files beside `model_file`, such as external weights.
         golden: `.npz` files, one vector each (arrays `in_<name>`, `out_<name>`), or `.json` files with a list of
-            `{"inputs": {name: nested lists}, "outputs": {...}}`. Outputs that are left out are computed by the engine.
+            `{"inputs": {name: nested lists}, "outputs": {...}}`, or images for a model that takes nothing else. Outputs
+            that are left out are computed by the engine.
         atol: how far an answer may be from a golden output.
         licence: an SPDX expression that the operator's policy allows.
         quality: what the author measured, in [0, 1]; compared only between versions of one model.
         quality_tolerance: how much of it an int8 variant may lose.
         data_sha256: digest of the data that the model was trained on.
         parent: the earlier release that it was trained or converted from.
+        pipeline: steps around the model; `inputs` and `outputs` are then what clients see.
     """
 
     name: ModelName
@@ -79,6 +82,7 @@ class BundleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     parent: Release | None = None
     description: str = ""
     properties: dict[str, str] = {}
+    pipeline: Pipeline | msgspec.UnsetType = msgspec.UNSET
 
 
 class Seal(msgspec.Struct, frozen=True, kw_only=True):
@@ -181,7 +185,9 @@ def _fill(draft: Path, spec: BundleSpec, source: Path, names: list[str]) -> Mani
         parent=spec.parent,
         description=spec.description,
         properties=dict(sorted(spec.properties.items())),
+        pipeline=spec.pipeline,
     )
+    _require_pipeline(manifest)
     vectors = read_vectors(source, spec.golden, spec.inputs, spec.outputs)
     if vectors:
         golden = pack_vectors(vectors, manifest, draft, spec.atol)
@@ -190,6 +196,16 @@ def _fill(draft: Path, spec: BundleSpec, source: Path, names: list[str]) -> Mani
     write_sbom(manifest, draft)
     files = (*manifest.files, describe_file(draft / SBOM_FILE))
     return msgspec.structs.replace(manifest, sbom_file=SBOM_FILE, files=files)
+
+
+def _require_pipeline(manifest: Manifest) -> None:
+    from nearcast.serving.pipeline.flow import require_flow
+
+    if manifest.pipeline is not msgspec.UNSET:
+        try:
+            require_flow(manifest, manifest.pipeline)
+        except MeshError as error:
+            raise MeshError(Code.INVALID_REQUEST, error.message) from error
 
 
 def _seal(draft: Path, manifest: Manifest, seal: Seal) -> Manifest:

@@ -18,6 +18,7 @@ from nearcast.wire.tensors import datatype_of, dtype_of, to_raw
 
 GOLDEN_FILE = "golden.bin"
 VECTORS_MAX = 1024
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 ALIGNMENT_BYTES = 64
 Array = npt.NDArray[Any]
 
@@ -45,8 +46,10 @@ def read_vectors(
                 vectors.append(_read_npz(source / name))
             elif name.endswith(".json"):
                 vectors.extend(_read_json(source / name, [*inputs, *outputs]))
+            elif name.lower().endswith(IMAGE_SUFFIXES):
+                vectors.append(_read_image(source / name, inputs))
             else:
-                raise MeshError(Code.INVALID_REQUEST, f"The golden file {name} is neither .npz nor .json.")
+                raise MeshError(Code.INVALID_REQUEST, f"The golden file {name} is no .npz, .json or image.")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise MeshError(Code.INVALID_REQUEST, f"The golden file {name} cannot be used: {error}.") from error
     for vector in vectors:
@@ -62,6 +65,12 @@ def _read_npz(path: Path) -> Vector:
         inputs = {name[3:]: arrays[name] for name in arrays.files if name.startswith("in_")}
         outputs = {name[4:]: arrays[name] for name in arrays.files if name.startswith("out_")}
     return Vector(inputs, outputs)
+
+
+def _read_image(path: Path, inputs: Sequence[Tensor]) -> Vector:
+    if [tensor.datatype for tensor in inputs] != ["BYTES"]:
+        raise ValueError("an image is a vector only of a model with one input, of BYTES")
+    return Vector({inputs[0].name: np.array([path.read_bytes()], dtype=object)}, {})
 
 
 def _read_json(path: Path, tensors: Sequence[Tensor]) -> Iterator[Vector]:

@@ -21,7 +21,7 @@ def join(parts: Sequence[Tensors], axes: Mapping[str, int]) -> dict[str, npt.NDA
     """
     if len(parts) == 1:
         return dict(parts[0])
-    return {name: np.concatenate([part[name] for part in parts], axis=axis) for name, axis in axes.items()}
+    return {name: np.concatenate([part[name] for part in parts], axis=axes[name]) for name in parts[0]}
 
 
 def split(outputs: Tensors, rows: Sequence[int], axes: Mapping[str, int]) -> list[dict[str, npt.NDArray[Any]]]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from nearcast.errors import Code, MeshError
 from nearcast.handler import Tensors
+from nearcast.serving.pipeline.flow import ready_names
 from nearcast.store.manifest import Manifest, Tensor
 from nearcast.wire.tensors import datatype_of, dtype_of
 
@@ -24,7 +25,8 @@ class Signature:
     """
 
     __slots__ = (
-        "_inputs", "_keyed", "_names", "_title", "batchable", "fixed", "input_axes", "output_axes", "output_names",
+        "_inputs", "_keyed", "_names", "_ready", "_ready_names", "_title", "batchable", "fixed", "input_axes",
+        "output_axes", "output_names",
     )  # fmt: skip
 
     def __init__(self, manifest: Manifest) -> None:
@@ -33,6 +35,8 @@ class Signature:
             (tensor.name, dtype_of(tensor.datatype), tensor.shape, tensor) for tensor in manifest.inputs
         ]
         self._names = frozenset(tensor.name for tensor in manifest.inputs)
+        self._ready_names = ready_names(manifest)
+        self._ready = Signature(manifest.of_model()) if self._ready_names else None
         self.output_names = frozenset(tensor.name for tensor in manifest.outputs)
         tensors = (*manifest.inputs, *manifest.outputs)
         self.batchable = manifest.stateful != "hidden" and bool(manifest.inputs) and all(map(_has_batch_axis, tensors))
@@ -54,7 +58,10 @@ class Signature:
         for name, dtype, shape, tensor in self._inputs:
             array = inputs.get(name)
             if array is None:
-                raise self._missing(tensor, inputs)
+                if (ready := self._ready_for(inputs)) is None:
+                    raise self._missing(tensor, inputs)
+                ready.require(inputs)
+                return
             if array.dtype != dtype:
                 raise MeshError(
                     Code.INVALID_REQUEST,
@@ -66,6 +73,9 @@ class Signature:
                     f"Input {name} of {self._title} must have shape {list(shape)}, got {list(array.shape)}.",
                 )
         if len(inputs) != len(self._inputs):
+            if (ready := self._ready_for(inputs)) is not None:
+                ready.require(inputs)
+                return
             unknown = sorted(set(inputs) - self._names)
             raise MeshError(
                 Code.INVALID_REQUEST,
@@ -91,6 +101,8 @@ class Signature:
         Raises:
             MeshError: INVALID_REQUEST if the inputs disagree.
         """
+        if (ready := self._ready_for(inputs)) is not None:
+            return ready.rows(inputs)
         first, rows = "", -1
         for name, axis in self.input_axes.items():
             got = inputs[name].shape[axis]
@@ -112,6 +124,8 @@ class Signature:
 
     def key(self, inputs: Tensors) -> Hashable:
         """What must be equal for two requests to be joined: the free axes other than the batch axis."""
+        if (ready := self._ready_for(inputs)) is not None:
+            return "ready", ready.key(inputs)
         if not self._keyed:
             return ()
         return tuple(
@@ -119,6 +133,10 @@ class Signature:
             for name, axis in self.input_axes.items()
             for shape in (inputs[name].shape,)
         )
+
+    def _ready_for(self, inputs: Tensors) -> Signature | None:
+        """What declares these inputs, if they are the model's own and come in place of the pipeline's."""
+        return self._ready if self._ready is not None and inputs.keys() == self._ready_names else None
 
     def _missing(self, tensor: Tensor, inputs: Tensors) -> MeshError:
         got = ", ".join(sorted(inputs))[:200] or "none"

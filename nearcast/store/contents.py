@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import stat
+from copy import copy
 from pathlib import Path
 
 from nearcast.errors import Code, MeshError
@@ -33,6 +34,12 @@ class Contents:
         self._tenant_keys = tenant_keys
         self._keys: TenantKeys | None = None
         self._plain: dict[str, bytes] = {}
+
+    def of_model(self) -> Contents:
+        """The same files under the manifest as the model file sees it; what one has read, the other has too."""
+        view = copy(self)
+        view.manifest = self.manifest.of_model()
+        return view
 
     def read(self, path: str) -> bytes:
         """The plain bytes of one file.

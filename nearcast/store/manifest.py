@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from nearcast.errors import Code, MeshError
+from nearcast.store.steps import STEPS_MAX, After, Before
 
 CHUNK_SIZE_BYTES = 256 * 1024
 """Unit of download and verification: what a cut connection costs at most."""
@@ -64,6 +65,22 @@ class GoldenVector(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     atol: float = 1e-4
 
 
+class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What happens before and after the model runs. The manifest's `inputs` and `outputs` are what clients see.
+
+    Attributes:
+        inputs: what the model file itself takes; a client may send these too, ready, in place of the manifest's.
+        outputs: what it gives.
+        before: make the model's inputs of the manifest's. Tensors that no step names go through as they are.
+        after: make the manifest's outputs of the model's.
+    """
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    before: Annotated[tuple[Before, ...], msgspec.Meta(max_length=STEPS_MAX)] = ()
+    after: Annotated[tuple[After, ...], msgspec.Meta(max_length=STEPS_MAX)] = ()
+
+
 class Encryption(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How the files of a version are sealed: AES-256-GCM with one data key, which the tenant's key wraps.
 
@@ -98,6 +115,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         data_sha256: digest of the data that it was trained on, as its author states it.
         parent: the release that it was trained or converted from.
         encryption: how the files are sealed; None = they are plain.
+        labels: what the classes of the model are called, in their order.
+        pipeline: steps around the model. A manifest without has no such field, so that older agents take it too.
     """
 
     schema: Literal[1] = 1
@@ -125,6 +144,14 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     encryption: Encryption | None = None
     description: str = ""
     properties: dict[str, str] = {}
+    pipeline: Pipeline | msgspec.UnsetType = msgspec.UNSET
+
+    def of_model(self) -> Manifest:
+        """The same version as its model file sees it: without the pipeline."""
+        if self.pipeline is msgspec.UNSET:
+            return self
+        inputs, outputs = self.pipeline.inputs, self.pipeline.outputs
+        return msgspec.structs.replace(self, inputs=inputs, outputs=outputs, pipeline=msgspec.UNSET)
 
     def file(self, path: str) -> File:
         """The entry of one file.
