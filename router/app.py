@@ -19,6 +19,7 @@ from nearcast.transport.grpc import make_server
 from nearcast.transport.health import health_methods
 from nearcast.transport.mesh import Members, join_methods, mesh_methods
 from nearcast.transport.oip import oip_methods
+from nearcast.transport.reflection import reflection_methods
 from nearcast.transport.rest import RestServer
 from nearcast.transport.seam import Methods, Server
 from nearcast.transport.statistics import Statistics
@@ -134,7 +135,8 @@ class RouterApp:
             health_methods(router.is_ready),
         )
         if listen.grpc:
-            await self._serve("grpc", listen.grpc, methods, shown, require_client=False)
+            offered = join_methods(methods, reflection_methods(methods))
+            await self._serve("grpc", listen.grpc, offered, shown, require_client=False)
         if listen.http:
             tls = None if shown is None else server_tls(shown, require_client=False, alpn=("http/1.1",))
             await self._serve_rest(listen.http, tls, counts)

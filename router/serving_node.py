@@ -27,6 +27,7 @@ from nearcast.transport.grpc import make_server
 from nearcast.transport.health import health_methods
 from nearcast.transport.mesh import Members, join_methods, mesh_methods
 from nearcast.transport.oip import oip_methods
+from nearcast.transport.reflection import reflection_methods
 from nearcast.transport.rest import RestServer
 from nearcast.transport.seam import Server
 from nearcast.transport.shared_memory import Regions
@@ -325,6 +326,7 @@ class ServingNode:
             ),
             health_methods(router.is_ready),
         )
+        methods = join_methods(methods, reflection_methods(methods))
         await self._open("grpc", make_server(listen.transport, methods, address=listen.grpc, identity=shown))
         tls = None if shown is None else server_tls(shown, require_client=False, alpn=("http/1.1",))
         rest = RestServer(

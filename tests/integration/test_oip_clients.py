@@ -264,7 +264,11 @@ async def test_remote_node_passes_large_tensors_and_streams(node):
         for number in range(3):
             yield add(id=str(number))
 
-    assert [answer.id async for answer in node.stream(requests(), RequestContext())] == ["0", "1", "2"]
+    answers = [answer async for answer in node.stream(requests(), RequestContext())]
+    assert [(answer.id, answer.served.node, answer.served.version) for answer in answers] == [
+        (str(number), "somewhere", "2") for number in range(3)
+    ]
+    assert all(np.array_equal(answer.decode()["sum"], A + B) for answer in answers)
 
 
 async def test_remote_errors(node):
@@ -274,6 +278,16 @@ async def test_remote_errors(node):
     with pytest.raises(MeshError) as caught:
         await node.infer(TensorRequest(model="broken", inputs={}), RequestContext())
     assert (caught.value.code, caught.value.sent) == (Code.INTERNAL, True)
+
+    async def mixed():
+        yield add()
+        yield TensorRequest(model="busy", inputs={})
+
+    answers = []
+    with pytest.raises(MeshError) as caught:
+        async for answer in node.stream(mixed(), RequestContext()):
+            answers.append(answer)
+    assert (len(answers), caught.value.code, caught.value.retry_after_ms) == (1, Code.OVERLOADED, 1500)
     deadline = asyncio.get_running_loop().time() + 0.1
     with pytest.raises(MeshError) as caught:
         await node.infer(TensorRequest(model="slow", inputs={}), RequestContext(deadline=deadline))
