@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
@@ -20,12 +21,12 @@ from nearcast.handler import (
     ModelMetadata,
     RequestContext,
     Served,
-    TensorSpec,
     VersionCounts,
 )
 from nearcast.load import NodeReport, Tier, VersionReport
 from nearcast.serving.cache import ResponseCache
-from nearcast.serving.engines import PLATFORMS, Timed
+from nearcast.serving.description import describe
+from nearcast.serving.engines import Timed
 from nearcast.serving.limits import HostLimits
 from nearcast.serving.memory_metrics import MemoryCollector
 from nearcast.serving.metrics import HostCollector
@@ -34,7 +35,6 @@ from nearcast.serving.residency import Residency, unknown_model
 from nearcast.serving.shadow import Shadow
 from nearcast.serving.slots import Slot, VersionStatus
 from nearcast.store import Store
-from nearcast.store.manifest import Tensor
 from nearcast.wire.response import TensorResponse
 
 
@@ -138,11 +138,7 @@ class ModelHost:
                     inputs,
                     context,
                     statistics,
-                    lambda: (
-                        version.run_inline(inputs, context.deadline)
-                        if version.runs_inline(inputs)
-                        else version.submit(inputs, context, request.size_bytes)
-                    ),
+                    partial(version.run, inputs, context, request.size_bytes),
                 )
             elif version.stateful:
                 timed = await version.sequences.run(request, context, inputs)
@@ -193,21 +189,7 @@ class ModelHost:
 
     async def metadata(self, model: str, version: str) -> ModelMetadata:
         slot = self._require_slot(model)
-        manifest = slot.manifest(version)
-        properties = {
-            "semver": manifest.semver,
-            "stateful": manifest.stateful,
-            "variant": manifest.variant,
-            "quality": f"{manifest.quality:g}",
-        }
-        return ModelMetadata(
-            name=model,
-            versions=tuple(str(release) for release in sorted(slot.hot)),
-            platform=PLATFORMS[manifest.engine],
-            inputs=tuple(map(_spec, manifest.inputs)),
-            outputs=tuple(map(_spec, manifest.outputs)),
-            properties=dict(manifest.properties) | properties,
-        )
+        return describe(slot.manifest(version), slot.hot, self._limits)
 
     async def is_ready(self, model: str = "", version: str = "") -> bool:
         if not model:
@@ -333,7 +315,3 @@ class ModelHost:
 
     def _unknown(self, model: str) -> MeshError:
         return unknown_model(model, self._slots)
-
-
-def _spec(tensor: Tensor) -> TensorSpec:
-    return TensorSpec(tensor.name, tensor.datatype, tensor.shape)

@@ -130,6 +130,16 @@ class HotVersion:
         recent = self.statistics.recent_us(now, (0.5, 0.95))
         return (recent[0], recent[1]) if recent else (self.warm_up.p50_us, self.warm_up.p99_us)
 
+    async def run(self, inputs: Tensors, context: RequestContext, size_bytes: int) -> Timed:
+        """Run on the loop or in a thread, as the inputs allow.
+
+        Raises:
+            MeshError: as `run_inline` and `submit`.
+        """
+        if self.runs_inline(inputs):
+            return await self.run_inline(inputs, context.deadline)
+        return await self.submit(inputs, context, size_bytes)
+
     async def submit(self, inputs: Tensors, context: RequestContext, size_bytes: int) -> Timed:
         """Run in a thread, alone or in a batch, once an engine is free.
 
