@@ -99,7 +99,11 @@ def _schedule(config: pb.ModelConfig, metadata: ModelMetadata) -> None:
         config.sequence_batching.direct.SetInParent()
         config.sequence_batching.max_sequence_idle_microseconds = number(properties.get("sequence_idle_us", ""))
     elif number(properties.get("batch_rows_max", "")):
-        queue = config.dynamic_batching.default_queue_policy
+        batching = config.dynamic_batching
+        batching.max_queue_delay_microseconds = number(properties.get("batch_window_us_max", ""))
+        batching.priority_levels = number(properties.get("priority_levels", ""))
+        batching.default_priority_level = number(properties.get("priority_default", ""))
+        queue = batching.default_queue_policy
         queue.timeout_action = pb.ModelQueuePolicy.REJECT
         queue.allow_timeout_override = True
         queue.max_queue_size = number(properties.get("queue_rows_max", ""))
