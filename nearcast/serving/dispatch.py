@@ -55,6 +55,7 @@ class Dispatch:
         self._engine = engine
         self._signature = signature
         self._statistics = statistics
+        self._joins = config.rows_max > 1
         self._executor = executor
         self._clock = clock
         self._ids = itertools.count()
@@ -184,11 +185,11 @@ class Dispatch:
             self._statistics.ran(rows, started, ended)
 
     def run_batch(self, batch: list[Waiting]) -> list[Timed | MeshError]:
-        """Run some requests: each gets its own answer or error. In a thread, or for a crowded turn on the loop."""
+        """Run some requests, joined if they may be: each gets its own answer or error. In a thread or on the loop."""
         now = self._clock.monotonic()
         answers: dict[int, Timed | MeshError] = {}
         live = [index for index, waiting in enumerate(batch) if waiting.deadline is None or waiting.deadline > now]
-        if len(live) > 1:
+        if len(live) > 1 and self._joins:
             try:
                 answers |= zip(live, self._run_joined([batch[index] for index in live]), strict=True)
             except (MeshError, ValueError, TypeError, MemoryError):

@@ -13,6 +13,9 @@ from nearcast.serving.pipeline.flow import ready_names
 from nearcast.store.manifest import Manifest, Tensor
 from nearcast.wire.tensors import datatype_of, dtype_of
 
+PASSED_SHAPES_MAX = 64
+"""Shapes of one input that are remembered as good."""
+
 
 class Signature:
     """The declared tensors of a version, prepared for the hot path.
@@ -31,8 +34,9 @@ class Signature:
 
     def __init__(self, manifest: Manifest) -> None:
         self._title = f"{manifest.name} release {manifest.release}"
-        self._inputs: list[tuple[str, np.dtype[Any], tuple[int, ...], Tensor]] = [
-            (tensor.name, dtype_of(tensor.datatype), tensor.shape, tensor) for tensor in manifest.inputs
+        # With the shapes that have passed before.
+        self._inputs: list[tuple[str, np.dtype[Any], set[tuple[int, ...]], Tensor]] = [
+            (tensor.name, dtype_of(tensor.datatype), set(), tensor) for tensor in manifest.inputs
         ]
         self._names = frozenset(tensor.name for tensor in manifest.inputs)
         self._ready_names = ready_names(manifest)
@@ -55,7 +59,7 @@ class Signature:
         Raises:
             MeshError: INVALID_REQUEST naming the tensor, what is expected and what came.
         """
-        for name, dtype, shape, tensor in self._inputs:
+        for name, dtype, passed, tensor in self._inputs:
             array = inputs.get(name)
             if array is None:
                 if (ready := self._ready_for(inputs)) is None:
@@ -67,11 +71,15 @@ class Signature:
                     Code.INVALID_REQUEST,
                     f"Input {name} of {self._title} must be {tensor.datatype}, got {datatype_of(array.dtype)}.",
                 )
-            if array.shape != shape and not _matches(array.shape, shape):
-                raise MeshError(
-                    Code.INVALID_REQUEST,
-                    f"Input {name} of {self._title} must have shape {list(shape)}, got {list(array.shape)}.",
-                )
+            shape = array.shape
+            if shape not in passed:
+                if not _matches(shape, tensor.shape):
+                    raise MeshError(
+                        Code.INVALID_REQUEST,
+                        f"Input {name} of {self._title} must have shape {list(tensor.shape)}, got {list(shape)}.",
+                    )
+                if len(passed) < PASSED_SHAPES_MAX:
+                    passed.add(shape)
         if len(inputs) != len(self._inputs):
             if (ready := self._ready_for(inputs)) is not None:
                 ready.require(inputs)
