@@ -30,6 +30,7 @@ from nearcast.serving.engines import Timed
 from nearcast.serving.limits import HostLimits
 from nearcast.serving.memory_metrics import MemoryCollector
 from nearcast.serving.metrics import HostCollector
+from nearcast.serving.nv_metrics import NvCollector
 from nearcast.serving.on_demand import OnDemand
 from nearcast.serving.residency import Residency, unknown_model
 from nearcast.serving.shadow import Shadow
@@ -83,6 +84,7 @@ class ModelHost:
         self._collectors = (
             HostCollector(self._residency.statistics, self._residency.in_flight),
             MemoryCollector(self._residency),
+            NvCollector(self._residency.statistics, self._residency.waiting),
         )
         if registry is not None:
             for collector in self._collectors:

@@ -10,7 +10,6 @@ from prometheus_client.core import (
     GaugeMetricFamily,
     HistogramMetricFamily,
     Metric,
-    UnknownMetricFamily,
 )
 from prometheus_client.registry import Collector
 
@@ -40,16 +39,6 @@ class HostCollector(Collector):
         shadows = CounterMetricFamily("nearcast_shadows", "Shadowed inputs.", labels=[*labels, "outcome"])
         total = HistogramMetricFamily("nearcast_request_duration_seconds", "From arrival to answer.", labels=labels)
         compute = HistogramMetricFamily("nearcast_compute_duration_seconds", "Model time of a request.", labels=labels)
-        # Triton names its counters without `_total`; as counters ours would gain it.
-        aliases = [
-            UnknownMetricFamily(f"nv_inference_{name}", text, labels=labels)
-            for name, text in (
-                ("request_success", "Answered requests."),
-                ("request_duration_us", "Sum of request times."),
-                ("queue_duration_us", "Sum of queue times."),
-                ("compute_infer_duration_us", "Sum of model times."),
-            )
-        ]
         for (model, release), each in list(self._statistics.items()):
             values = [model, str(release)]
             requests.add_metric([*values, "OK"], each.answered)
@@ -66,13 +55,10 @@ class HostCollector(Collector):
                 shadows.add_metric([*values, outcome], count)
             total.add_metric(values, _buckets(each.total), each.total_us / 1e6)
             compute.add_metric(values, _buckets(each.compute), each.compute_us / 1e6)
-            sums = (each.answered, each.total_us, each.queue_us, each.compute_us)
-            for family, value in zip(aliases, sums, strict=True):
-                family.add_metric(values, value)
         in_flight = GaugeMetricFamily("nearcast_in_flight", "Requests inside of a hot version.", labels=labels)
         for (model, release), count in self._in_flight().items():
             in_flight.add_metric([model, str(release)], count)
-        return [requests, batches, rows, shadows, total, compute, in_flight, *aliases]
+        return [requests, batches, rows, shadows, total, compute, in_flight]
 
 
 def _buckets(counts: Sequence[int]) -> list[tuple[str, float]]:

@@ -59,6 +59,10 @@ class Residency:
         """Requests inside of each hot version."""
         return {(s.name, release): v.in_flight for s in self.slots.values() for release, v in s.hot.items()}
 
+    def waiting(self) -> dict[tuple[str, int], int]:
+        """Requests that wait for the engine of each hot version."""
+        return {(s.name, release): v.waiting for s in self.slots.values() for release, v in s.hot.items()}
+
     def held_bytes(self) -> int:
         """Estimate of what all versions take now."""
         return sum(each.size_bytes for each in self._held())

@@ -114,6 +114,11 @@ class HotVersion:
         turn.join(self.signature.key(inputs), Waiting(inputs, self.signature.rows(inputs), deadline, answer))
         return await answer
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for the engine."""
+        return self._dispatch.batcher.waiting
+
     def queue_us(self) -> float:
         """How long a request that arrives now waits, by the runs lately or by the batch-1 time of what is before it."""
         batcher = self._dispatch.batcher

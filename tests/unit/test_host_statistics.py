@@ -9,7 +9,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from nearcast.errors import Code
 from nearcast.serving.metrics import HostCollector
-from nearcast.serving.statistics import Statistics, bucket_of, bucket_start_us, quantile_us
+from nearcast.serving.nv_metrics import NvCollector
+from nearcast.serving.statistics import RUN_SIZES_MAX, Statistics, bucket_of, bucket_start_us, quantile_us
 
 
 @given(st.integers(0, 2**33))
@@ -70,7 +71,55 @@ def test_metrics_are_what_dashboards_expect() -> None:
         'nearcast_in_flight{model="digits",version="2"} 7.0',
         'nearcast_request_duration_seconds_bucket{le="6.4e-05",model="digits",version="2"} 1.0',
         'nearcast_request_duration_seconds_bucket{le="+Inf",model="digits",version="2"} 2.0',
-        'nv_inference_request_success{model="digits",version="2"} 2.0',
-        'nv_inference_compute_infer_duration_us{model="digits",version="2"} 5030.0',
     ):
         assert line in text, text
+
+
+def test_the_names_of_triton_dashboards_are_all_there() -> None:
+    statistics = Statistics()
+    statistics.answer(20, 30)
+    statistics.answer(0, 5000)
+    statistics.ran(4, 1.0, 1.00503)
+    statistics.hit(3)
+    statistics.miss(2)
+    for code in (Code.INTERNAL, Code.OVERLOADED, Code.DEADLINE, Code.CANCELLED, Code.INVALID_REQUEST):
+        statistics.fail(code)
+    registry = CollectorRegistry(auto_describe=True)
+    registry.register(NvCollector({("digits", 2): statistics}, lambda: {("digits", 2): 7}))
+    generate_latest(registry)
+    text = generate_latest(registry).decode()
+    of = 'model="digits",version="2"'
+    for line in (
+        f"nv_inference_request_success{{{of}}} 2.0",
+        'nv_inference_request_failure{model="digits",reason="REJECTED",version="2"} 2.0',
+        'nv_inference_request_failure{model="digits",reason="CANCELED",version="2"} 1.0',
+        'nv_inference_request_failure{model="digits",reason="BACKEND",version="2"} 1.0',
+        'nv_inference_request_failure{model="digits",reason="OTHER",version="2"} 1.0',
+        f"nv_inference_count{{{of}}} 4.0",
+        f"nv_inference_exec_count{{{of}}} 1.0",
+        f"nv_inference_pending_request_count{{{of}}} 7.0",
+        f"nv_inference_request_duration_us{{{of}}} 5050.0",
+        f"nv_inference_queue_duration_us{{{of}}} 20.0",
+        f"nv_inference_compute_input_duration_us{{{of}}} 0.0",
+        f"nv_inference_compute_infer_duration_us{{{of}}} 5030.0",
+        f"nv_inference_compute_output_duration_us{{{of}}} 0.0",
+        f"nv_cache_num_hits_per_model{{{of}}} 1.0",
+        f"nv_cache_num_misses_per_model{{{of}}} 1.0",
+        f"nv_cache_hit_duration_per_model{{{of}}} 3.0",
+        f"nv_cache_miss_duration_per_model{{{of}}} 2.0",
+        "nv_cpu_memory_total_bytes ",
+        "nv_cpu_memory_used_bytes ",
+    ):
+        assert line in text, text
+
+
+def test_runs_are_counted_by_their_rows_within_a_bound() -> None:
+    statistics = Statistics()
+    for rows in range(1, RUN_SIZES_MAX + 100):
+        statistics.ran(rows, 0.0, 0.001)
+    statistics.ran(3, 0.0, 0.002)
+    counts = statistics.counts("digits", "2", wall_offset_s=0.0, memory_bytes=5)
+    assert counts.runs == RUN_SIZES_MAX + 100
+    assert len(counts.runs_by_rows) == RUN_SIZES_MAX
+    assert counts.runs_by_rows[3] == (2, 3_000_000)
+    assert counts.memory_bytes == 5
