@@ -13,6 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STUBS_VENV := .venv-stubs
 S3_VENV := .venv-s3
+NODE_CLIENT := .venv-node
 PEERS := .venv-peers
 STUBS_OUT ?= .
 PROTOS := $(wildcard proto/nearcast/wire/v1/*.proto)
@@ -63,6 +64,16 @@ $(PEERS)/%/.peer: constraints/peers-%.txt | $(BIN)/python
 	@$(PEERS)/$*/bin/python $(PIP) --require-hashes -r $<
 	@touch $@
 
+# A client on Node.js, for the tests. Where npm is missing they say so and skip it.
+$(NODE_CLIENT)/.npm: $(wildcard tests/foreign/grpc_js/*)
+	@mkdir -p $(NODE_CLIENT); cp tests/foreign/grpc_js/* $(NODE_CLIENT)/
+	@if ! command -v npm >/dev/null; then echo "npm is missing; on Debian and Ubuntu: apt-get install npm" >&2; \
+		elif cd $(NODE_CLIENT) && npm ci --silent --no-audit --no-fund --ignore-scripts; then touch .npm; \
+		else echo "npm could not install grpc-js; its tests are skipped" >&2; fi
+
+.PHONY: node-client
+node-client: $(NODE_CLIENT)/.npm ## install grpc-js, which the tests call servers with
+
 .PHONY: install
 install: $(VENV)/.demo ## make .venv with everything that `make demo` needs
 
@@ -102,7 +113,7 @@ check: install-dev ## format, lint, types, layers, stubs
 
 # Two halves at once: tests over processes and sockets mostly wait.
 .PHONY: test
-test: install-dev $(S3_VENV)/.s3 ## run the tests; ARGS="-k name" narrows them
+test: install-dev $(S3_VENV)/.s3 $(NODE_CLIENT)/.npm ## run the tests; ARGS="-k name" narrows them
 	@if [ -n "$(ARGS)" ]; then exec $(BIN)/pytest $(ARGS); fi; \
 	log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
 	$(BIN)/pytest -p no:cacheprovider tests/e2e tests/unit tests/property tests/architecture >"$$log" 2>&1 & other=$$!; \
