@@ -3,6 +3,7 @@
 ```
 {"op": "refresh", "model": "digits", "wait_s": 30}   -> {"ok": true, "model": "digits", "versions": [...]}
 {"op": "stats", "model": "digits"}                   -> the same without refreshing
+{"op": "load", "model": "digits"}                    -> the same, once it is in memory to stay; "unload" undoes it
 {"op": "models"}                                     -> {"ok": true, "models": [{"model": ..., "versions": [...]}]}
 anything else                                        -> {"ok": false, "error": "..."}
 ```
@@ -30,9 +31,9 @@ WAIT_S_MAX = 600.0
 
 
 class ControlRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One line. After `wait_s` a refresh answers with what is still loading; the loading goes on."""
+    """One line. After `wait_s` a refresh or load answers with what is still loading; the loading goes on."""
 
-    op: Literal["refresh", "stats", "models"]
+    op: Literal["refresh", "stats", "models", "load", "unload"]
     model: str = ""
     wait_s: Annotated[float, msgspec.Meta(ge=0, le=WAIT_S_MAX)] = 30.0
 
@@ -114,12 +115,15 @@ class ControlSocket:
 
     async def _obey(self, request: ControlRequest) -> dict[str, Any]:
         host = self._host
-        if request.op == "refresh":
+        if request.op in ("refresh", "load"):
+            doing = host.load(request.model) if request.op == "load" else host.refresh(request.model or None)
             try:
                 async with asyncio.timeout(request.wait_s):
-                    await host.refresh(request.model or None)
+                    await doing
             except TimeoutError:
-                _LOG.info("refresh of %r still runs after %g s", request.model, request.wait_s)
+                _LOG.info("%s of %r still runs after %g s", request.op, request.model, request.wait_s)
+        if request.op == "unload":
+            await host.unload(request.model)
         if request.model and request.op != "models":
             return {"model": request.model, "versions": host.status(request.model)}
         return {"models": [{"model": name, "versions": host.status(name)} for name in host.models()]}

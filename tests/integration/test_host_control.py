@@ -64,6 +64,19 @@ async def test_refresh_and_stats_answer_with_the_versions(served: tuple[Store, P
     assert models["models"] == [{"model": "affine", "versions": refresh["versions"]}]
 
 
+async def test_the_operator_loads_and_unloads(served: tuple[Store, Path]) -> None:
+    _, path = served
+    unload, load, unknown = await talk(
+        path,
+        b'{"op":"unload","model":"affine"}',
+        b'{"op":"load","model":"affine"}',
+        b'{"op":"load","model":"none"}',
+    )
+    assert [version["state"] for version in unload["versions"]] == ["cold"]
+    assert [version["state"] for version in load["versions"]] == ["hot"]
+    assert "it has: affine" in unknown["error"]
+
+
 async def test_bad_lines_get_an_error_line_and_the_next_one_works(served: tuple[Store, Path]) -> None:
     _, path = served
     *bad, good = await talk(
