@@ -35,7 +35,7 @@ from nearcast.transport.ngh2_connection import (
 from nearcast.transport.ngh2_framing import MessageReader, whole_message
 from nearcast.transport.ngh2_headers import Fields, RequestHead, read_request, write_error, write_http_error
 from nearcast.transport.ngh2_stream import ServerStream
-from nearcast.transport.ngh2_watch import Seen, Verdict, Watch
+from nearcast.transport.watch import Seen, Verdict, Watch
 from nearcast.transport.seam import Call, Limits, Methods
 
 _log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -25,6 +25,7 @@ from nearcast.transport.json_tensors import decode_raw_request, decode_request, 
 from nearcast.transport.listener import require_free
 from nearcast.transport.outputs import form_outputs
 from nearcast.transport.peer import peer_name
+from nearcast.transport.rest_guard import RestGuard
 from nearcast.transport.rest_models import ROUTES, Route, answer
 from nearcast.transport.seam import DEFAULT_LIMITS, UNIX_PREFIX, Call, Limits
 from nearcast.transport.service import InferenceService, Report
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+T = TypeVar("T")
 JSON_SIZE = "Inference-Header-Content-Length"
 
 
@@ -52,6 +54,7 @@ class RestLimits:
 REST_LIMITS = RestLimits()
 BODY_SIZE_BYTES_MAX = 64 * 1024
 """Of a question; only inference takes more."""
+_INLINE_SIZE_BYTES_MAX = 128 * 1024
 _COMPRESSIONS = frozenset({"gzip", "deflate"})
 """Answers are compressed for a client that names one of these alone. Libraries name several without being asked."""
 
@@ -94,6 +97,7 @@ class RestServer:
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
+        self._guard = RestGuard(limits, body_timeout_s=REST_LIMITS.body_timeout_s)
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> None:
@@ -105,11 +109,16 @@ class RestServer:
         from aiohttp import web
 
         require_tls(self.address, self._tls is not None)
-        app = web.Application(client_max_size=self._limits.message_size_bytes_max, middlewares=[_answer_errors])
+        middlewares = [_answer_errors, self._guard.middleware]
+        app = web.Application(client_max_size=self._limits.message_size_bytes_max, middlewares=middlewares)
         self._add_routes(app)
         # A client that hangs up cancels its request: nobody waits for the answer any more.
-        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+        runner = web.AppRunner(
+            app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0, **self._guard.options
+        )
         await runner.setup()
+        assert runner.server is not None
+        self._guard.watch(runner.server)
         host, port = parse_address(self.address)
         site: web.BaseSite
         path = Path(host.removeprefix(UNIX_PREFIX)) if host.startswith(UNIX_PREFIX) else None
@@ -135,6 +144,7 @@ class RestServer:
         if runner is None:
             return
         self._draining = True
+        self._guard.close()
         for site in list(runner.sites):
             await site.stop()
         with contextlib.suppress(TimeoutError):
@@ -154,7 +164,7 @@ class RestServer:
 
     def _answering(self, route: Route) -> _Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
-            body = await _read_body(request, min(BODY_SIZE_BYTES_MAX, self._limits.message_size_bytes_max))
+            body = await self._guard.read_body(request, min(BODY_SIZE_BYTES_MAX, self._limits.message_size_bytes_max))
             return _json(await answer(self._service, route, request.match_info, body, _call(request)))
 
         return handle
@@ -162,6 +172,9 @@ class RestServer:
     async def _infer(self, request: web.Request) -> web.StreamResponse:
         if self._draining:
             raise MeshError(Code.UNAVAILABLE, "This node is shutting down; ask another.")
+        deadline = self._deadline(request.headers.get(status.DEADLINE_MS, ""))
+        # Before it takes one of the places: those who send slowly could hold them all.
+        body = await self._guard.read_body(request, self._limits.message_size_bytes_max)
         if self._in_flight >= self._limits.concurrent_streams_max:
             raise MeshError(
                 Code.OVERLOADED,
@@ -171,24 +184,23 @@ class RestServer:
         self._in_flight += 1
         self._idle.clear()
         try:
-            return await self._run(request)
+            return await self._run(request, body, deadline)
         finally:
             self._in_flight -= 1
             if not self._in_flight:
                 self._idle.set()
 
-    async def _run(self, request: web.Request) -> web.StreamResponse:
+    async def _run(self, request: web.Request, body: bytes, deadline: float | None) -> web.StreamResponse:
         from aiohttp import web
 
-        deadline = self._deadline(request.headers.get(status.DEADLINE_MS, ""))
         call = _call(request)
-        body = await _read_body(request, self._limits.message_size_bytes_max)
         model, version = _names(request)
         json_size = _json_size(request, len(body))
         if json_size == 0:
             infer, wanted = decode_raw_request(await self._service.metadata(model, version), version, body)
         else:
-            infer, wanted = decode_request(model, version, body, json_size, partial(self._service.regions.read, call))
+            read = partial(self._service.regions.read, call)
+            infer, wanted = await _apart(json_size, partial(decode_request, model, version, body, json_size, read))
         context = read_context(
             request.headers,
             infer.parameters,
@@ -199,7 +211,8 @@ class RestServer:
         )
         response = await self._service.infer(infer, context)
         outputs = await form_outputs(self._service, response, wanted.forms, call)
-        head, pieces = encode_response(response, outputs, wanted)
+        json_bytes = sum(array.nbytes for name, array in response.decode().items() if not wanted.is_binary(name))
+        head, pieces = await _apart(json_bytes, partial(encode_response, response, outputs, wanted))
         headers = dict(status.served_to_trailers(response.served))
         if pieces:
             headers[JSON_SIZE] = str(len(head))
@@ -234,6 +247,13 @@ class RestServer:
         return _json({"name": model, "ready": ready}, status_code=200 if ready else 503)
 
 
+async def _apart(size_bytes: int, work: Callable[[], T]) -> T:
+    """Run what deals with much JSON in a thread: a second of it on the loop would be a second for everybody."""
+    if size_bytes <= _INLINE_SIZE_BYTES_MAX:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(None, work)
+
+
 async def _answer_errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
     from aiohttp import web
 
@@ -255,27 +275,6 @@ async def _answer_errors(request: web.Request, handler: _Handler) -> web.StreamR
 
 
 _answer_errors.__middleware_version__ = 1  # type: ignore[attr-defined]  # what @web.middleware sets, without importing aiohttp here
-
-
-async def _read_body(request: web.Request, size_bytes_max: int) -> bytes:
-    from aiohttp import web
-
-    too_large = MeshError(
-        Code.TOO_LARGE, f"The body is larger than {size_bytes_max} bytes; send fewer or smaller tensors."
-    )
-    if (request.content_length or 0) > size_bytes_max:
-        raise too_large
-    try:
-        async with asyncio.timeout(REST_LIMITS.body_timeout_s):
-            return await request.read()
-    except web.HTTPRequestEntityTooLarge as error:
-        raise too_large from error
-    except TimeoutError as error:
-        raise MeshError(
-            Code.INVALID_REQUEST, f"The body did not arrive within {REST_LIMITS.body_timeout_s} s."
-        ) from error
-    except web.RequestPayloadError as error:
-        raise MeshError(Code.INVALID_REQUEST, "The body does not fit its Content-Encoding or length.") from error
 
 
 def _json_size(request: web.Request, size_bytes: int) -> int:
