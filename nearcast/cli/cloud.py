@@ -19,8 +19,12 @@ def command(path: Path | None, token: str, overrides: tuple[str, ...]) -> None:
     It joins the mesh once with --join; later starts use the identity in its data_dir. Without one it stands alone.
     When it is ready it prints one JSON line with its addresses.
     """
-    from cloud_core.app import run
-    from cloud_core.config import CloudConfig
-    from nearcast.config import load_config
+    from nearcast.runtime.start import quick_start
 
-    sys.exit(run(load_config(CloudConfig, path=path, overrides=overrides).value, token=token))
+    with quick_start():
+        from cloud_core.app import run
+        from cloud_core.config import CloudConfig
+        from nearcast.config import load_config
+
+        code = run(load_config(CloudConfig, path=path, overrides=overrides).value, token=token)
+    sys.exit(code)

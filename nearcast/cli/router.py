@@ -19,6 +19,10 @@ def command(path: Path | None, token: str, overrides: tuple[str, ...]) -> None:
     It finds nodes in the directory of the mesh that it joined, or in [[targets]] of its configuration.
     When it is ready it prints one JSON line with its addresses.
     """
-    from router.__main__ import run_router
+    from nearcast.runtime.start import quick_start
 
-    sys.exit(run_router(config=path, overrides=overrides, token=token))
+    with quick_start():
+        from router.__main__ import run_router
+
+        code = run_router(config=path, overrides=overrides, token=token)
+    sys.exit(code)

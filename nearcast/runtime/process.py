@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 
 from nearcast.errors import MeshError
 from nearcast.runtime.exit import ExitCode, exit_code
+from nearcast.runtime.start import settle
 
 CANCEL_GRACE_S = 1.0
 """How long a cancelled main may clean up before the process ends regardless."""
@@ -53,6 +54,7 @@ def run(main: Callable[[Shutdown], Awaitable[int]], *, drain_s: float = 5.0) -> 
 
 def announce(name: str, **addresses: str) -> None:
     """Tell the parent, by one JSON line on stdout, that this process is ready and where it listens."""
+    settle()
     try:
         sys.stdout.write(json.dumps({"ready": name, **addresses}) + "\n")
         sys.stdout.flush()

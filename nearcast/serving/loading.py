@@ -21,8 +21,8 @@ from nearcast.store.contents import Contents
 
 _LOG = logging.getLogger(__name__)
 WARM_UP_RUNS_MAX = 200
-WARM_UP_RUNS_MIN = 3
-WARM_UP_TIME_S = 0.05
+WARM_UP_RUNS_MIN = 2
+WARM_UP_TIME_S = 0.01
 LOADER_NICE = 10
 
 
@@ -114,9 +114,9 @@ def warm(engine: LoadedModel, manifest: Manifest, vectors: list[dict[str, Any]],
     return WarmUp(
         runs=len(times),
         p50_us=times[len(times) // 2],
-        p99_us=times[int(0.98 * (len(times) - 1))],
+        p99_us=times[round(0.98 * (len(times) - 1))],
         busy_p50_us=busy[len(busy) // 2],
-        busy_p99_us=busy[int(0.98 * (len(busy) - 1))],
+        busy_p99_us=busy[round(0.98 * (len(busy) - 1))],
         elements=max(1, min(sum(array.size for array in each.values()) for each in inputs)),
         sequence_us=sequence_us,
     )
