@@ -48,6 +48,16 @@ def recurrent_model() -> bytes:
     return _serialise(nodes, constants, inputs, outputs)
 
 
+def scaled_model() -> bytes:
+    """y = rate * x: x [n, 3] has a batch axis, the scalar `rate` has none."""
+    nodes = [
+        helper.make_node("Cast", ["rate"], ["factor"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["x", "factor"], ["y"]),
+    ]
+    inputs = [("x", TensorProto.FLOAT, ["n", 3]), ("rate", TensorProto.INT64, [])]
+    return _serialise(nodes, [], inputs, [("y", TensorProto.FLOAT, ["n", 3])])
+
+
 def text_model() -> bytes:
     """Strings in, the same strings out."""
     spec = ("x", TensorProto.STRING, ["n"])

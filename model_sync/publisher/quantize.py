@@ -179,17 +179,18 @@ def read_examples(path: Path, manifest: Manifest) -> Examples:
         )
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            tensors = {name: arrays[f"in_{name}"] for name in axes}
+            given = {tensor.name: arrays[f"in_{tensor.name}"] for tensor in manifest.inputs}
             labels = arrays["label"].astype(np.int64) if "label" in arrays.files else None
     except (OSError, ValueError, KeyError) as error:
         raise MeshError(Code.INVALID_REQUEST, f"The examples {path} cannot be used: {error}.") from error
+    tensors = {name: given[name] for name in axes}
     counts = {tensor.shape[axes[name]] for name, tensor in tensors.items()} | (
         {len(labels)} if labels is not None else set()
     )
     if len(counts) != 1:
         raise MeshError(Code.INVALID_REQUEST, f"The arrays of {path} have different numbers of rows.")
     count = min(counts.pop(), ROWS_MAX)
-    rows = tuple({name: t.take([row], axis=axes[name]) for name, t in tensors.items()} for row in range(count))
+    rows = tuple(given | {name: t.take([row], axis=axes[name]) for name, t in tensors.items()} for row in range(count))
     for row in rows[:1]:
         Signature(manifest).require(row)
     return Examples(inputs=rows, labels=None if labels is None else labels[:count])

@@ -17,11 +17,20 @@ def join(parts: Sequence[Tensors], axes: Mapping[str, int]) -> dict[str, npt.NDA
 
     Args:
         parts: the inputs of each request.
-        axes: batch axis per tensor name.
+        axes: batch axis per tensor name; what has none must be equal in all parts.
+
+    Raises:
+        ValueError: if the parts do not fit together.
     """
+    joined = dict(parts[0])
     if len(parts) == 1:
-        return dict(parts[0])
-    return {name: np.concatenate([part[name] for part in parts], axis=axes[name]) for name in parts[0]}
+        return joined
+    for name, first in parts[0].items():
+        if name in axes:
+            joined[name] = np.concatenate([part[name] for part in parts], axis=axes[name])
+        elif any(part[name].tobytes() != first.tobytes() for part in parts):
+            raise ValueError(f"the parts differ in {name}, which has no batch axis")
+    return joined
 
 
 def split(outputs: Tensors, rows: Sequence[int], axes: Mapping[str, int]) -> list[dict[str, npt.NDArray[Any]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -16,20 +17,24 @@ from nearcast.wire.tensors import datatype_of, dtype_of
 PASSED_SHAPES_MAX = 64
 """Shapes of one input that are remembered as good."""
 
+COMMON_ELEMENTS_MAX = 16
+"""Elements of an input without a batch axis that is compared before requests are joined."""
+
 
 class Signature:
     """The declared tensors of a version, prepared for the hot path.
 
     Attributes:
-        batchable: every tensor has a free batch axis and the model keeps no hidden state.
-        input_axes: batch axis per input; empty unless `batchable`.
+        batchable: every tensor has a free batch axis, but for small inputs that requests may have in common (a sample
+            rate), and the model keeps no hidden state.
+        input_axes: batch axis per input that has one; empty unless `batchable`.
         output_axes: batch axis per output; empty unless `batchable`.
         fixed: no input has a free axis, so every request costs the same.
     """
 
     __slots__ = (
-        "_inputs", "_keyed", "_names", "_ready", "_ready_names", "_title", "batchable", "fixed", "input_axes",
-        "output_axes", "output_names",
+        "_common", "_inputs", "_keyed", "_names", "_ready", "_ready_names", "_title", "batchable", "fixed",
+        "input_axes", "output_axes", "output_names",
     )  # fmt: skip
 
     def __init__(self, manifest: Manifest) -> None:
@@ -42,15 +47,20 @@ class Signature:
         self._ready_names = ready_names(manifest)
         self._ready = Signature(manifest.of_model()) if self._ready_names else None
         self.output_names = frozenset(tensor.name for tensor in manifest.outputs)
-        tensors = (*manifest.inputs, *manifest.outputs)
-        self.batchable = manifest.stateful != "hidden" and bool(manifest.inputs) and all(map(_has_batch_axis, tensors))
-        self.input_axes = {t.name: t.batch_axis or 0 for t in manifest.inputs} if self.batchable else {}
+        joined = [tensor for tensor in manifest.inputs if _has_batch_axis(tensor)]
+        common = [tensor for tensor in manifest.inputs if not _has_batch_axis(tensor)]
+        self.batchable = (
+            manifest.stateful != "hidden"
+            and bool(joined)
+            and all(map(_may_be_common, common))
+            and all(map(_has_batch_axis, manifest.outputs))
+        )
+        self.input_axes = {t.name: t.batch_axis or 0 for t in joined} if self.batchable else {}
+        self._common = [tensor.name for tensor in common] if self.batchable else []
         self.output_axes = {t.name: t.batch_axis or 0 for t in manifest.outputs} if self.batchable else {}
         self.fixed = all(axis >= 0 for tensor in manifest.inputs for axis in tensor.shape)
         self._keyed = any(
-            axis == -1 and index != tensor.batch_axis
-            for tensor in manifest.inputs
-            for index, axis in enumerate(tensor.shape)
+            axis == -1 and index != tensor.batch_axis for tensor in joined for index, axis in enumerate(tensor.shape)
         )
 
     def require(self, inputs: Tensors) -> None:
@@ -131,16 +141,15 @@ class Signature:
         return 1.0 - quantile if quantile and self._keyed else quantile
 
     def key(self, inputs: Tensors) -> Hashable:
-        """What must be equal for two requests to be joined: the free axes other than the batch axis."""
+        """What must be equal for two requests to be joined: the other free axes, and inputs without a batch axis."""
         if (ready := self._ready_for(inputs)) is not None:
             return "ready", ready.key(inputs)
+        common = tuple([inputs[name].tobytes() for name in self._common])
         if not self._keyed:
-            return ()
-        return tuple(
-            shape[:axis] + shape[axis + 1 :]
-            for name, axis in self.input_axes.items()
-            for shape in (inputs[name].shape,)
-        )
+            return common
+        shapes = [inputs[name].shape for name in self.input_axes]
+        free = [s[:axis] + s[axis + 1 :] for s, axis in zip(shapes, self.input_axes.values(), strict=True)]
+        return (*free, *common)
 
     def _ready_for(self, inputs: Tensors) -> Signature | None:
         """What declares these inputs, if they are the model's own and come in place of the pipeline's."""
@@ -156,6 +165,10 @@ class Signature:
 
 def _matches(got: tuple[int, ...], declared: tuple[int, ...]) -> bool:
     return len(got) == len(declared) and all(d in (-1, g) for g, d in zip(got, declared, strict=True))
+
+
+def _may_be_common(tensor: Tensor) -> bool:
+    return tensor.datatype != "BYTES" and -1 not in tensor.shape and prod(tensor.shape) <= COMMON_ELEMENTS_MAX
 
 
 def _has_batch_axis(tensor: Tensor) -> bool:

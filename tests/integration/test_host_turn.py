@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from nearcast.serving import HostLimits, ModelHost
 from nearcast.serving.turn import Turn
 from nearcast.store import Store
 from nearcast.wire.request import TensorRequest
-from tests.tiny_models import activate, install, lookup_model, recurrent_model, tensor
+from tests.tiny_models import activate, install, lookup_model, recurrent_model, scaled_model, tensor
 
 CONTEXT = RequestContext()
 # Generous, so that a busy machine still runs these models on the loop; eight rows a run.
@@ -68,6 +69,34 @@ async def test_crowded_turns_share_runs_and_each_request_gets_its_own(tmp_path: 
         assert max(sizes) <= LIMITS.batch_rows_max
         assert len(sizes) < 32 + 3 * 20, "after the first burst the turns are crowded"
         assert host._residency.statistics["recurrent", 1].batches["turn"] >= 3
+
+
+@pytest.mark.parametrize("rows_max", [8, 1])
+async def test_requests_are_joined_only_where_their_common_inputs_are_equal(tmp_path: Path, rows_max: int) -> None:
+    store = Store(tmp_path / "store")
+    install(
+        store,
+        scaled_model(),
+        name="scaled",
+        inputs=(tensor("x", "FP32", (-1, 3)), tensor("rate", "INT64", (), None)),
+        outputs=(tensor("y", "FP32", (-1, 3)),),
+    )
+    activate(store, "scaled", stable=1)
+    host = ModelHost(store, node="edge-1", limits=replace(LIMITS, batch_rows_max=rows_max))
+    await host.start()
+    rows_of_runs = host._residency.statistics["scaled", 1].runs
+
+    async def ask(index: int) -> None:
+        x, rate = np.full((1, 3), index, np.float32), np.array(1 + index % 2, np.int64)
+        request = TensorRequest(model="scaled", inputs={"x": x, "rate": rate})
+        np.testing.assert_array_equal((await host.infer(request, CONTEXT)).decode()["y"], x * rate)
+
+    try:
+        for _ in range(3):
+            await asyncio.gather(*(ask(index) for index in range(16)))
+    finally:
+        await host.close()
+    assert max(rows_of_runs) == rows_max, "eight of each rate"
 
 
 async def test_a_lone_request_does_not_wait_for_company(tmp_path: Path) -> None:
