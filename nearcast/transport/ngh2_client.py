@@ -34,6 +34,7 @@ from nearcast.transport.ngh2_headers import Fields, read_trailers, response_prob
 from nearcast.transport.ngh2_slots import Slots
 from nearcast.transport.seam import CallError, Limits
 
+_SECOND_LOOK_S = 0.02
 _CANCEL = 8
 # A union would be built anew for each event.
 _ENDED = (StreamReset, StreamClosed)
@@ -192,12 +193,15 @@ class ClientConnection(Ngh2Connection):
             self.flush_soon()
         self._keepalive = self.loop.call_later(self.limits.keepalive_timeout_s, self._judge, self.last_read_at)
 
-    def _judge(self, read_at: float) -> None:
-        self._is_probing = False
-        if self.last_read_at <= read_at:
+    def _judge(self, read_at: float, looks: int = 1) -> None:
+        if self.last_read_at > read_at:
+            self._is_probing = False
+            self._keep_alive()
+        elif looks > 1:
             self.abort()
         else:
-            self._keep_alive()
+            # If it was this loop that was busy, the answer is waiting to be read.
+            self._keepalive = self.loop.call_later(_SECOND_LOOK_S, self._judge, read_at, looks + 1)
 
     def abandon(self, call: ClientCall) -> None:
         """Reset a call whose answer nobody waits for; harmless if it has ended."""
@@ -231,6 +235,9 @@ class ClientConnection(Ngh2Connection):
                 del self._writers[stream_id]
 
     def flushed(self) -> None:
+        if self._is_retired and self.calls:
+            # Calls queued in the turn in which the server's GOAWAY came: the library drops them as it is flushed.
+            self.handle_events(self.h2.events())
         for stream_id, waker in self._writers.items():
             if not waker.done() and self.h2.queued_body_size(stream_id) < PULL_SIZE_BYTES:
                 waker.set_result(None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -263,9 +263,9 @@ async def test_nobody_listening_is_unavailable_and_not_sent(channel_kind: Kind) 
 async def test_drain_finishes_what_is_in_flight(
     server: Server, channel: Channel, channel_kind: Kind, service: Service
 ) -> None:
-    tasks = [asyncio.ensure_future(channel.unary("/t.T/wait", (str(i).encode(),))) for i in range(100)]
+    tasks = [asyncio.ensure_future(channel.unary("/t.T/wait", (str(i).encode(),))) for i in range(200)]
     async with asyncio.timeout(5):
-        while service.waiting < 100:
+        while service.waiting < 200:
             await asyncio.sleep(0.01)
     drain = asyncio.ensure_future(server.drain(5))
     await asyncio.sleep(0.1)
@@ -275,9 +275,49 @@ async def test_drain_finishes_what_is_in_flight(
     assert (error.code, error.sent) == (Code.UNAVAILABLE, False)
     service.release.set()
     replies = await asyncio.gather(*tasks)
-    assert len(replies) == 100
+    assert len(replies) == 200
     await asyncio.wait_for(drain, 3)
     await late.close()
+
+
+async def test_old_connections_are_replaced_without_a_failure(server_kind: Kind, channel_kind: Kind) -> None:
+    """200 callers and a stream, while the server says goodbye to each connection after a moment."""
+    service = Service()
+    limits = Limits(connection_age_s=0.2)
+    server = make_server(server_kind, service.methods(), address="127.0.0.1:0", limits=limits)
+    await server.start()
+    channel = make_channel(channel_kind, server.address, limits=LIMITS)
+    ends_at = time.monotonic() + 0.7
+
+    async def call() -> None:
+        while time.monotonic() < ends_at:
+            await channel.unary("/t.T/echo", (b"x",))
+
+    async def words() -> AsyncIterator[Sequence[bytes]]:
+        while time.monotonic() < ends_at:
+            yield (b"word",)
+            await asyncio.sleep(0.02)
+
+    async def talk() -> None:
+        assert {word async for word in channel.stream("/t.T/talk", words())} == {b"re:word"}
+
+    await asyncio.gather(talk(), *(call() for _ in range(200)))
+    assert len({call.peer for call in service.calls}) >= 3
+    await channel.close()
+    await server.drain(1)
+
+
+async def test_a_peer_that_is_only_slow_is_kept(server_kind: Kind, channel_kind: Kind, service: Service) -> None:
+    limits = Limits(keepalive_s=0.05, keepalive_timeout_s=0.2)
+    server = make_server(server_kind, service.methods(), address="127.0.0.1:0", limits=limits)
+    await server.start()
+    channel = make_channel(channel_kind, server.address, limits=limits)
+    task = asyncio.ensure_future(channel.unary("/t.T/wait", (b"x",)))
+    await asyncio.sleep(0.4)
+    service.release.set()
+    assert (await task).body[0] == b"x"
+    await channel.close()
+    await server.drain(1)
 
 
 async def test_drain_without_calls_is_quick(server: Server, channel: Channel) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import ngh2
@@ -157,18 +157,65 @@ async def test_a_server_that_never_greets_is_unavailable() -> None:
         assert time.monotonic() - began < 1
 
 
-async def test_a_silent_peer_is_dropped_after_a_missed_deadline() -> None:
-    """A peer that lost power sends no FIN: later calls must not wait on the same dead connection for ever."""
+class Silence:
+    """Greets, and says nothing more once a call has come: like a machine that lost power, it sends no FIN."""
 
-    def act(h2: ngh2.Connection, events: list[ngh2.Event]) -> str | None:
-        server.greet = server.greet and not requests(events)
+    def __init__(self) -> None:
+        self.server = RawServer(self.act)
+
+    def act(self, h2: ngh2.Connection, events: list[ngh2.Event]) -> str | None:
+        self.server.greet = self.server.greet and not requests(events)
         return None
 
-    server = RawServer(act)
-    async with server.listening() as address, calling(address) as channel:
-        assert (await failure(channel, 0.2)).code is Code.DEADLINE
-        server.greet = False
-        async with asyncio.timeout(10):
-            while server.accepted < 2:
-                await asyncio.sleep(0.1)
+
+async def test_a_silent_peer_is_dropped_after_a_missed_deadline() -> None:
+    """Later calls must not wait on the same dead connection for ever."""
+    silence = Silence()
+    limits = Limits(keepalive_timeout_s=0.2)
+    async with silence.server.listening() as address, calling(address, limits) as channel:
+        assert (await failure(channel, 0.1)).code is Code.DEADLINE
+        async with asyncio.timeout(5):
+            while silence.server.accepted < 2:
+                await asyncio.sleep(0.05)
                 await failure(channel, 0.05)
+
+
+async def test_a_silent_peer_is_noticed_by_calls_without_a_deadline() -> None:
+    async def nothing() -> AsyncIterator[Sequence[bytes]]:
+        await asyncio.Event().wait()
+        yield (b"",)
+
+    async def listen(channel: Ngh2Channel) -> None:
+        async for _ in channel.stream("/t.T/talk", nothing()):
+            pass
+
+    silence = Silence()
+    limits = Limits(keepalive_s=0.1, keepalive_timeout_s=0.1)
+    async with silence.server.listening() as address, calling(address, limits) as channel:
+        began = time.monotonic()
+        lost = await asyncio.gather(listen(channel), channel.unary("/t.T/echo", (b"x",)), return_exceptions=True)
+        assert 0.15 < time.monotonic() - began < 1
+        assert [(error.code, error.sent) for error in lost if isinstance(error, CallError)] == [
+            (Code.UNAVAILABLE, True)
+        ] * 2
+
+
+async def test_streams_leave_slots_to_unary_calls() -> None:
+    async def nothing() -> AsyncIterator[Sequence[bytes]]:
+        await asyncio.Event().wait()
+        yield (b"",)
+
+    server = RawServer(lambda h2, events: None)
+    async with server.listening() as address, calling(address) as channel:
+        streams = [asyncio.ensure_future(anext(aiter(channel.stream("/t.T/talk", nothing())))) for _ in range(75)]
+        await asyncio.sleep(0.1)
+        with pytest.raises(CallError, match="Too many streams") as caught:
+            await anext(aiter(channel.stream("/t.T/talk", nothing())))
+        assert (caught.value.code, caught.value.sent) == (Code.OVERLOADED, False)
+        for stream in streams:
+            stream.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+        stream = asyncio.ensure_future(anext(aiter(channel.stream("/t.T/talk", nothing()))))
+        await asyncio.sleep(0.05)
+        assert not stream.done()
+        stream.cancel()
