@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 START_TIMEOUT_S = 60.0
@@ -54,6 +55,12 @@ class Load:
     failed: int
 
 
+def cpu_s(pid: int) -> float:
+    """Processor time that a process has used so far, its system calls included."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def has_h2load() -> bool:
     """Whether the load tool of nghttp2 is installed (Debian: `nghttp2-client`)."""
     return shutil.which("h2load") is not None
@@ -68,6 +75,7 @@ def load_h2(
     connections: int,
     streams: int,
     headers: Mapping[str, str] | None = None,
+    is_tls: bool = False,
 ) -> Load:
     """Send `requests` gRPC messages with h2load and read its summary.
 
@@ -92,8 +100,9 @@ def load_h2(
         ]
         for name, value in {"content-type": "application/grpc", "te": "trailers", **(headers or {})}.items():
             command += ["-H", f"{name}: {value}"]
+        scheme = "https" if is_tls else "http"
         result = subprocess.run(
-            [*command, f"http://{address}{path}"], capture_output=True, text=True, check=False, timeout=300
+            [*command, f"{scheme}://{address}{path}"], capture_output=True, text=True, check=False, timeout=300
         )
         latencies = [int(line.split("\t")[2]) for line in log]
     out = result.stdout

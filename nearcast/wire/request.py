@@ -123,8 +123,11 @@ class TensorRequest(InferRequest):
         return self._outputs
 
 
+_IN_PIECES = (WireRequest, TensorRequest)
+
+
 def request_pieces(request: InferRequest) -> Sequence[bytes]:
     """The request as pieces of one `ModelInferRequest`, whatever class it is of."""
-    if isinstance(request, WireRequest | TensorRequest):
+    if isinstance(request, _IN_PIECES):
         return request.encode_pieces()
     return (request.encode(),)

@@ -120,9 +120,12 @@ class TensorResponse(InferResponse):
         return self._pieces
 
 
+_IN_PIECES = (TensorResponse, WireResponse)
+
+
 def response_pieces(response: InferResponse) -> Sequence[bytes]:
     """The answer as pieces of one `ModelInferResponse`, whatever class it is of."""
-    if isinstance(response, WireResponse | TensorResponse):
+    if isinstance(response, _IN_PIECES):
         return response.encode_pieces()
     return (response.encode(),)
 
