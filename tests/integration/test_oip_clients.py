@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import queue
 from pathlib import Path
 
 import grpc
@@ -71,102 +70,6 @@ def triton_inputs():
     return made
 
 
-def triton_calls(address):
-    from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
-
-    client = InferenceServerClient(address)
-    try:
-        assert client.is_server_live()
-        assert client.is_server_ready()
-        assert client.is_model_ready("add", "2")
-        assert not client.is_model_ready("none")
-        server = client.get_server_metadata()
-        assert server.name == "test-1"
-        assert "sequence" in server.extensions
-        assert client.get_model_metadata("add").inputs[0].shape == [-1, 2]
-        config = client.get_model_config("add").config
-        assert (config.name, config.input[0].data_type, list(config.input[0].dims)) == ("add", 11, [-1, 2])
-        assert [(m.version, m.state) for m in client.get_model_repository_index().models] == [
-            ("1", "UNAVAILABLE"),
-            ("2", "READY"),
-        ]
-        result = client.infer("add", triton_inputs(), request_id="r7")
-        assert np.array_equal(result.as_numpy("sum"), A + B)
-        assert np.array_equal(result.as_numpy("difference"), A - B)
-        assert (result.get_response().id, result.get_response().model_version) == ("r7", "2")
-        one = client.infer("add", triton_inputs(), model_version="1", outputs=[InferRequestedOutput("difference")])
-        assert [output.name for output in one.get_response().outputs] == ["difference"]
-        text = InferInput("x", [1, 2], "BYTES")
-        text.set_data_from_numpy(np.array([[b"\xff\x00", b""]], dtype=object))
-        assert client.infer("echo", [text]).as_numpy("x").tolist() == [[b"\xff\x00", b""]]
-        half = InferInput("x", [3], "FP16")
-        half.set_data_from_numpy(np.float16([1, 2, 3]))
-        assert client.infer("echo", [half]).as_numpy("x").tolist() == [1, 2, 3]
-        large = InferInput("x", [1, 3, 224, 224], "FP32")
-        picture = np.random.default_rng(1).random((1, 3, 224, 224), dtype=np.float32)
-        large.set_data_from_numpy(picture)
-        assert np.array_equal(client.infer("echo", [large]).as_numpy("x"), picture)
-        client.infer("add", triton_inputs(), sequence_id=9, sequence_start=True, priority=2, timeout=9_000_000)
-        counts = client.get_inference_statistics("add").model_stats
-        assert {entry.version: entry.inference_count for entry in counts} == {"1": 1, "2": 2}
-    finally:
-        client.close()
-
-
-async def test_tritonclient(server, model):
-    await in_thread(triton_calls, server.address)
-    context = model.contexts[-1]
-    assert model.requests[-1].sequence_id == "9"
-    assert (context.priority, context.tenant, context.forwarded) == (2, "local", False)
-    assert 0 < context.deadline - asyncio.get_running_loop().time() <= 9
-
-
-def triton_failures(address):
-    from tritonclient.grpc import InferenceServerClient, InferInput
-    from tritonclient.utils import InferenceServerException
-
-    client = InferenceServerClient(address)
-    seen = {}
-    try:
-        for model, version in (("none", ""), ("add", "9"), ("busy", ""), ("broken", "")):
-            with pytest.raises(InferenceServerException) as caught:
-                client.infer(model, triton_inputs(), model_version=version)
-            seen[model] = (caught.value.status(), caught.value.message())
-        short = InferInput("x", [4], "FP32")
-        short.set_data_from_numpy(np.zeros(4, np.float32))
-        short._raw_content = b"\0" * 15
-        with pytest.raises(InferenceServerException) as caught:
-            client.infer("echo", [short])
-        seen["short"] = (caught.value.status(), caught.value.message())
-        with pytest.raises(InferenceServerException) as caught:
-            client.infer("slow", [], client_timeout=0.1)
-        seen["slow"] = (caught.value.status(), caught.value.message())
-        with pytest.raises(InferenceServerException) as caught:
-            client.infer("slow", [], timeout=50_000)
-        seen["timeout"] = (caught.value.status(), caught.value.message())
-        with pytest.raises(InferenceServerException) as caught:
-            client.get_model_metadata("none")
-        seen["metadata"] = (caught.value.status(), caught.value.message())
-    finally:
-        client.close()
-    return seen
-
-
-async def test_tritonclient_sees_statuses_and_texts(server, model):
-    seen = await in_thread(triton_failures, server.address)
-    assert seen["none"] == ("StatusCode.NOT_FOUND", "There is no model 'none'; there are add and echo.")
-    assert seen["metadata"] == seen["none"]
-    assert seen["add"] == ("StatusCode.FAILED_PRECONDITION", "Model 'add' has no version 9; it has 1 and 2.")
-    assert seen["busy"] == ("StatusCode.RESOURCE_EXHAUSTED", "Too busy; try again later.")
-    assert seen["broken"][0] == "StatusCode.INTERNAL"
-    assert "secret" not in seen["broken"][1]
-    assert seen["short"] == ("StatusCode.INVALID_ARGUMENT", "Tensor 'x' of FP32 [4] needs 16 bytes, got 15.")
-    assert seen["slow"][0] == "StatusCode.DEADLINE_EXCEEDED"
-    assert seen["timeout"][0] == "StatusCode.DEADLINE_EXCEEDED"
-    async with asyncio.timeout(5):
-        await model.cancelled.wait()
-
-
 async def test_mixed_contents_are_refused_in_tritons_words(server):
     message = pb.ModelInferRequest(model_name="add", raw_input_contents=[b"\0" * 8])
     tensor = message.inputs.add(name="a", datatype="INT32", shape=[2])
@@ -209,29 +112,6 @@ async def test_malformed_messages(server, body):
             await channel.unary_unary(INFER)(body)
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert dict(caught.value.trailing_metadata())["nc-code"] == "INVALID_REQUEST"
-
-
-def triton_stream(address):
-    from tritonclient.grpc import InferenceServerClient
-
-    client = InferenceServerClient(address)
-    answers: queue.Queue = queue.Queue()
-    client.start_stream(lambda result, error: answers.put((result, error)))
-    try:
-        for model, request_id in (("add", "1"), ("none", "2"), ("add", "3")):
-            client.async_stream_infer(model, triton_inputs(), request_id=request_id)
-        return [answers.get(timeout=10) for _ in range(3)]
-    finally:
-        client.stop_stream()
-        client.close()
-
-
-async def test_tritonclient_stream_goes_on_after_an_error(server):
-    first, second, third = await in_thread(triton_stream, server.address)
-    assert first[0].get_response().id == "1"
-    assert np.array_equal(first[0].as_numpy("sum"), A + B)
-    assert "no model 'none'" in second[1].message()
-    assert third[0].get_response().id == "3"
 
 
 async def test_remote_node(node, model):

@@ -313,17 +313,6 @@ async def test_drain_finishes_what_is_in_flight(client, server, model):
         await client.get("/v2/health/live")
 
 
-async def test_statistics(client):
-    await post(client, "/v2/models/add/infer", json=add_json())
-    await post(client, "/v2/models/add/versions/2/infer", 400, json={"inputs": []})
-    stats = (await get(client, "/v2/models/add/stats"))["model_stats"]
-    assert [(s["name"], s["version"], s["inference_count"]) for s in stats] == [("add", "2", 1)]
-    assert stats[0]["inference_stats"]["queue"] == {"count": 1, "ns": 7000}
-    assert stats[0]["inference_stats"]["fail"]["count"] == 1
-    assert len((await get(client, "/v2/models/stats"))["model_stats"]) == 1
-    await get(client, "/v2/models/none/stats", 404)
-
-
 async def test_addresses(model):
     with pytest.raises(MeshError) as caught:
         await RestServer(model, model, address="0.0.0.0:0", server_name="x").start()
@@ -362,46 +351,3 @@ def certify(authority: CertificateAuthority, folder: Path, role: str) -> Identit
     (folder / "node.pem").write_bytes(authority.issue(csr, name=f"{role}-1", role=role))
     (folder / "ca.pem").write_bytes(authority.certificate_pem)
     return load_identity(folder)
-
-
-def triton_calls(address):
-    """Everything through the foreign blocking client, in one thread: its sockets belong to the thread's event hub."""
-    from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
-    from tritonclient.utils import InferenceServerException
-
-    def inputs(*, binary):
-        made = [InferInput(name, [2, 2], "FP32") for name in ("a", "b")]
-        for one, array in zip(made, (A, B), strict=True):
-            one.set_data_from_numpy(array, binary_data=binary)
-        return made
-
-    client = InferenceServerClient(address)
-    try:
-        assert client.is_server_live()
-        assert client.is_server_ready()
-        assert client.is_model_ready("add", "2")
-        assert not client.is_model_ready("none")
-        assert client.get_server_metadata()["name"] == "test-1"
-        assert client.get_model_metadata("add")["platform"] == "test_numpy"
-        assert client.get_model_config("add")["max_batch_size"] == 0
-        assert len(client.get_model_repository_index()) == 2
-        for binary in (True, False):
-            for wanted in (None, [InferRequestedOutput("sum", binary_data=not binary)]):
-                result = client.infer("add", inputs(binary=binary), outputs=wanted, request_id="r7", model_version="1")
-                assert np.array_equal(result.as_numpy("sum"), A + B)
-                assert result.get_response()["id"] == "r7"
-        compressed = client.infer("add", inputs(binary=True), request_compression_algorithm="gzip")
-        assert np.array_equal(compressed.as_numpy("difference"), A - B)
-        text = InferInput("x", [2], "BYTES")
-        text.set_data_from_numpy(np.array([b"\xff\x00", b"b"], dtype=object))
-        assert client.infer("echo", [text]).as_numpy("x").tolist() == [b"\xff\x00", b"b"]
-        assert client.get_inference_statistics("add")["model_stats"][0]["inference_count"] >= 4
-        with pytest.raises(InferenceServerException, match="no model 'none'"):
-            client.infer("none", inputs(binary=True))
-    finally:
-        client.close()
-
-
-async def test_tritonclient(server):
-    async with asyncio.timeout(20):
-        await asyncio.to_thread(triton_calls, server.address)
