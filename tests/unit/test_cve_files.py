@@ -116,6 +116,14 @@ def test_and_as_the_model_itself(tmp_path: Path, kind: str, engine: str) -> None
         require_format(Contents(manifest, tmp_path))
 
 
+def test_the_end_of_an_archive_that_lists_nothing_and_numbers_that_begin_like_a_pickle_are_neither() -> None:
+    buffer = io.BytesIO()
+    zipfile.ZipFile(buffer, "w").close()
+    assert not find_foreign(b"a model" + buffer.getvalue())
+    assert find_foreign(b"a model" + zipped() + buffer.getvalue()[:-2] + b"\1\0x")
+    assert not find_foreign(np.frombuffer(b"import os\n\ndef f(): pass", np.uint8).astype(np.int32).tobytes())
+
+
 def test_and_as_what_the_golden_vectors_use(tmp_path: Path) -> None:
     x = np.frombuffer(FOREIGN["torch"] + bytes(-len(FOREIGN["torch"]) % 16), np.float32).reshape(-1, 4)
     manifest = write_version(tmp_path, affine_model(), golden=(({"x": x}, {"y": x}),))

@@ -42,9 +42,14 @@ def find_foreign(data: bytes) -> str:
 
 
 def _ends_as_zip(data: bytes) -> bool:
-    """Archives are read from their end, so one can hide behind anything."""
+    """Archives are read from their end, so one can hide behind anything; one that lists nothing holds nothing.
+
+    TFLite models whose extra files were taken out still end in such an empty list.
+    """
     at = data.rfind(_ZIP_END, max(0, len(data) - _ZIP_END_SIZE_BYTES - _ZIP_COMMENT_SIZE_BYTES_MAX))
     end = at + _ZIP_END_SIZE_BYTES
+    if end == len(data) and data[at + 4 : at + 16] == bytes(12):
+        return False
     return at >= 0 and end <= len(data) and end + int.from_bytes(data[end - 2 : end], "little") == len(data)
 
 
