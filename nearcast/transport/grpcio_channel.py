@@ -14,6 +14,7 @@ import grpc
 from nearcast.errors import Code, MeshError
 from nearcast.identity import Identity
 from nearcast.transport.call_status import call_error
+from nearcast.transport.grpcio_metadata import read_metadata, write_metadata
 from nearcast.transport.seam import DEFAULT_LIMITS, CallError, Limits, Metadata, Reply, ReplyStream
 from nearcast.wire import status
 
@@ -63,9 +64,11 @@ class GrpcioChannel:
         self._require_sendable(metadata, deadline)
         message = b"".join(body)
         for attempt in range(_ATTEMPTS_MAX):
-            call = self._callable(method)(message, timeout=deadline - time.monotonic(), metadata=tuple(metadata))
+            call = self._callable(method)(
+                message, timeout=deadline - time.monotonic(), metadata=write_metadata(metadata)
+            )
             try:
-                return Reply((await call,), _text_pairs(await call.trailing_metadata()))
+                return Reply((await call,), read_metadata(await call.trailing_metadata()))
             except grpc.aio.AioRpcError as error:
                 if _REFUSED not in (error.details() or "") or attempt + 1 == _ATTEMPTS_MAX:
                     raise _error(error) from error
@@ -98,11 +101,11 @@ class GrpcioChannel:
             self._require_sendable(metadata, deadline)
             timeout_s = None if deadline is None else deadline - time.monotonic()
             begin: Any = self._channel.stream_stream(method)
-            call = begin(messages(), timeout=timeout_s, metadata=tuple(metadata))
+            call = begin(messages(), timeout=timeout_s, metadata=write_metadata(metadata))
             try:
                 async for message in call:
                     yield message
-                replies.trailers = _text_pairs(await call.trailing_metadata())
+                replies.trailers = read_metadata(await call.trailing_metadata())
             except grpc.aio.AioRpcError as error:
                 raise _error(error) from error
             except asyncio.CancelledError:
@@ -190,7 +193,7 @@ def _is_cancelled() -> bool:
 
 def _error(error: grpc.aio.AioRpcError) -> CallError:
     details = error.details() or ""
-    trailers = _text_pairs(error.trailing_metadata())
+    trailers = read_metadata(error.trailing_metadata())
     made = call_error(int(error.code().value[0]), status.encode_message(details), trailers)
     lower = details.lower()
     if made.code is Code.UNAVAILABLE and any(text in lower for text in _NOT_SENT):
@@ -212,7 +215,3 @@ def channel_credentials(identity: Identity | None, ca: Path) -> grpc.ChannelCred
         )
     except OSError as error:
         raise MeshError(Code.UNAUTHENTICATED, f"The identity's files cannot be read: {error}.") from error
-
-
-def _text_pairs(metadata: Any) -> tuple[tuple[str, str], ...]:
-    return tuple((name, value) for name, value in metadata or () if isinstance(value, str))

@@ -17,6 +17,7 @@ import grpc
 from nearcast.errors import Code, MeshError
 from nearcast.identity import Identity
 from nearcast.identity.name import URI_PREFIX
+from nearcast.transport.grpcio_metadata import read_metadata, write_metadata
 from nearcast.transport.listener import cannot_listen, require_free
 from nearcast.transport.ngh2_connection import join_address, split_address
 from nearcast.transport.seam import (
@@ -176,7 +177,7 @@ def _unary(method: UnaryMethod, path: str) -> Callable[[bytes, _Context], Awaita
             _log.exception("the method %s raised", path)
             await _abort(context, MeshError(Code.INTERNAL, "The server failed on this request; its log says why."))
         else:
-            context.set_trailing_metadata(tuple(reply.trailers))
+            context.set_trailing_metadata(_trailers(reply.trailers))
             return reply.body[0] if len(reply.body) == 1 else b"".join(reply.body)
         raise AssertionError
 
@@ -199,7 +200,7 @@ def _stream(method: StreamMethod, path: str) -> Callable[[AsyncIterator[bytes], 
         except Exception:  # noqa: BLE001 - a failing method must not end the server
             _log.exception("the method %s raised", path)
             await _abort(context, MeshError(Code.INTERNAL, "The server failed on this request; its log says why."))
-        context.set_trailing_metadata(tuple(trailers))
+        context.set_trailing_metadata(_trailers(trailers))
 
     return behavior
 
@@ -211,13 +212,21 @@ async def _abort(context: _Context, error: MeshError) -> None:
         names = {name for name, _ in trailers}
         trailers += [pair for pair in error.trailers if pair[0] not in names]
     # grpcio percent-encodes the details itself.
-    await context.abort(_STATUS[said.code], status.decode_message(said.message), tuple(trailers))
+    await context.abort(_STATUS[said.code], status.decode_message(said.message), _trailers(trailers))
+
+
+def _trailers(trailers: Metadata) -> tuple[tuple[str, str | bytes], ...]:
+    try:
+        return write_metadata(trailers)
+    except MeshError as error:
+        _log.warning("left out the binary trailers: %s", error.message)
+        return write_metadata([pair for pair in trailers if not pair[0].endswith("-bin")])
 
 
 def _call(path: str, context: _Context) -> Call:
     metadata: dict[str, str] = {}
-    for name, value in context.invocation_metadata() or ():
-        if isinstance(value, str) and name != "user-agent":
+    for name, value in read_metadata(context.invocation_metadata()):
+        if name != "user-agent":
             metadata[name] = f"{metadata[name]},{value}" if name in metadata else value
     left_s = context.time_remaining()
     return Call(

@@ -68,7 +68,7 @@ class RequestHead:
 
 
 def read_request(fields: Iterable[tuple[bytes, bytes]], *, size_bytes_max: int, count_max: int) -> RequestHead:
-    """Read a request's header fields. Binary metadata (`-bin`) is dropped: nothing of ours uses it."""
+    """Read a request's header fields."""
     head = RequestHead()
     metadata: dict[str, str] = {}
     size_bytes = count = 0
@@ -89,7 +89,7 @@ def read_request(fields: Iterable[tuple[bytes, bytes]], *, size_bytes_max: int, 
                     head.timeout_s = status.parse_timeout(value.decode("latin-1"))
                 elif name == b"grpc-encoding":
                     head.encoding = value.decode("latin-1")
-            elif not name.endswith(b"-bin"):
+            else:
                 _add(metadata, name.decode("latin-1"), value.decode("latin-1"))
     except MeshError as error:
         head.problem = error
@@ -238,7 +238,7 @@ def _wire_field(text: tuple[str, str]) -> tuple[tuple[bytes, bytes] | None, int]
 
 def _decode_field(name: bytes, value: bytes) -> tuple[str, str] | None:
     """A received field as custom metadata; None if it is none."""
-    if name.startswith(b":") or name in _PROTOCOL_NAMES or name.endswith(b"-bin"):
+    if name.startswith((b":", b"grpc-")) or name in _PROTOCOL_NAMES:
         return None
     return name.decode("latin-1"), value.decode("latin-1")
 

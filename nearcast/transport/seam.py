@@ -14,6 +14,7 @@ import msgspec
 from nearcast.errors import MeshError
 
 Metadata: TypeAlias = Sequence[tuple[str, str]]
+"""Names to values. A value whose name ends in `-bin` is base64, padded or not, as on the wire."""
 UNIX_PREFIX = "unix:"
 
 

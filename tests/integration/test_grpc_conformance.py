@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ from nearcast.transport.seam import Call, CallError, Channel, Limits, Methods, R
 
 LIMITS = Limits(message_size_bytes_max=8 << 20, connect_timeout_s=3.0)
 MEBIBYTE = 1 << 20
+BLOB = base64.b64encode(bytes(range(256))).decode().rstrip("=")
 # The replacement is a hook that would change the loop of everybody else's tests too.
 pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy:pytest.PytestDeprecationWarning")
 
@@ -40,7 +42,8 @@ class Service:
 
     async def echo(self, message: bytes, call: Call) -> Reply:
         self.calls.append(call)
-        return Reply((message[:3], message[3:]), (("nc-served-by", "here"), ("nc-queue-us", "12")))
+        binary = [(name, value) for name, value in call.metadata.items() if name.endswith("-bin")]
+        return Reply((message[:3], message[3:]), (("nc-served-by", "here"), ("nc-queue-us", "12"), *binary))
 
     async def fail(self, message: bytes, call: Call) -> Reply:
         name, _, text = message.decode().partition(" ")
@@ -138,6 +141,10 @@ async def plain(server: Server) -> AsyncIterator[grpc.aio.Channel]:
         yield channel
 
 
+def unpadded(value: str) -> str:
+    return value.rstrip("=")
+
+
 async def failure(call: Awaitable[Reply]) -> CallError:
     with pytest.raises(CallError) as caught:
         await call
@@ -147,10 +154,14 @@ async def failure(call: Awaitable[Reply]) -> CallError:
 async def test_unary_answers_with_trailers_and_sees_metadata(channel: Channel, service: Service) -> None:
     before = time.monotonic()
     reply = await channel.unary(
-        "/t.T/echo", (b"ab", b"cdef"), metadata=[("nc-tenant", "a"), ("x-y", "1")], deadline=before + 5
+        "/t.T/echo",
+        (b"ab", b"cdef"),
+        metadata=[("nc-tenant", "a"), ("x-y", "1"), ("blob-bin", BLOB)],
+        deadline=before + 5,
     )
     assert b"".join(reply.body) == b"abcdef"
     assert set(reply.trailers) >= {("nc-served-by", "here"), ("nc-queue-us", "12")}
+    assert unpadded(dict(reply.trailers)["blob-bin"]) == BLOB
     (call,) = service.calls
     assert call.method == "/t.T/echo"
     assert call.metadata["nc-tenant"] == "a"
@@ -393,7 +404,8 @@ async def test_plain_client_unary_binary_metadata_and_gzip(plain: grpc.aio.Chann
     assert await call == b"z" * 5000
     assert dict(await call.trailing_metadata())["nc-served-by"] == "here"
     assert service.calls[0].metadata["nc-tenant"] == "a"
-    assert "blob-bin" not in service.calls[0].metadata
+    assert unpadded(service.calls[0].metadata["blob-bin"]) == BLOB
+    assert dict(await call.trailing_metadata())["blob-bin"] == bytes(range(256))
 
 
 async def test_plain_client_sees_status_text_and_trailers(plain: grpc.aio.Channel) -> None:

@@ -117,7 +117,7 @@ def test_request_fields_are_told_apart() -> None:
         (b"te", b"t"),
     )
     assert (head.path, head.timeout_s, head.encoding, head.is_grpc, head.problem) == ("/a/b", 0.25, "gzip", True, None)
-    assert head.metadata == {"x": "1,2"}
+    assert head.metadata == {"x": "1,2", "b-bin": "AAA"}
 
 
 def test_bad_request_fields_are_refused() -> None:
