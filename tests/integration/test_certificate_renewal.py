@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -204,7 +204,7 @@ async def test_no_call_fails_while_certificates_come_and_go(controller: Controll
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_call_in_flight_outlives_a_renewal(kind: Kind, controller: Controller) -> None:
+async def test_calls_and_streams_in_flight_outlive_a_renewal(kind: Kind, controller: Controller) -> None:
     cloud, edge = controller.enrol("cloud-1", "cloud"), controller.enrol("edge-1", "edge")
     started, release = asyncio.Event(), asyncio.Event()
 
@@ -213,15 +213,31 @@ async def test_a_call_in_flight_outlives_a_renewal(kind: Kind, controller: Contr
         await release.wait()
         return Reply((call.identity.encode(),))
 
-    methods = Methods(unary={METHOD: whoami, "/t.T/wait": wait})
+    async def talk(messages: AsyncIterator[bytes], call: Call) -> AsyncIterator[Reply]:
+        async for message in messages:
+            yield Reply((message, call.identity.encode()))
+
+    async def words() -> AsyncIterator[Sequence[bytes]]:
+        while (word := await said.get()) is not None:
+            yield (word,)
+
+    said: asyncio.Queue[bytes | None] = asyncio.Queue()
+    methods = Methods(unary={METHOD: whoami, "/t.T/wait": wait}, stream={"/t.T/talk": talk})
     server = make_server(kind, methods, address="127.0.0.1:0", identity=cloud, require_client=True)
     await server.start()
     channel = make_channel(kind, server.address, identity=edge)
     waiting = asyncio.ensure_future(channel.unary("/t.T/wait", (b"",), deadline=time.monotonic() + 10))
     await started.wait()
+    heard = aiter(channel.stream("/t.T/talk", words()))
+    said.put_nowait(b"1 ")
+    assert await anext(heard) == b"1 " + edge.uri.encode()
     for identity in (cloud, edge):
         identity.reload()
     assert await ask(channel) == edge.uri
+    said.put_nowait(b"2 ")
+    assert await anext(heard) == b"2 " + edge.uri.encode()
+    said.put_nowait(None)
+    assert [word async for word in heard] == []
     assert not waiting.done()
     release.set()
     assert (await waiting).body == (edge.uri.encode(),)
