@@ -32,6 +32,8 @@ NAMES = (
     "canary",
     "resume",
     "swap",
+    "deadlines",
+    "ar",
     "agent_idle",
     "fanout",
 )
