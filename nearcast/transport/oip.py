@@ -10,6 +10,7 @@ from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import Code, MeshError
 from nearcast.handler import Counting, InferenceHandler, ModelDirectory, ModelRepository, RequestContext
 from nearcast.transport.context import read_context
+from nearcast.transport.latest import Frame, LatestStream
 from nearcast.transport.oip_extended import encode_extended, read_extended
 from nearcast.transport.oip_models import NOT_OFFERED, QUESTIONS, Answer, refuse
 from nearcast.transport.seam import Call, Methods, Reply, UnaryMethod
@@ -21,7 +22,7 @@ from nearcast.wire.framing import encode_prefix
 from nearcast.wire.message import encode_parameters
 from nearcast.wire.request import WireRequest
 from nearcast.wire.response import response_pieces
-from nearcast.wire.status import served_to_trailers
+from nearcast.wire.status import LATEST, served_to_trailers
 
 SERVICE = "/inference.GRPCInferenceService/"
 MODEL_INFER = SERVICE + "ModelInfer"
@@ -80,6 +81,8 @@ def oip_methods(
     unary[MODEL_INFER] = _infer(service, trusted=trusted)
 
     def stream(bodies: AsyncIterator[bytes], call: Call) -> AsyncIterator[Reply]:
+        if call.metadata.get(LATEST) == "1":
+            return LatestStream(lambda body: _frame(service, body, call, trusted=trusted)).run(bodies)
         return _stream(service, bodies, call, trusted=trusted)
 
     return Methods(unary=unary, stream={MODEL_STREAM_INFER: stream})
@@ -122,15 +125,29 @@ async def _stream(
 ) -> AsyncIterator[Reply]:
     """Answers in the order of the requests. A request that fails is answered by its error; the stream goes on."""
     async for body in bodies:
-        request_id = ""
-        try:
-            request, context = _read(service, body, call, trusted=trusted)
-            request_id = request.id
-            pieces = (await _answer(service, request, context, call)).body
-        except MeshError as error:
-            yield Reply((encode_error(error, request_id),))
+        frame = _frame(service, body, call, trusted=trusted)
+        if isinstance(frame, Reply):
+            yield frame
             continue
-        yield Reply((encode_prefix(2, sum(map(len, pieces)) + len(_FINAL)), *pieces, _FINAL))
+        try:
+            reply = await frame.answer()
+        except MeshError as error:
+            reply = frame.fail(error)
+        yield reply
+
+
+def _frame(service: InferenceService, body: bytes, call: Call, *, trusted: bool) -> Frame | Reply:
+    """One message of a stream; its answer at once if it is no request."""
+    try:
+        request, context = _read(service, body, call, trusted=trusted)
+    except MeshError as error:
+        return Reply((encode_error(error, ""),))
+
+    async def answer() -> Reply:
+        pieces = (await _answer(service, request, context, call)).body
+        return Reply((encode_prefix(2, sum(map(len, pieces)) + len(_FINAL)), *pieces, _FINAL))
+
+    return Frame(context.deadline, answer, lambda error: Reply((encode_error(error, request.id),)))
 
 
 def _unary(service: InferenceService, kind: type[Message], answer: Answer) -> UnaryMethod:
