@@ -8,13 +8,15 @@ import logging
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 
 from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError
 from nearcast.handler import RequestContext, Tensors
 from nearcast.serving.batching import Batcher, BatchingConfig, Expire, Instruction, Refuse, Run
-from nearcast.serving.engines import LoadedModel, Timed
+from nearcast.serving.engines import LoadedModel, Runner, Timed
 from nearcast.serving.joining import join, split
+from nearcast.serving.pipeline.model import PipelinedModel
 from nearcast.serving.signature import Signature
 from nearcast.serving.statistics import Statistics
 
@@ -52,7 +54,10 @@ class Dispatch:
     ) -> None:
         self.batcher = Batcher(config)
         self._title = title
-        self._engine = engine
+        # With images to decode, a bad or late one must end before the others run with it.
+        self._pipeline = engine if isinstance(engine, PipelinedModel) and engine.decodes else None
+        self._runner: Runner = engine if self._pipeline is None else self._pipeline.core
+        self._axes = signature.input_axes if self._pipeline is None else self._pipeline.prepared_axes
         self._signature = signature
         self._statistics = statistics
         self._joins = config.rows_max > 1
@@ -189,31 +194,54 @@ class Dispatch:
         now = self._clock.monotonic()
         answers: dict[int, Timed | MeshError] = {}
         live = [index for index, waiting in enumerate(batch) if waiting.deadline is None or waiting.deadline > now]
+        parts: list[Tensors] = [waiting.inputs for waiting in batch]
+        if self._pipeline is not None:
+            answers |= self._prepare(self._pipeline, batch, live, parts)
+            live = [index for index in live if index not in answers]
         if len(live) > 1 and self._joins:
             try:
-                answers |= zip(live, self._run_joined([batch[index] for index in live]), strict=True)
+                joined = self._run_joined([parts[index] for index in live], [batch[index].rows for index in live], now)
+                answers |= zip(live, joined, strict=True)
             except (MeshError, ValueError, TypeError, MemoryError):
                 # One request may have failed all of them: each gets a run of its own.
                 _LOG.info("a batch of %s failed; its requests run one by one", self._title, exc_info=True)
         for index in live:
             if index not in answers:
-                answers[index] = self._run_alone(batch[index])
+                answers[index] = self._run_alone(batch[index], parts[index])
         return [answers.get(index) or expired() for index in range(len(batch))]
 
-    def _run_joined(self, batch: list[Waiting]) -> list[Timed]:
-        joined = join([waiting.inputs for waiting in batch], self._signature.input_axes)
-        started = self._clock.monotonic()
-        outputs = self._engine.run(joined)
-        ended = self._clock.monotonic()
-        parts = split(outputs, [waiting.rows for waiting in batch], self._signature.output_axes)
-        return [(part, started, ended) for part in parts]
+    def _prepare(
+        self, pipeline: PipelinedModel, batch: Sequence[Waiting], live: Sequence[int], parts: list[Tensors]
+    ) -> dict[int, Timed | MeshError]:
+        """Decode each request for itself, into `parts`; answers what is wrong with those that are bad or too late."""
+        wrong: dict[int, Timed | MeshError] = {}
+        for index in live:
+            waiting = batch[index]
+            if waiting.step is None:
+                try:
+                    parts[index] = pipeline.prepare(waiting.inputs, partial(self._require_time, waiting))
+                    self._require_time(waiting)
+                except MeshError as error:
+                    wrong[index] = error
+        return wrong
 
-    def _run_alone(self, waiting: Waiting) -> Timed | MeshError:
+    def _require_time(self, waiting: Waiting) -> None:
+        if waiting.answer.done() or (waiting.deadline is not None and waiting.deadline <= self._clock.monotonic()):
+            raise expired()
+
+    def _run_joined(self, parts: Sequence[Tensors], rows: Sequence[int], taken: float) -> list[Timed]:
+        joined = join(parts, self._axes)
+        started = self._clock.monotonic() if self._pipeline is None else taken
+        outputs = self._runner.run(joined)
+        ended = self._clock.monotonic()
+        return [(part, started, ended) for part in split(outputs, rows, self._signature.output_axes)]
+
+    def _run_alone(self, waiting: Waiting, inputs: Tensors) -> Timed | MeshError:
         started = self._clock.monotonic()
         try:
             if waiting.step is not None:
                 return waiting.step()
-            return self._engine.run(waiting.inputs), started, self._clock.monotonic()
+            return self._runner.run(inputs), started, self._clock.monotonic()
         except MeshError as error:
             return error
 

@@ -14,6 +14,7 @@ from nearcast.serving.dispatch import Dispatch, Waiting, settle, unloaded
 from nearcast.serving.engines import Timed
 from nearcast.serving.limits import HostLimits
 from nearcast.serving.loading import Loaded
+from nearcast.serving.pipeline.flow import decodes
 from nearcast.serving.sequences import Sequences
 from nearcast.serving.signature import Signature
 from nearcast.serving.statistics import Statistics
@@ -48,7 +49,8 @@ class HotVersion:
         self.in_flight = 0
         self.used_at = 0.0
         warm_up = loaded.warm_up
-        self.inline = warm_up.runs > 0 and warm_up.busy_p99_us <= limits.inline_us_max
+        steady = not decodes(loaded.manifest)
+        self.inline = steady and warm_up.runs > 0 and warm_up.busy_p99_us <= limits.inline_us_max
         self._inline_elements_max = (
             int(warm_up.elements * limits.inline_us_max / max(1.0, warm_up.busy_p99_us)) if self.inline else 0
         )

@@ -55,6 +55,7 @@ class PipelinedModel:
     A request may also bring the model's own inputs, ready: then only what comes after the model runs.
 
     Attributes:
+        decodes: whether files are decoded first, each request's for itself.
         core: runs what `prepare` made, and the steps after.
         prepared_axes: batch axis of every prepared tensor; empty if they cannot be joined.
     """
@@ -64,6 +65,7 @@ class PipelinedModel:
         self.inputs, self.outputs = model.inputs, model.outputs
         self.memory_bytes = model.memory_bytes
         self.concurrent = model.concurrent
+        self.decodes = decodes(manifest)
         self._steps = [step for step in pipeline.before if not isinstance(step, Constant | Resize)]
         self._sizes = {step.tensor: step for step in pipeline.before if isinstance(step, Resize)}
         self._ready = ready_names(manifest)
