@@ -148,6 +148,10 @@ compat: install-dev bench-peers ## run the protocol's conformance suite on three
 crash: install-dev ## cut the power at every step of a real agent (minutes; ARGS=--quick: one minute)
 	@$(BIN)/python -m benchmarks crash $(ARGS)
 
+.PHONY: fuzz
+fuzz: install-dev ## send a million mutated connections to both transports (minutes; ARGS=--quick: half a minute)
+	@$(BIN)/python -m benchmarks fuzz $(ARGS)
+
 .PHONY: clean
 clean: ## remove environments and everything generated
 	rm -rf $(VENV) $(STUBS_VENV) $(S3_VENV) $(PEERS) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks *.egg-info

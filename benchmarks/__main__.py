@@ -27,6 +27,7 @@ NAMES = (
     "wire",
     "coldstart",
     "footprint",
+    "fuzz",
     "crash",
     "delta",
     "canary",
