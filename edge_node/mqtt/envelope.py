@@ -19,6 +19,7 @@ from edge_node.mqtt.message import Message
 from nearcast.errors import CATALOGUE, Code, MeshError
 from nearcast.handler import InferRequest, InferResponse, ModelMetadata, Parameter, Served, TensorSpec
 from nearcast.transport.json_tensors import Wanted, decode_request, encode_response
+from nearcast.transport.outputs import as_they_are, refuse_forms
 from nearcast.wire.request import TensorRequest, WireRequest
 from nearcast.wire.tensors import datatype_of, from_raw, size_bytes, to_raw
 
@@ -230,7 +231,8 @@ def _json_names(user: Mapping[str, str]) -> dict[str, str | int]:
 
 
 def _from_json(request: Request, payload: bytes, parameters: Mapping[str, Parameter]) -> InferRequest:
-    sent, _ = decode_request(request.model, request.version, payload, len(payload))
+    sent, wanted = decode_request(request.model, request.version, payload, len(payload))
+    refuse_forms(wanted.forms)
     if not parameters:
         return sent
     return TensorRequest(
@@ -244,7 +246,7 @@ def _from_json(request: Request, payload: bytes, parameters: Mapping[str, Parame
 
 
 def _to_json(request: Request, response: InferResponse, user: Mapping[str, str]) -> bytes:
-    body, _ = encode_response(response, Wanted(by_name={}))  # nothing may follow the JSON here
+    body, _ = encode_response(response, as_they_are(response), Wanted())  # nothing may follow the JSON here
     if not request.envelope:
         return body
     fields: dict[str, object] = msgspec.json.decode(body)

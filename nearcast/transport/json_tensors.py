@@ -68,7 +68,7 @@ _DECODER = msgspec.json.Decoder(JsonRequest)
 
 
 def decode_request(
-    model: str, version: str, body: bytes, json_size_bytes: int, fetch: Callable[[Place], bytes]
+    model: str, version: str, body: bytes, json_size_bytes: int, fetch: Callable[[Place], bytes] | None = None
 ) -> tuple[TensorRequest, Wanted]:
     """A request from its HTTP body.
 
@@ -77,11 +77,11 @@ def decode_request(
         version: from the path; "" = the channel's choice.
         body: JSON, then the binary data of its inputs in their order.
         json_size_bytes: where the JSON ends.
-        fetch: copies the bytes of a tensor out of shared memory.
+        fetch: copies the bytes of a tensor out of shared memory; None = there is none.
 
     Raises:
         MeshError: INVALID_REQUEST for malformed JSON, tensors that do not fit their shape, or binary data left over;
-            TOO_LARGE for too much JSON; what `fetch` raises.
+            TOO_LARGE for too much JSON; UNSUPPORTED for shared memory where there is none; what `fetch` raises.
     """
     if not 0 < json_size_bytes <= len(body):
         raise MeshError(
@@ -169,9 +169,11 @@ def encode_response(response: InferResponse, found: Sequence[Output], wanted: Wa
     return msgspec.json.encode(message | {"outputs": outputs}), pieces
 
 
-def _read(tensor: JsonTensor, body: bytes, position: int, fetch: Callable[[Place], bytes]) -> tuple[Array, int]:
+def _read(tensor: JsonTensor, body: bytes, position: int, fetch: Callable[[Place], bytes] | None) -> tuple[Array, int]:
     place = read_place(tensor.name, tensor.parameters) if tensor.parameters else None
     if place is not None:
+        if fetch is None:
+            raise MeshError(Code.UNSUPPORTED, f"Tensor '{tensor.name}' is in shared memory, which is not offered here.")
         data = fetch(place)
         return from_raw(tensor.name, tensor.datatype, tensor.shape, data, 0, len(data)), position
     size = tensor.parameters.get("binary_data_size")

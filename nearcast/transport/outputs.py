@@ -80,6 +80,28 @@ def read_form(name: str, parameters: Mapping[str, Any]) -> Form:
     return Form(classes=classes)
 
 
+def refuse_forms(forms: Mapping[str, Form]) -> None:
+    """Refuse outputs that are wanted otherwise, where the transport has no such thing.
+
+    Raises:
+        MeshError: UNSUPPORTED, naming an output.
+    """
+    for name, form in forms.items():
+        if form != Form():
+            raise MeshError(
+                Code.UNSUPPORTED, f"Output '{name}' can be had as it is alone here: neither by classes nor elsewhere."
+            )
+
+
+def as_they_are(response: InferResponse) -> Sequence[Output]:
+    """The outputs of an answer, each in the message."""
+    outputs = []
+    for name, array in response.decode().items():
+        array = np.asarray(array)  # noqa: PLW2901 - engines may hand out numpy scalars
+        outputs.append(Output(name=name, datatype=datatype_of(array.dtype), shape=array.shape, array=array))
+    return outputs
+
+
 async def form_outputs(
     service: InferenceService, response: InferResponse, forms: Mapping[str, Form], call: Call
 ) -> Sequence[Output]:
@@ -88,24 +110,26 @@ async def form_outputs(
     Raises:
         MeshError: INVALID_REQUEST if an output has no classes or does not fit its place.
     """
-    outputs = []
-    for name, array in response.decode().items():
-        array = np.asarray(array)  # noqa: PLW2901 - engines may hand out numpy scalars
-        form = forms.get(name, Form())
-        datatype, shape = datatype_of(array.dtype), array.shape
-        if form.classes:
-            properties = (await service.described(response.model, response.version)).properties
-            labels = properties["labels"].split("\n") if properties.get("labels") else ()
-            by_row = array.ndim > 1 and number(properties.get("batch_rows_max", "")) > 0
-            top = classify(name, array, form.classes, labels, by_row=by_row)
-            outputs.append(Output(name=name, datatype="BYTES", shape=top.shape, array=top))
-        elif form.place is not None:
-            raw = to_raw(array)
-            service.regions.write(call, form.place, raw)
-            where = {REGION: form.place.region, REGION_SIZE: len(raw)}
-            if form.place.offset:
-                where[REGION_OFFSET] = form.place.offset
-            outputs.append(Output(name=name, datatype=datatype, shape=shape, array=None, parameters=where))
-        else:
-            outputs.append(Output(name=name, datatype=datatype, shape=shape, array=array))
-    return outputs
+    outputs = as_they_are(response)
+    return [
+        await _form(service, response, each, forms[each.name], call) if each.name in forms else each for each in outputs
+    ]
+
+
+async def _form(service: InferenceService, response: InferResponse, output: Output, form: Form, call: Call) -> Output:
+    array = output.array
+    assert array is not None
+    if form.classes:
+        properties = (await service.described(response.model, response.version)).properties
+        labels = properties["labels"].split("\n") if properties.get("labels") else ()
+        by_row = array.ndim > 1 and number(properties.get("batch_rows_max", "")) > 0
+        top = classify(output.name, array, form.classes, labels, by_row=by_row)
+        return Output(name=output.name, datatype="BYTES", shape=top.shape, array=top)
+    if form.place is None:
+        return output
+    raw = to_raw(array)
+    service.regions.write(call, form.place, raw)
+    where: dict[str, Any] = {REGION: form.place.region, REGION_SIZE: len(raw)}
+    if form.place.offset:
+        where[REGION_OFFSET] = form.place.offset
+    return Output(name=output.name, datatype=output.datatype, shape=output.shape, array=None, parameters=where)
