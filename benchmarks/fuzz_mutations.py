@@ -37,7 +37,7 @@ def infer_message(rng: random.Random | None = None) -> bytes:
 
 def record_http2() -> list[Conversation]:
     """Conversations of a real client: unary, compressed, streaming, cancelled, several at once, other methods."""
-    return [_unary(), _unary(gzipped=True), _several(), _streaming(), _cancelled(), _questions(), _large()]
+    return [_unary(), _unary(gzipped=True), _several(), _streaming(), _cancelled(), _questions(), _large(), _foreign()]
 
 
 def _client() -> ngh2.Connection:
@@ -116,6 +116,18 @@ def _questions() -> Conversation:
     for name in ("ServerLive", "ServerMetadata", "ModelReady", "ModelMetadata", "ModelConfig", "NoSuchMethod"):
         h2.send_data(_open(h2, SERVICE + name), _framed(b"\x0a\x04echo"), end_stream=True)
     return _frames(h2)
+
+
+def _foreign() -> Conversation:
+    """Requests that are no gRPC, given up before they are refused."""
+    h2 = _client()
+    head = [(b":scheme", b"http"), (b":path", b"/"), (b":authority", b"x")]
+    ids = [h2.send_request([(b":method", method), *head], end_stream=False) for method in (b"GET", b"POST", b"HEAD")]
+    pieces = list(_frames(h2))
+    for stream_id in ids:
+        h2.reset_stream(stream_id, 8)
+    resets = h2.data_to_send()
+    return [*pieces, resets]
 
 
 def _large() -> Conversation:
