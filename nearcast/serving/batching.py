@@ -27,6 +27,8 @@ Why: TypeAlias = Literal["full", "displaced", "late", "hopeless"]
 """Why a request was refused: no room; a more important one took its place; it would miss its deadline now; it would
 miss it even alone."""
 
+_HISTORY_MAX = 64
+"""Deadlines of what is over that may stay in the heap: far ones would gather there."""
 _GAP_WEIGHT = 0.1
 _SAVING_MIN = 0.05
 """Rows are joined if the cost of a run that does not depend on its rows is at least this share of a lone row's."""
@@ -182,6 +184,9 @@ class Batcher:
         if deadline is not None:
             self._open[request_id] = deadline
             heapq.heappush(self._deadlines, (deadline, request_id))
+            if len(self._deadlines) > _HISTORY_MAX + 2 * len(self._open):
+                self._deadlines = [(at, one) for one, at in self._open.items()]
+                heapq.heapify(self._deadlines)
         if len(self._running) < config.engines:
             instructions += self.tick(now)
         return tuple(instructions)

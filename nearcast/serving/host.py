@@ -38,6 +38,9 @@ from nearcast.serving.slots import Slot, VersionStatus
 from nearcast.store import Store
 from nearcast.wire.response import TensorResponse
 
+_TIMER_EARLY_S = 0.001
+"""Event loops round their timers to milliseconds."""
+
 
 class ModelHost:
     """All models of one node. An `InferenceHandler` and a `ModelDirectory`; lives on one event loop.
@@ -153,7 +156,10 @@ class ModelHost:
             statistics.fail(error.code, int((self._now() - arrived) * 1e6))
             raise
         except asyncio.CancelledError:
-            statistics.fail(Code.CANCELLED, int((self._now() - arrived) * 1e6))
+            # The transport's timer for the same deadline may ring before ours.
+            ended = self._now()
+            late = context.deadline is not None and ended >= context.deadline - _TIMER_EARLY_S
+            statistics.fail(Code.DEADLINE if late else Code.CANCELLED, int((ended - arrived) * 1e6))
             raise
         finally:
             self._in_flight -= 1

@@ -1,4 +1,4 @@
-"""No answer comes later than its deadline + 5 ms, in random schedules in virtual time; `benchmarks deadlines` plays more."""
+"""No answer comes later than deadline + 5 ms in random schedules in virtual time; `benchmarks deadlines` plays more."""
 
 from __future__ import annotations
 
