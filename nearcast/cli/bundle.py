@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +14,7 @@ from nearcast.cli.listing import json_option, print_json, print_table
 from nearcast.cli.operator_options import home_option
 
 if TYPE_CHECKING:
-    from nearcast.store.manifest import Manifest
+    from nearcast.store.manifest import Manifest, Tensor
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -139,16 +139,41 @@ def inspect(folder: Path, tenant_keys: Path | None, as_json: bool) -> None:
     }
     print_table(["what", "value"], [[key, value] for key, value in shown.items() if value])
     click.echo()
-    tensors = [("input", tensor) for tensor in manifest.inputs] + [("output", tensor) for tensor in manifest.outputs]
-    print_table(
-        ["tensor", "name", "datatype", "shape", "batch axis"],
-        [[kind, t.name, t.datatype, str(list(t.shape)), _axis(t.batch_axis)] for kind, t in tensors],
-        empty="",
-    )
+    _print_tensors("", manifest.inputs, manifest.outputs)
+    _print_pipeline(manifest)
     click.echo()
     print_table(
         ["file", "bytes", "sha256"], [[f.path, str(f.size_bytes), f.sha256] for f in manifest.files], empty="No files."
     )
+
+
+def _print_tensors(whose: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    tensors = [("input", tensor) for tensor in inputs] + [("output", tensor) for tensor in outputs]
+    print_table(
+        [f"{whose}tensor", "name", "datatype", "shape", "batch axis"],
+        [[kind, t.name, t.datatype, str(list(t.shape)), _axis(t.batch_axis)] for kind, t in tensors],
+        empty="",
+    )
+
+
+def _print_pipeline(manifest: Manifest) -> None:
+    """The steps around the model, and the tensors that the model file itself has."""
+    import msgspec
+
+    pipeline = manifest.pipeline
+    if pipeline is msgspec.UNSET:
+        return
+    click.echo()
+    sides = (("before", pipeline.before), ("after", pipeline.after))
+    steps = [(side, msgspec.to_builtins(step)) for side, each in sides for step in each]
+    print_table(["when", "step", "settings"], [[side, step.pop("step"), _settings(step)] for side, step in steps])
+    click.echo()
+    _print_tensors("model's ", pipeline.inputs, pipeline.outputs)
+
+
+def _settings(step: dict[str, Any]) -> str:
+    shown = {key: f"{len(value)} grids" if key == "grids" else value for key, value in step.items()}
+    return ", ".join(f"{key} {' '.join(map(str, v)) if isinstance(v, list | tuple) else v}" for key, v in shown.items())
 
 
 def _bill(manifest: Manifest, sbom: dict[str, Any] | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import time
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 INPUT_SIZE_BYTES_MAX = 64 * 1024 * 1024
 SHOWN_ELEMENTS_MAX = 16
+FILE_INPUT = "=@"
+"""Marks an input whose name is the model's to say."""
 GRPC_PORT, HTTP_SCHEMES = 8001, ("http", "https")
 
 
@@ -41,7 +44,14 @@ class Answer:
 
 @click.command()
 @click.argument("model")
-@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.argument("inputs", nargs=-1, metavar="[INPUT]...")
+@click.option(
+    "--file",
+    "files",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    multiple=True,
+    help="Send this file, such as a photograph, as it is to a model that takes one; repeatable.",
+)
 @click.option("--url", default=f"grpc://127.0.0.1:{GRPC_PORT}", show_default=True, help="grpc://, http:// or mqtt://.")
 @click.option("--version", "release", default="", help="A release or a semver; empty = what the channel serves.")
 @click.option("--deadline-ms", type=click.FloatRange(min=0, min_open=True), default=10_000.0, show_default=True)
@@ -50,6 +60,7 @@ class Answer:
 def command(
     model: str,
     inputs: tuple[str, ...],
+    files: tuple[Path, ...],
     url: str,
     release: str,
     deadline_ms: float,
@@ -63,10 +74,14 @@ def command(
     \b
       name=@file.npy              a NumPy file
       name=@file.bin:FP32:1,64    raw little-endian bytes with datatype and shape
+      name=@photo.jpg:BYTES       a file as it is, as one element
       name=[[1, 2], [3, 4]]       JSON; the model says the datatype
 
     URL is grpc://host:port, http://host:port or mqtt://host:port/tenant/device.
     """  # noqa: D301 (click looks for a real backspace)
+    if bool(inputs) is bool(files):
+        raise click.UsageError("Give either INPUTs or --file.")
+    inputs = inputs or tuple(f"{FILE_INPUT}{path}" for path in files)
     settings = dict(_split_parameter(text) for text in parameters)
     answer = asyncio.run(_ask(url, model, release, inputs, settings, deadline_ms))
     if as_json:
@@ -136,10 +151,10 @@ async def _ask_http(
             if _needs_metadata(inputs):
                 async with session.get(base) as reply:
                     metadata = _metadata_of(await _json(reply))
-            body = {"inputs": _json_inputs(_read_inputs(inputs, metadata)), "parameters": parameters}
+            body, header = _http_body(_read_inputs(inputs, metadata), parameters)
             started = time.monotonic()
-            headers = {DEADLINE_MS: f"{deadline_ms:g}"}
-            async with session.post(f"{base}/infer", json=body, headers=headers) as reply:
+            headers = {DEADLINE_MS: f"{deadline_ms:g}", "content-type": "application/json"} | header
+            async with session.post(f"{base}/infer", data=body, headers=headers) as reply:
                 found = await _json(reply)
                 latency_ms = (time.monotonic() - started) * 1e3
                 said = reply.headers
@@ -197,10 +212,12 @@ async def _ask_mqtt(
 
 
 def _needs_metadata(inputs: tuple[str, ...]) -> bool:
-    return any(not text.partition("=")[2].startswith("@") for text in inputs)
+    return any(text.startswith(FILE_INPUT) or not text.partition("=")[2].startswith("@") for text in inputs)
 
 
 def _read_inputs(inputs: tuple[str, ...], metadata: ModelMetadata | None) -> dict[str, npt.NDArray[np.generic]]:
+    if inputs[0].startswith(FILE_INPUT):
+        return _read_whole_files([Path(text.removeprefix(FILE_INPUT)) for text in inputs], metadata)
     out = {}
     for text in inputs:
         name, equals, value = text.partition("=")
@@ -210,21 +227,45 @@ def _read_inputs(inputs: tuple[str, ...], metadata: ModelMetadata | None) -> dic
     return out
 
 
+def _read_whole_files(paths: list[Path], metadata: ModelMetadata | None) -> dict[str, npt.NDArray[np.generic]]:
+    names = [spec.name for spec in metadata.inputs if spec.datatype == "BYTES"] if metadata is not None else []
+    if metadata is None or len(names) != 1 or len(metadata.inputs) != 1:
+        raise MeshError(Code.INVALID_REQUEST, "The model does not take one file; name its inputs: name=@file:BYTES.")
+    return {names[0]: _as_elements([_read_bytes(path) for path in paths])}
+
+
+def _as_elements(contents: list[bytes]) -> npt.NDArray[np.generic]:
+    import numpy as np
+
+    array = np.empty(len(contents), dtype=object)
+    array[:] = contents
+    return array
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > INPUT_SIZE_BYTES_MAX:
+            raise MeshError(Code.TOO_LARGE, f"{path} is larger than {INPUT_SIZE_BYTES_MAX} bytes.")
+        return path.read_bytes()
+    except OSError as error:
+        raise MeshError(Code.INVALID_REQUEST, f"{path} cannot be read: {error.strerror}.") from error
+
+
 def _read_file(name: str, text: str) -> npt.NDArray[np.generic]:
     import numpy as np
 
     from nearcast.wire.tensors import from_raw
 
     path, _, described = text.partition(":")
-    try:
-        if Path(path).stat().st_size > INPUT_SIZE_BYTES_MAX:
-            raise MeshError(Code.TOO_LARGE, f"{path} is larger than {INPUT_SIZE_BYTES_MAX} bytes.")
-        if not described:
-            array: npt.NDArray[np.generic] = np.load(path, allow_pickle=False)
-            return array
-        body = Path(path).read_bytes()
-    except (OSError, ValueError, EOFError) as error:
-        raise MeshError(Code.INVALID_REQUEST, f"{path} cannot be read: {error}.") from error
+    body = _read_bytes(Path(path))
+    if not described:
+        try:
+            array: npt.NDArray[np.generic] = np.load(io.BytesIO(body), allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise MeshError(Code.INVALID_REQUEST, f"{path} cannot be read: {error}.") from error
+        return array
+    if described.upper() == "BYTES":
+        return _as_elements([body])
     datatype, _, sizes = described.partition(":")
     try:
         shape = tuple(int(size) for size in sizes.split(",")) if sizes else (len(body),)
@@ -278,8 +319,23 @@ def _metadata_of(found: Mapping[str, Any]) -> ModelMetadata:
     return ModelMetadata(name=found["name"], versions=(), platform="", inputs=specs, outputs=())
 
 
-def _json_inputs(tensors: Mapping[str, npt.NDArray[Any]]) -> list[dict[str, Any]]:
-    return [{"name": name, **_tensor(array)} for name, array in tensors.items()]
+def _http_body(
+    tensors: Mapping[str, npt.NDArray[Any]], parameters: Mapping[str, Parameter]
+) -> tuple[bytes, dict[str, str]]:
+    """A request's body and header fields: JSON, and behind it the BYTES tensors, whose contents are rarely text."""
+    from nearcast.wire.tensors import to_raw
+
+    described, behind = [], b""
+    for name, array in tensors.items():
+        if array.dtype.hasobject:
+            raw = to_raw(array)
+            behind += raw
+            shape, sizes = list(array.shape), {"binary_data_size": len(raw)}
+            described.append({"name": name, "datatype": "BYTES", "shape": shape, "parameters": sizes})
+        else:
+            described.append({"name": name, **_tensor(array)})
+    head = json.dumps({"inputs": described, "parameters": dict(parameters)}).encode()
+    return head + behind, {"inference-header-content-length": str(len(head))} if behind else {}
 
 
 def _json_outputs(found: Mapping[str, Any]) -> dict[str, npt.NDArray[np.generic]]:
