@@ -20,6 +20,7 @@ import uvloop
 
 from benchmarks.router_node import EchoModel
 from nearcast.identity import load_identity
+from nearcast.runtime import keep_pages
 from nearcast.transport.grpc import make_server
 from nearcast.transport.oip import MODEL_INFER, oip_methods
 from nearcast.transport.seam import Call, Methods, Reply
@@ -79,6 +80,7 @@ async def main(arguments: Sequence[str]) -> None:
     if kind == "peer":
         address = await start_peer(identity)
     else:
+        keep_pages()
         model = EchoModel()
         infer = oip_methods(model, model, server_name="bench", trusted=False).unary[INFER_PATH]
         server = make_server(

@@ -11,7 +11,7 @@ TIMEOUT_S = 10.0
 
 def call(address: str, path: str, message: bytes) -> bytes:
     """One unary call over plaintext; returns the raw reply."""
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)]) as channel:
         method: Any = channel.unary_unary(path)
         reply: bytes = method(message, timeout=TIMEOUT_S)
     return reply

@@ -13,7 +13,7 @@ from pathlib import Path
 from nearcast import telemetry
 from nearcast.errors import Code, MeshError
 from nearcast.identity import Identity, load_identity, server_tls
-from nearcast.runtime import Shutdown, announce
+from nearcast.runtime import Shutdown, announce, keep_pages
 from nearcast.store import Store
 from nearcast.transport.grpc import make_server
 from nearcast.transport.health import health_methods
@@ -200,6 +200,7 @@ async def serve(config: RouterConfig, shutdown: Shutdown) -> int:
     app = RouterApp(config)
     try:
         await app.start()
+        keep_pages()
         announce(app.name, **app.addresses)
         await shutdown.wait()
     finally:
