@@ -25,6 +25,8 @@ class Listener:
         self.address = address
         self._server: asyncio.Server | None = None
         self._path: Path | None = None
+        # In the order in which they came; each holds memory, and nothing is known of the peer yet.
+        self._shaking_hands: dict[TlsStream, None] = {}
 
     async def start(
         self,
@@ -32,6 +34,7 @@ class Listener:
         *,
         tls: ssl.SSLContext | None,
         handshake_timeout_s: float,
+        handshakes_max: int,
     ) -> None:
         """Bind and listen.
 
@@ -43,7 +46,16 @@ class Listener:
         def secure() -> asyncio.Protocol:
             if tls is None:
                 return factory()
-            return TlsStream(tls, factory(), loop, server_side=True, handshake_timeout_s=handshake_timeout_s)
+            shaking = self._shaking_hands
+            if len(shaking) >= handshakes_max:
+                # The oldest is the least likely to be honest: that takes milliseconds.
+                oldest = next(iter(shaking))
+                del shaking[oldest]
+                oldest.abort()
+            stream = TlsStream(tls, factory(), loop, server_side=True, handshake_timeout_s=handshake_timeout_s)
+            shaking[stream] = None
+            stream.ready.add_done_callback(lambda _: shaking.pop(stream, None))
+            return stream
 
         try:
             if self.address.startswith(UNIX_PREFIX):

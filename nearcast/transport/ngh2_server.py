@@ -54,6 +54,7 @@ class Ngh2Server:
             lambda: ServerConnection(self._state, self._loop),
             tls=self._tls,
             handshake_timeout_s=self._state.limits.handshake_timeout_s,
+            handshakes_max=self._state.limits.handshakes_max,
         )
         self._sweep([])
 

@@ -32,6 +32,7 @@ class Limits:
         reply_queue_bytes_max: replies of one connection that its peer has not read; beyond it calls wait to be started.
         send_buffer_bytes_max: bytes handed to the socket's buffer.
         stream_messages_max: messages of one streaming call that wait for the method, and for the wire 256 KiB.
+        handshakes_max: TLS handshakes that have begun and not ended; beyond it the oldest is dropped.
         upload_timeout_s: from a unary call's headers to the end of its message.
         stall_timeout_s: a peer that reads nothing of what waits for it is dropped after this.
         idle_timeout_s: a connection without calls is closed after this.
@@ -53,6 +54,7 @@ class Limits:
     reply_queue_bytes_max: int = 16 * 1024 * 1024
     send_buffer_bytes_max: int = 1024 * 1024
     stream_messages_max: int = 16
+    handshakes_max: int = 1024
     handshake_timeout_s: float = 10.0
     connect_timeout_s: float = 2.0
     drain_timeout_s: float = 5.0

@@ -30,9 +30,10 @@ LIMITS = Limits(
     unsent_bytes_max=48 * MEBIBYTE,
     reply_queue_bytes_max=4 * MEBIBYTE,
     connections_max=300,
-    handshake_timeout_s=0.4,
-    upload_timeout_s=0.6,
-    stall_timeout_s=0.6,
+    handshakes_max=50,
+    handshake_timeout_s=0.3,
+    upload_timeout_s=0.4,
+    stall_timeout_s=0.4,
 )
 HONEST_LATENCY_S = 1.0
 """What an honest call may take at most while others misbehave, on a machine that runs other tests as well."""
@@ -232,7 +233,7 @@ class Bench:
 
     @asynccontextmanager
     async def attack(
-        self, listener: str, *, grown_mib: float = 16.0, time_s: float = 10.0, worst_s: float = HONEST_LATENCY_S
+        self, listener: str, *, grown_mib: float = 16.0, time_s: float = 10.0, slowest_s: float = HONEST_LATENCY_S
     ) -> AsyncIterator[None]:
         """Measure the server during the block; then judge time, memory and the honest client's calls."""
         await asyncio.to_thread(self.honest.ask)
@@ -248,24 +249,39 @@ class Bench:
         watching = asyncio.create_task(watch())
         try:
             yield
-            await asyncio.sleep(0.05)
+            problems, calls, worst_s = await self._hear()
             assert self.server.process.poll() is None, "the server has died"
         finally:
             watching.cancel()
         self.took_s = time.monotonic() - began
-        said = await asyncio.to_thread(self.honest.ask)
         self.cpu_s = self.server.cpu_s - cpu
         self.grown_bytes = max(peak, self.server.rss_bytes) - rss
-        assert said["problems"] == []
-        assert all(seen["calls"] > 0 for seen in said["seen"].values()), said
-        self.worst_s = max(seen["worst_s"] for seen in said["seen"].values())
+        assert problems == []
+        assert calls, "the honest client was served at no listener"
+        self.worst_s = max(worst_s.values())
         print(
             f"{listener}: {self.took_s:.2f} s, CPU {self.cpu_s:.2f} s, +{self.grown_bytes / MEBIBYTE:.1f} MiB, "
             f"honest worst {self.worst_s * 1e3:.0f} ms"
         )
-        assert self.worst_s < worst_s, said
+        assert self.worst_s < slowest_s, worst_s
         assert self.grown_bytes < grown_mib * MEBIBYTE
         assert self.took_s < time_s
+
+    async def _hear(self) -> tuple[list[str], int, dict[str, float]]:
+        """Problems, the fewest calls to one listener and the slowest to each, since the last question."""
+        calls: dict[str, int] = {}
+        worst_s: dict[str, float] = {}
+        problems: list[str] = []
+        for _ in range(60):
+            await asyncio.sleep(0.05)
+            said = await asyncio.to_thread(self.honest.ask)
+            problems += said["problems"]
+            for name, seen in said["seen"].items():
+                calls[name] = calls.get(name, 0) + seen["calls"]
+                worst_s[name] = max(worst_s.get(name, 0.0), seen["worst_s"])
+            if min(calls.values()) > 0:
+                break
+        return problems, min(calls.values()), worst_s
 
     async def tasks_in_server(self) -> int:
         """Tasks that the server runs, besides those of honest calls."""

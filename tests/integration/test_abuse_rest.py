@@ -178,9 +178,9 @@ async def http2(one: Raw) -> None:
 )
 async def test_one_connection(abused: Bench, attack: Callable[[Raw], Awaitable[None]]) -> None:
     most = 400 if attack is numbers else 40
-    worst_s = 2.0 if attack is numbers else 1.0
+    slowest_s = 2.0 if attack is numbers else 1.0
     async with (
-        abused.attack("rest", grown_mib=most, worst_s=worst_s),
+        abused.attack("rest", grown_mib=most, slowest_s=slowest_s),
         raw(abused.address("rest"), greets=False) as (one,),
     ):
         await attack(one)
@@ -191,10 +191,10 @@ async def test_slow_loris(abused: Bench) -> None:
     async with abused.attack("rest"), raw(abused.address("rest"), 290, greets=False) as many:
         for one in many[40:]:
             await one.send(INFER + b"Content-Length: 1000\r\n\r\n")
-        for i in range(20):
+        for i in range(10):
             for one in many[:40]:
                 await one.send(GET[i : i + 1])
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.04)
         assert all(await asyncio.gather(*(one.is_closed(1.0) for one in many[:40])))
 
 
