@@ -313,6 +313,7 @@ class ServingNode:
         listen, router = self.config.listen, self.router
         shown = self.identity if listen.tls else None
         regions = Regions()
+        self._closers.callback(regions.close)
         methods = join_methods(
             oip_methods(
                 router,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import numpy as np
 
 from nearcast.errors import Code, MeshError
 from nearcast.wire.tensors import Array, datatype_of
+
+ELEMENTS_MAX = 1 << 16
+"""Of an output that is ranked: it happens on the loop, where a larger one would hold everybody up."""
 
 
 def classify(name: str, array: Array, count: int, labels: Sequence[str], *, by_row: bool) -> Array:
@@ -24,11 +28,16 @@ def classify(name: str, array: Array, count: int, labels: Sequence[str], *, by_r
         BYTES of shape [rows, count], or [count] unless `by_row`.
 
     Raises:
-        MeshError: INVALID_REQUEST for an output of text.
+        MeshError: INVALID_REQUEST for an output of text, TOO_LARGE for more than `ELEMENTS_MAX` elements.
     """
     if array.dtype.kind not in "biufV" or datatype_of(array.dtype) == "BYTES":
         raise MeshError(Code.INVALID_REQUEST, f"Output '{name}' holds no numbers and has no classes.")
-    rows = array.reshape(array.shape[0] if by_row else 1, -1)
+    if array.size > ELEMENTS_MAX:
+        raise MeshError(
+            Code.TOO_LARGE,
+            f"Output '{name}' has {array.size} elements; at most {ELEMENTS_MAX} can be ranked for classes.",
+        )
+    rows = array.reshape(array.shape[0], prod(array.shape[1:])) if by_row else array.reshape(1, array.size)
     keys = rows.astype(np.float32) if rows.dtype.kind == "V" else rows
     if keys.dtype.kind == "f":
         keys = np.where(np.isnan(keys), -np.inf, keys)
