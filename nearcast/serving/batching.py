@@ -29,6 +29,7 @@ miss it even alone."""
 
 _HISTORY_MAX = 64
 """Deadlines of what is over that may stay in the heap: far ones would gather there."""
+_NEVER = float("inf")
 _GAP_WEIGHT = 0.1
 _SAVING_MIN = 0.05
 """Rows are joined if the cost of a run that does not depend on its rows is at least this share of a lone row's."""
@@ -116,7 +117,7 @@ class Batcher:
         self._open: dict[int, float] = {}
         self._release_at: float | None = None
         self._arrived: float | None = None
-        self._gap_s = float("inf")
+        self._gap_s = _NEVER
 
     @property
     def waiting(self) -> int:
@@ -239,7 +240,7 @@ class Batcher:
     def _note_arrival(self, now: float) -> None:
         if self._arrived is not None:
             gap_s = now - self._arrived
-            self._gap_s = gap_s if self._gap_s == float("inf") else self._gap_s + _GAP_WEIGHT * (gap_s - self._gap_s)
+            self._gap_s = gap_s if self._gap_s == _NEVER else self._gap_s + _GAP_WEIGHT * (gap_s - self._gap_s)
         self._arrived = now
 
     def _overflows(self, entry: _Entry, rows: int = 0, size_bytes: int = 0) -> bool:
@@ -273,6 +274,8 @@ class Batcher:
         alone_s = self.curve.quantile_s(entry.rows, quantile)
         if now + alone_s > entry.deadline:
             return Refuse(request_id, "hopeless", None)
+        if not self._waiting and len(self._running) < self._config.engines:
+            return None
         place = bisect_left(self._order, (entry.rank, request_id))
         ahead = self._rows
         if place < len(self._order):
@@ -332,7 +335,7 @@ class Batcher:
             reason = "idle"
             window_s = self.window_s
             # Whoever is in a hurry does not wait for company: a timer may ring late by as much as a window.
-            if window_s and due - self._own_s(now, rows) > now + 2 * window_s:
+            if window_s and (due == _NEVER or due - self._own_s(now, rows) > now + 2 * window_s):
                 release_at = min(self._waiting[request_id].arrived for request_id in ids) + window_s
                 if now < release_at:
                     self._release_at = release_at
@@ -346,23 +349,28 @@ class Batcher:
     def _gather(self, now: float) -> tuple[list[int], list[int], int, float, Reason | None]:
         """Who is late; who runs, their rows, the first deadline among them; why no more of them, None = nobody else."""
         cap, rows_max = self._rows_cap(), self._config.rows_max
+        # The time of a run at the quantile, unless nobody has a deadline.
+        fixed_s = self._own_s(now, 0) if self._open else 0.0
+        row_s = self._own_s(now, 1) - fixed_s if self._open else 0.0
         late: list[int] = []
         ids: list[int] = []
-        rows, due, key = 0, float("inf"), None
+        rows, due, key = 0, _NEVER, None
         for _, request_id in self._order:
             entry = self._waiting[request_id]
             if ids and entry.key != key:
                 continue
-            deadline = float("inf") if entry.deadline is None else entry.deadline
-            if now + self._own_s(now, entry.rows) > deadline:
+            deadline = _NEVER if entry.deadline is None else entry.deadline
+            if now + fixed_s + entry.rows * row_s > deadline:
                 late.append(request_id)
                 continue
-            if ids and rows + entry.rows > cap:
-                return late, ids, rows, due, "full" if rows + entry.rows > rows_max else "alone"
-            if ids and now + self._own_s(now, rows + entry.rows) > min(due, deadline):
+            total = rows + entry.rows
+            if ids and total > cap:
+                return late, ids, rows, due, "full" if total > rows_max else "alone"
+            due_then = min(due, deadline)
+            if ids and now + fixed_s + total * row_s > due_then:
                 return late, ids, rows, due, "deadline"
             ids.append(request_id)
-            rows, due, key = rows + entry.rows, min(due, deadline), entry.key
+            rows, due, key = total, due_then, entry.key
             if rows >= cap:
                 return late, ids, rows, due, "full" if rows >= rows_max else "alone"
         return late, ids, rows, due, None

@@ -6,6 +6,7 @@ Theory); a few sums and no matrix, since there are two unknowns.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import deque
 
 FORGET = 0.98
@@ -38,14 +39,16 @@ class ServiceCurve:
         self.knows_rows = False
         self._updated = float("-inf")
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
-        self._ratios: deque[float] = deque(maxlen=SAMPLES_MAX)
-        self._sorted: tuple[float, ...] = ()
+        # The same twice: in the order of the runs and by size.
+        self._ratios: deque[float] = deque()
+        self._sorted: list[float] = []
 
     def add(self, now: float, rows: int, seconds: float) -> None:
         """A run of `rows` rows ended at `now` after `seconds`."""
         if not self.is_fresh(now):
             self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
             self._ratios.clear()
+            self._sorted.clear()
         self._updated = now
         weight, n, t, nn, nt = self._sums
         weight, n, t = FORGET * weight + 1.0, FORGET * n + rows, FORGET * t + seconds
@@ -57,8 +60,11 @@ class ServiceCurve:
         slope = (nt / weight - mean_rows * mean_s) / variance if self.knows_rows else 0.0
         self.row_s = min(max(0.0, slope), mean_s / mean_rows)
         self.fixed_s = mean_s - self.row_s * mean_rows
-        self._ratios.append(seconds / max(1e-9, self.fixed_s + rows * self.row_s))
-        self._sorted = ()
+        if len(self._ratios) == SAMPLES_MAX:
+            del self._sorted[bisect_left(self._sorted, self._ratios.popleft())]
+        ratio = seconds / max(1e-9, self.fixed_s + rows * self.row_s)
+        self._ratios.append(ratio)
+        insort(self._sorted, ratio)
 
     def is_fresh(self, now: float) -> bool:
         """Whether the last run is recent enough to say something about the next."""
@@ -74,9 +80,8 @@ class ServiceCurve:
 
     def spread(self, q: float) -> float:
         """The `q` quantile of actual over predicted time."""
-        if not self._sorted:
-            self._sorted = tuple(sorted(self._ratios)) or (1.0,)
-        return self._sorted[min(len(self._sorted) - 1, int(q * len(self._sorted)))]
+        count = len(self._sorted)
+        return self._sorted[min(count - 1, int(q * count))] if count else 1.0
 
     def rows_within(self, seconds: float, q: float) -> int:
         """Most rows of a run that stays within `seconds` in a share `q` of the runs; 0 while that is unknown."""
