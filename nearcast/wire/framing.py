@@ -25,7 +25,8 @@ class WireLimits:
     fields_max: int = 4096
     parameters_max: int = 256
     rank_max: int = 32
-    bytes_elements_max: int = 1 << 20
+    bytes_elements_max: int = 1 << 18
+    contents_elements_max: int = 1 << 20
     zero_copy_size_bytes_min: int = 64 * 1024
     layouts_max: int = 256
     layout_size_bytes_max: int = 1024

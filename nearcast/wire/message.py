@@ -20,7 +20,7 @@ from nearcast.wire.v1 import oip_pb2 as pb
 
 NO_PARAMETERS: Mapping[str, Parameter] = MappingProxyType({})
 HEADER_CACHE_SIZE_BYTES_MAX = 256
-"""Longer tensor headers are not worth remembering."""
+"""Longer tensor headers and names are not remembered: whoever invents them could fill the memory."""
 
 _CONTENTS = {
     "BOOL": "bool_contents",
@@ -165,7 +165,8 @@ def encode_message(
     Raises:
         MeshError: INVALID_REQUEST if an array or a parameter cannot travel.
     """
-    gathered = [_names(model, version)]
+    names = _names if len(model) + len(version) <= HEADER_CACHE_SIZE_BYTES_MAX else _names.__wrapped__
+    gathered = [names(model, version)]
     if id_:
         gathered.append(encode_field(3, encode_text(id_)))
     if parameters:
@@ -173,7 +174,8 @@ def encode_message(
     raws = []
     for name, array in tensors.items():
         array = np.asarray(array)  # noqa: PLW2901 - engines may hand out numpy scalars
-        header, prefix = _tensor_fields(name, array.dtype, array.shape, raw_field)
+        fields = _tensor_fields if len(name) <= HEADER_CACHE_SIZE_BYTES_MAX else _tensor_fields.__wrapped__
+        header, prefix = fields(name, array.dtype, array.shape, raw_field)
         raw = array.tobytes() if prefix else to_raw(array)
         gathered.append(header)
         raws.append((prefix or encode_prefix(raw_field, len(raw)), raw))
@@ -256,7 +258,14 @@ def _from_contents(header: Header, contents: pb.InferTensorContents, model: str)
             f"expected datatype '{header.datatype}'"
             + (f" in {field}" if field else ", which travels as raw bytes only"),
         )
-    return from_elements(header.name, header.datatype, header.shape, list(getattr(contents, field)))
+    values = getattr(contents, field)
+    if len(values) > LIMITS.contents_elements_max:
+        raise MeshError(
+            Code.INVALID_REQUEST,
+            f"Tensor '{header.name}' has more than {LIMITS.contents_elements_max} elements in typed contents; "
+            "send its bytes in raw_input_contents.",
+        )
+    return from_elements(header.name, header.datatype, header.shape, list(values))
 
 
 @lru_cache(maxsize=256)
