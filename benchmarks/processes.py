@@ -22,7 +22,7 @@ SERVER_CPU, LOAD_CPU = 0, min(1, (os.cpu_count() or 1) - 1)
 
 @contextlib.contextmanager
 def serve(module: str, *arguments: str, cpu: int | None = SERVER_CPU) -> Iterator[dict[str, Any]]:
-    """Run `python -m module` until the block ends; yields the JSON of its first line of output.
+    """Run `python -m module` until the block ends; yields the JSON of its first line of output, and its `pid`.
 
     Raises:
         RuntimeError: if the child ends before it is ready.
@@ -35,7 +35,7 @@ def serve(module: str, *arguments: str, cpu: int | None = SERVER_CPU) -> Iterato
         line = child.stdout.readline()
         if not line:
             raise RuntimeError(f"{module} {' '.join(arguments)} ended with {child.wait()} before it was ready")
-        yield json.loads(line)
+        yield {"pid": child.pid} | json.loads(line)
     finally:
         child.terminate()
         try:
