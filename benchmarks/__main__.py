@@ -21,6 +21,8 @@ from benchmarks.rows import Row
 HERE = Path(__file__).parent
 NAMES = (
     "echo",
+    "large",
+    "cores",
     "serving",
     "router",
     "policy",
