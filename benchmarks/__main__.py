@@ -29,6 +29,7 @@ NAMES = (
     "wire",
     "coldstart",
     "footprint",
+    "reload",
     "fuzz",
     "crash",
     "delta",

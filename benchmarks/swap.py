@@ -19,6 +19,7 @@ import grpc.aio
 import numpy as np
 import onnx
 
+from benchmarks import swap_latency
 from benchmarks.rows import Row
 from model_sync.agent.status import ModelStatus, read_status
 from model_sync.publisher.bundle import create_bundle, read_spec
@@ -149,6 +150,7 @@ def run(*, quick: bool) -> list[Row]:
         Row("swap.requests", load.sent, "1", f"{rounds} candidates, promotions and rollbacks; {versions} versions"),
         Row("swap.failed", load.sent - len(load.answers), "1", said or "without retries"),
         Row("swap.rollback_s", max(rollbacks), "s", "slowest; command until the last answer of the release taken back"),
+        *swap_latency.run(quick=quick),
     ]
 
 

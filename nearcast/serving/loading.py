@@ -16,6 +16,7 @@ from nearcast.errors import MeshError
 from nearcast.handler import Tensors
 from nearcast.serving.engines import LoadedModel, Runner, load_engine
 from nearcast.serving.golden import read_tensors, zeros
+from nearcast.serving.heap import own_pages
 from nearcast.store import Manifest, Store
 from nearcast.store.contents import Contents
 
@@ -70,13 +71,14 @@ def load_version(store: Store, model: str, release: int, threads: int, tenant_ke
     started = time.perf_counter()
     manifest = store.manifest(model, release)
     contents = Contents(manifest, store.folder(model, release), tenant_keys=tenant_keys)
-    engine = load_engine(contents, threads=threads)
-    try:
-        vectors = [read_tensors(contents, vector.inputs) for vector in manifest.golden]
-        warm_up = warm(engine, manifest, vectors, threads)
-    except BaseException:
-        engine.close()
-        raise
+    with own_pages():
+        engine = load_engine(contents, threads=threads)
+        try:
+            vectors = [read_tensors(contents, vector.inputs) for vector in manifest.golden]
+            warm_up = warm(engine, manifest, vectors, threads)
+        except BaseException:
+            engine.close()
+            raise
     return Loaded(manifest=manifest, engine=engine, warm_up=warm_up, load_s=time.perf_counter() - started)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError
 from nearcast.serving.engines import LoadedModel, estimate_memory_bytes
-from nearcast.serving.heap import trim_heap
+from nearcast.serving.heap import share_arena, trim_heap
 from nearcast.serving.limits import HostLimits
 from nearcast.serving.loading import Loaded, load_version, yield_to_serving
 from nearcast.serving.memory import Alarm, Evict, Held, Key, Memory, Reason, Refuse
@@ -49,6 +49,7 @@ class Residency:
         self.memory = Memory(
             bytes_max=limits.memory_bytes_max, protect_s=limits.memory_protect_s, reloads_max=limits.reloads_max
         )
+        share_arena()
         self._executor = ThreadPoolExecutor(limits.slots, "nearcast-run")
         self._loader = ThreadPoolExecutor(limits.loads_concurrent_max, "nearcast-load", initializer=yield_to_serving)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -149,20 +150,24 @@ class Residency:
         slot.pointer = pointer
         slot.failed = {}
         slot.route()
-        self._read_manifests(slot)
         return slot
 
-    def _read_manifests(self, slot: Slot) -> None:
-        known, slot.manifests = slot.manifests, {}
-        for release in {*slot.wanted(), *slot.hot}:
+    async def _read_manifests(self, slot: Slot) -> None:
+        """Off the loop: one takes half a millisecond."""
+        releases = {*slot.wanted(), *slot.hot}
+        slot.manifests = {release: known for release, known in slot.manifests.items() if release in releases}
+        for release in releases - slot.manifests.keys():
             try:
-                slot.manifests[release] = known.get(release) or self._store.manifest(slot.name, release)
+                slot.manifests[release] = await asyncio.get_running_loop().run_in_executor(
+                    self._loader, self._store.manifest, slot.name, release
+                )
             except MeshError as error:
                 _LOG.info("model %s release %d: %s", slot.name, release, error.message)
 
     async def _load_wanted(self, slot: Slot, reason: Reason) -> None:
         async with slot.turn:
             tried: set[int] = set()
+            await self._read_manifests(slot)
             while not self._closed and (release := self._next(slot, tried)) is not None:
                 tried.add(release)
                 is_fallback = release not in (slot.pointer.stable, slot.pointer.candidate)
