@@ -21,6 +21,7 @@ from nearcast.handler import (
     ModelMetadata,
     RequestContext,
     Served,
+    Tensors,
     VersionCounts,
 )
 from nearcast.load import NodeReport, Tier, VersionReport
@@ -35,6 +36,7 @@ from nearcast.serving.on_demand import OnDemand
 from nearcast.serving.residency import Residency, unknown_model
 from nearcast.serving.shadow import Shadow
 from nearcast.serving.slots import Slot, VersionStatus
+from nearcast.serving.version import HotVersion
 from nearcast.store import Store
 from nearcast.wire.response import TensorResponse
 
@@ -137,14 +139,8 @@ class ModelHost:
             if names:
                 version.signature.require_outputs(names)
             timed: Timed
-            if version.cache_salt and request.size_bytes <= self._limits.cache_request_bytes_max:
-                timed = await self._cache.answer(
-                    version.cache_salt,
-                    inputs,
-                    context,
-                    statistics,
-                    partial(version.run, inputs, context, request.size_bytes),
-                )
+            if version.cache_salt:
+                timed = await self._remember(version, inputs, context, request.size_bytes)
             elif version.stateful:
                 timed = await version.sequences.run(request, context, inputs)
                 statistics.ran(1, timed[1], timed[2])
@@ -156,10 +152,8 @@ class ModelHost:
             statistics.fail(error.code, int((self._now() - arrived) * 1e6))
             raise
         except asyncio.CancelledError:
-            # The transport's timer for the same deadline may ring before ours.
             ended = self._now()
-            late = context.deadline is not None and ended >= context.deadline - _TIMER_EARLY_S
-            statistics.fail(Code.DEADLINE if late else Code.CANCELLED, int((ended - arrived) * 1e6))
+            statistics.fail(_why_cancelled(ended, context), int((ended - arrived) * 1e6))
             raise
         finally:
             self._in_flight -= 1
@@ -188,6 +182,12 @@ class ModelHost:
                 in_flight=in_flight,
             ),
         )
+
+    async def _remember(self, version: HotVersion, inputs: Tensors, context: RequestContext, size_bytes: int) -> Timed:
+        run = partial(version.run, inputs, context, size_bytes)
+        if size_bytes > self._limits.cache_request_bytes_max:
+            return await run()
+        return await self._cache.answer(version.cache_salt, inputs, context, version.statistics, run)
 
     async def stream(
         self, requests: AsyncIterator[InferRequest], context: RequestContext
@@ -323,3 +323,9 @@ class ModelHost:
 
     def _unknown(self, model: str) -> MeshError:
         return unknown_model(model, self._slots)
+
+
+def _why_cancelled(now: float, context: RequestContext) -> Code:
+    """A transport's timer for the same deadline may ring before ours."""
+    late = context.deadline is not None and now >= context.deadline - _TIMER_EARLY_S
+    return Code.DEADLINE if late else Code.CANCELLED
