@@ -7,8 +7,12 @@ import json
 import shutil
 import subprocess
 
+import grpc
 import numpy as np
 import pytest
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message_factory import GetMessageClass
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from paho.mqtt import client as paho
 
 from edge_node.broker import find_broker
@@ -50,6 +54,25 @@ def test_tritonclient_over_grpc(fleet, node):
         bytes_ = triton.InferInput("bytes", [1, 2048], "INT32")
         bytes_.set_data_from_numpy(page())
         assert is_html(client.infer("magika", [bytes_], client_timeout=TIMEOUT_S).as_numpy("target_label"))
+
+
+@pytest.mark.parametrize("node", ["edge-1", "router-1"])
+def test_a_generic_client_with_nothing_but_the_address(fleet, node):
+    """What grpcurl and the like do: the service and its messages come from the node's reflection."""
+    with grpc.insecure_channel(fleet.address(node)) as channel:
+        pool = DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
+        method = pool.FindServiceByName("inference.GRPCInferenceService").methods_by_name["ModelInfer"]
+        request = GetMessageClass(method.input_type)(model_name="digits", raw_input_contents=[to_raw(ALL)])
+        request.inputs.add(name="image", datatype="FP32", shape=ALL.shape)
+        request.outputs.add(name="probabilities")
+        call = channel.unary_unary(
+            "/inference.GRPCInferenceService/ModelInfer",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=GetMessageClass(method.output_type).FromString,
+        )
+        answer = call(request, timeout=TIMEOUT_S)
+    probabilities = np.frombuffer(answer.raw_output_contents[0], "<f4").reshape(10, 10)
+    assert probabilities.argmax(axis=1).tolist() == ALL_DIGITS
 
 
 @pytest.mark.parametrize("node", ["edge-1", "router-1"])
