@@ -127,7 +127,9 @@ async def _form(service: InferenceService, response: InferResponse, output: Outp
         return Output(name=output.name, datatype="BYTES", shape=top.shape, array=top)
     if form.place is None:
         return output
-    raw = to_raw(array)
+    is_plain = array.dtype.kind in "biufV" and array.dtype.byteorder != ">"
+    # Plain numbers go straight from the engine's memory; `to_raw` would copy them once more.
+    raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if is_plain else to_raw(array)
     service.regions.write(call, form.place, raw)
     where: dict[str, Any] = {REGION: form.place.region, REGION_SIZE: len(raw)}
     if form.place.offset:

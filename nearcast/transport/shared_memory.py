@@ -142,7 +142,7 @@ class Regions:
             raise _too_small(region)
         return data
 
-    def write(self, call: Call, place: Place, data: bytes) -> None:
+    def write(self, call: Call, place: Place, data: bytes | memoryview) -> None:
         """Copy a tensor into a region.
 
         Raises:
