@@ -23,6 +23,7 @@ NAMES = (
     "echo",
     "large",
     "cores",
+    "streams",
     "serving",
     "router",
     "policy",
