@@ -9,7 +9,7 @@ from nearcast.handler import InferResponse
 from nearcast.transport.outputs import Form, form_outputs, read_form, read_place
 from nearcast.transport.seam import Call
 from nearcast.transport.service import InferenceService
-from nearcast.wire.message import parameters_of
+from nearcast.wire.message import encode_parameters, parameters_of
 from nearcast.wire.request import TensorRequest, WireRequest
 from nearcast.wire.tensors import Array, from_raw, to_raw
 from nearcast.wire.v1 import oip_pb2 as pb
@@ -72,4 +72,4 @@ async def encode_extended(
             else:
                 tensor.parameters[name].int64_param = value
         message.raw_output_contents.append(b"" if output.array is None else to_raw(output.array))
-    return message.SerializeToString()
+    return message.SerializeToString() + encode_parameters(response.parameters)

@@ -82,6 +82,25 @@ async def test_mixed_contents_are_refused_in_tritons_words(server):
     assert caught.value.details() == expected
 
 
+async def test_answers_of_a_stream_name_their_request_and_say_that_they_are_the_last(server):
+    def body(model, request_id, **output):
+        message = pb.ModelInferRequest.FromString(
+            TensorRequest(model=model, inputs={"a": A, "b": B}, id=request_id).encode()
+        )
+        if output:
+            message.outputs.add(name="sum").parameters["classification"].int64_param = output["classes"]
+        return message.SerializeToString()
+
+    bodies = [body("add", "1"), body("none", "2"), body("add", "3", classes=1), b"\xff", body("add", "5")]
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        call = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")(iter(bodies))
+        answers = [pb.ModelStreamInferResponse.FromString(answer) async for answer in call]
+    assert [answer.infer_response.id for answer in answers] == ["1", "2", "3", "", "5"]
+    assert [bool(answer.error_message) for answer in answers] == [False, True, False, True, False]
+    assert all(answer.infer_response.parameters["triton_final_response"].bool_param for answer in answers)
+    assert answers[2].infer_response.raw_output_contents == [b"\x0a\0\0\x005.000000:3"]
+
+
 async def test_trailers_and_dropped_metadata(server, model):
     metadata = (
         ("nc-hop", "1"),
