@@ -7,9 +7,10 @@ beside the serving ones, the switch is one assignment, and what was replaced is 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
@@ -138,16 +139,7 @@ class ModelHost:
             names = request.requested_outputs()
             if names:
                 version.signature.require_outputs(names)
-            timed: Timed
-            if version.cache_salt:
-                timed = await self._remember(version, inputs, context, request.size_bytes)
-            elif version.stateful:
-                timed = await version.sequences.run(request, context, inputs)
-                statistics.ran(1, timed[1], timed[2])
-            elif version.runs_inline(inputs):
-                timed = await version.run_inline(inputs, context.deadline)
-            else:
-                timed = await version.submit(inputs, context, request.size_bytes)
+            timed = await self._run(version, request, context, inputs)
         except MeshError as error:
             statistics.fail(error.code, int((self._now() - arrived) * 1e6))
             raise
@@ -160,6 +152,8 @@ class ModelHost:
             version.in_flight -= 1
             version.left()
         outputs, started, ended = timed
+        if version.stateful:
+            statistics.ran(1, started, ended)
         queue_us = int((started - arrived) * 1e6)
         compute_us = int((ended - started) * 1e6)
         statistics.answer(queue_us, compute_us)
@@ -183,11 +177,18 @@ class ModelHost:
             ),
         )
 
-    async def _remember(self, version: HotVersion, inputs: Tensors, context: RequestContext, size_bytes: int) -> Timed:
-        run = partial(version.run, inputs, context, size_bytes)
-        if size_bytes > self._limits.cache_request_bytes_max:
-            return await run()
-        return await self._cache.answer(version.cache_salt, inputs, context, version.statistics, run)
+    def _run(
+        self, version: HotVersion, request: InferRequest, context: RequestContext, inputs: Tensors
+    ) -> Coroutine[Any, Any, Timed]:
+        """The way that suits the version and the inputs: remembered, in a sequence, on the loop or in a thread."""
+        if version.stateful:
+            return version.sequences.run(request, context, inputs)
+        if version.cache_salt and request.size_bytes <= self._limits.cache_request_bytes_max:
+            run = partial(version.run, inputs, context, request.size_bytes)
+            return self._cache.answer(version.cache_salt, inputs, context, version.statistics, run)
+        if version.runs_inline(inputs):
+            return version.run_inline(inputs, context.deadline)
+        return version.submit(inputs, context, request.size_bytes)
 
     async def stream(
         self, requests: AsyncIterator[InferRequest], context: RequestContext
