@@ -139,7 +139,7 @@ def mutate_message(body: bytes, corpus: list[bytes], rng: random.Random) -> byte
     data = bytearray(body)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         at = rng.randrange(len(data) + 1)
-        match rng.randrange(6):
+        match rng.randrange(7):
             case 0 if data:
                 data[at % len(data)] ^= 1 << rng.randrange(8)
             case 1 if data:
@@ -152,6 +152,9 @@ def mutate_message(body: bytes, corpus: list[bytes], rng: random.Random) -> byte
                 other = rng.choice(corpus)
                 start = rng.randrange(len(other) + 1)
                 data[at:at] = other[start : start + rng.randrange(40)]
+            case 5 if at < len(data) and data[at] < 0x80:
+                # The same number in more bytes than it needs.
+                data[at : at + 1] = bytes((data[at] | 0x80, 0))
             case _:
                 data[at:at] = b"\xff" * rng.choice((4, 9, 10, 11)) + b"\x01"
     return bytes(data)

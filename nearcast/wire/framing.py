@@ -39,6 +39,9 @@ _NUMBERS = bytes(tag >> 3 if tag & 7 == 2 and tag < 0x40 else 0 for tag in range
 """Field number by first byte, for the length-delimited fields 1 to 7; 0 = look closer."""
 
 
+_KNOWN_TAG_MAX = 7 << 3 | 2
+
+
 @dataclass(slots=True)
 class Scan:
     """Top-level fields of a `ModelInferRequest` or `ModelInferResponse`; fields 1 to 5 mean the same in both."""
@@ -172,6 +175,9 @@ def _skip_other(body: bytes, position: int) -> int:
     number, wire_type = tag >> 3, tag & 7
     if number == 0 or tag > 0xFFFF_FFFF:
         _fail("holds a field without a number")
+    if wire_type == 2 and tag <= _KNOWN_TAG_MAX:
+        # Protobuf would take it for the field that it names; two readers must not see two models in one message.
+        _fail("holds a tag in more bytes than it needs")
     match wire_type:
         case 0:
             position = varint(body, position)[1]

@@ -60,6 +60,13 @@ def test_last_string_wins_and_unknown_fields_are_skipped_as_protobuf_does():
     assert WireRequest(body).model == "b"
 
 
+@pytest.mark.parametrize("tag", [b"\x8a\x00", b"\x92\x80\x00", b"\xba\x80\x80\x00"])
+def test_a_tag_in_more_bytes_than_it_needs_is_refused(tag):
+    """Protobuf takes it, so skipping it would show two readers two different messages."""
+    pb.ModelInferRequest.FromString(tag + b"\x02hi")
+    assert "tag" in refused(tag + b"\x02hi").message
+
+
 def test_a_known_number_of_another_wire_type_is_unknown():
     body = b"\x08\x05\x0a\x01a"
     assert pb.ModelInferRequest.FromString(body).model_name == WireRequest(body).model == "a"
