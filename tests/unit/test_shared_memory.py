@@ -21,6 +21,10 @@ SIZE = 64
 EDGES = st.one_of(st.integers(-2, SIZE + 2), st.sampled_from([2**31, 2**63 - 1, 2**63, 2**64 - 1, -(2**63)]))
 
 
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 @pytest.fixture(scope="module")
 def key() -> Iterator[str]:
     path = Path(FOLDER) / f"nc-unit-{os.getpid()}"
@@ -76,7 +80,7 @@ def test_regions_belong_to_the_user_who_registered_them(key: str, regions: Regio
 
 
 def test_only_plain_objects_are_opened_and_none_stays_open_after_a_refusal(regions: Regions) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     fifo, folder = (Path(FOLDER) / f"nc-unit-{kind}-{os.getpid()}" for kind in ("fifo", "folder"))
     os.mkfifo(fifo)
     folder.mkdir()
@@ -98,15 +102,15 @@ def test_only_plain_objects_are_opened_and_none_stays_open_after_a_refusal(regio
     finally:
         fifo.unlink()
         folder.rmdir()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
 
 
 def test_regions_are_bounded_and_give_their_files_back(key: str, regions: Regions) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     for number in range(4):
         regions.register(ME, name=str(number), key=key, offset=0, size_bytes=8)
     with pytest.raises(MeshError) as caught:
         regions.register(ME, name="5", key=key, offset=0, size_bytes=8)
     assert caught.value.code is Code.OVERLOADED
     regions.unregister(ME, "")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
