@@ -77,6 +77,10 @@ class GrpcioChannel:
                 await asyncio.sleep(min(pause_s, max(0.0, deadline - time.monotonic())))
             except grpc.aio.UsageError as error:
                 raise self._closed() from error
+            except asyncio.CancelledError:
+                if self._was_closed():
+                    raise self._closed(sent=True) from None
+                raise
         raise AssertionError
 
     def stream(
@@ -112,7 +116,7 @@ class GrpcioChannel:
                 # grpcio's word also for a call that ends because its messages failed or its channel was closed.
                 if problems:
                     raise problems[0] from None
-                if self._is_closed and not _is_cancelled():
+                if self._was_closed():
                     raise self._closed(sent=True) from None
                 raise
             finally:
@@ -144,6 +148,11 @@ class GrpcioChannel:
             raise CallError(Code.DEADLINE, "The deadline passed before the call could be sent.")
         for name, value in metadata:
             status.require_metadata_value(name, value)
+
+    def _was_closed(self) -> bool:
+        """Whether what looks like a cancelled task is a call that the end of the channel has cut off."""
+        task = asyncio.current_task()
+        return self._is_closed and task is not None and not task.cancelling()
 
     def _closed(self, *, sent: bool = False) -> CallError:
         return CallError(Code.UNAVAILABLE, f"The channel to {self._address} is closed.", sent=sent)
@@ -183,12 +192,6 @@ async def _retire(channel: grpc.aio.Channel, grace_s: float) -> None:
         await channel.close(grace_s)
     finally:
         await channel.close()
-
-
-def _is_cancelled() -> bool:
-    """Whether it is the running task that was cancelled."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 def _error(error: grpc.aio.AioRpcError) -> CallError:

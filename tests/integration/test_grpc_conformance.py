@@ -263,9 +263,12 @@ async def test_calls_beyond_the_servers_streams_wait_their_turn(server_kind: Kin
     await server.drain(1)
 
 
-async def test_a_closed_channel_says_so(channel: Channel) -> None:
-    await channel.unary("/t.T/echo", (b"x",))
+async def test_a_closed_channel_says_so(channel: Channel, service: Service) -> None:
+    task = asyncio.ensure_future(channel.unary("/t.T/hang", (b"x",)))
+    await asyncio.wait_for(service.started.wait(), 5)
     await channel.close()
+    error = await failure(task)
+    assert (error.code, error.sent) == (Code.UNAVAILABLE, True)
     error = await failure(channel.unary("/t.T/echo", (b"x",)))
     assert (error.code, error.sent) == (Code.UNAVAILABLE, False)
 
