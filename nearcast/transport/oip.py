@@ -91,7 +91,11 @@ def oip_methods(
 def _infer(service: InferenceService, *, trusted: bool) -> UnaryMethod:
     async def infer(body: bytes, call: Call) -> Reply:
         request, context = _read(service, body, call, trusted=trusted)
-        return await _answer(service, request, context, call)
+        if request.is_extended:
+            return await _answer(service, request, context, call)
+        # As `_answer` does; this way costs a coroutine less.
+        response = await service.infer(request, context, kept=call.deadline)
+        return Reply(response_pieces(response), served_to_trailers(response.served))
 
     return infer
 
