@@ -32,6 +32,7 @@ NAMES = (
     "footprint",
     "reload",
     "fuzz",
+    "connections",
     "crash",
     "delta",
     "canary",

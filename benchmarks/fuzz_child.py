@@ -24,7 +24,8 @@ from benchmarks.fuzz_mutations import Conversation, mutate, record_http2, record
 from benchmarks.router_node import EchoModel
 from nearcast.handler import InferRequest, InferResponse, RequestContext, Served
 from nearcast.transport.ngh2_server import Ngh2Server
-from nearcast.transport.ngh2_server_connection import ServerConnection, ServerState
+from nearcast.transport.ngh2_server_connection import ServerConnection
+from nearcast.transport.ngh2_server_state import ServerState
 from nearcast.transport.oip import oip_methods
 from nearcast.transport.rest import RestServer
 from nearcast.transport.seam import Limits, Methods

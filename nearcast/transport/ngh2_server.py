@@ -9,7 +9,8 @@ from typing import cast
 from nearcast.errors import Code, MeshError
 from nearcast.transport.listener import Listener
 from nearcast.transport.ngh2_connection import require_alpn, wait_gone
-from nearcast.transport.ngh2_server_connection import ServerConnection, ServerState
+from nearcast.transport.ngh2_server_connection import ServerConnection
+from nearcast.transport.ngh2_server_state import ServerState
 from nearcast.transport.seam import DEFAULT_LIMITS, Limits, Methods
 
 _SWEEP_INTERVAL_S_MAX = 1.0
@@ -18,6 +19,7 @@ _SWEEP_INTERVAL_S_MIN = 0.05
 _SWEEP_SHARE = 0.25
 # Connections looked at before others get their turn of the loop.
 _SWEPT_AT_ONCE = 256
+_IDLE_ROUNDS = 4
 _NOTICE_S_MAX = 0.3
 _CANCEL_GRACE_S = 1.0
 _CLOSE_TIMEOUT_S = 0.5
@@ -39,6 +41,7 @@ class Ngh2Server:
         self._state = ServerState(methods=methods, limits=limits)
         self._is_draining = False
         self._interval_s = _sweep_interval_s(limits)
+        self._round = 0
         self._tls = require_alpn(tls) if tls is not None else None
         self._listener = Listener(address)
         self._loop: asyncio.AbstractEventLoop = cast("asyncio.AbstractEventLoop", None)
@@ -104,11 +107,14 @@ class Ngh2Server:
     def _sweep(self, rest: list[ServerConnection]) -> None:
         now = self._loop.time()
         for connection in rest[:_SWEPT_AT_ONCE]:
-            connection.sweep(now)
+            # Thousands may be idle: those are looked at in every fourth round.
+            if connection.is_lively or not self._round % _IDLE_ROUNDS:
+                connection.sweep(now)
         del rest[:_SWEPT_AT_ONCE]
         if rest:
             self._sweeper = self._loop.call_soon(self._sweep, rest)
         else:
+            self._round += 1
             self._sweeper = self._loop.call_later(self._interval_s, lambda: self._sweep(list(self._state.connections)))
 
 

@@ -8,7 +8,6 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import cast
 
 from ngh2 import (
@@ -34,9 +33,10 @@ from nearcast.transport.ngh2_connection import (
 )
 from nearcast.transport.ngh2_framing import MessageReader, whole_message
 from nearcast.transport.ngh2_headers import Fields, RequestHead, read_request, write_error, write_http_error
+from nearcast.transport.ngh2_server_state import ServerState
 from nearcast.transport.ngh2_stream import ServerStream
+from nearcast.transport.seam import Call
 from nearcast.transport.watch import Seen, Verdict, Watch
-from nearcast.transport.seam import Call, Limits, Methods
 
 _log = logging.getLogger(__name__)
 _DRAIN_PING = b"nc-drain"
@@ -44,50 +44,8 @@ _NO_ERROR = 0
 _REMEMBERED_SIZE_BYTES_MAX = 1024
 _AGE_JITTER = 0.1
 _KEEPALIVE_PING = b"nc-alive"
-# Together they bound what compressed messages cost in memory and time, whoever sends them.
-_INFLATED_AT_ONCE = 2
-# Above this share of `connections_max` who has no calls must go sooner.
-_CROWDED_SHARE = 0.9
 # A union would be built anew for each event.
 _ENDED = (StreamReset, StreamClosed)
-
-
-@dataclass(slots=True, kw_only=True)
-class ServerState:
-    """What the connections of one server share."""
-
-    methods: Methods
-    limits: Limits
-    connections: set[ServerConnection] = field(default_factory=set)
-    # What all calls hold of requests that have not been answered, and all connections of answers that were not read.
-    receiving_bytes: int = 0
-    unsent_bytes: int = 0
-    inflating: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_INFLATED_AT_ONCE))
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
-    # Cancelled methods that have not returned yet; the loop itself keeps weak references only.
-    cancelled: set[asyncio.Task[None]] = field(default_factory=set)
-
-    def cancel(self, stream: ServerStream) -> None:
-        """Cancel a call's method and keep it until it has returned."""
-        task = stream.task
-        if task is not None and not task.done():
-            self.cancelled.add(task)
-            task.add_done_callback(self.cancelled.discard)
-            task.cancel()
-
-    @property
-    def is_crowded(self) -> bool:
-        """Whether there is little room for further connections."""
-        return len(self.connections) > _CROWDED_SHARE * self.limits.connections_max
-
-    def evict(self) -> None:
-        """Drop the connection with the most unread answers, a stalled one first: memory is short."""
-        worst = max(self.connections, key=lambda c: (c.watch.is_stalled, c.unsent_bytes), default=None)
-        if worst is not None:
-            _log.info("dropped %s, which left %d bytes unread", worst.peer, worst.unsent_bytes)
-            self.unsent_bytes -= worst.unsent_bytes
-            worst.unsent_bytes = 0
-            worst.abort()
 
 
 class ServerConnection(Ngh2Connection):
@@ -101,6 +59,7 @@ class ServerConnection(Ngh2Connection):
         "_last_stream_id",
         "_notice_heard",
         "_ready",
+        "_swept_stream_id",
         "_timed",
         "_waiting",
         "receiving_bytes",
@@ -125,6 +84,7 @@ class ServerConnection(Ngh2Connection):
         self._half_closed: set[int] = set()
         self._is_greeted = False
         self._last_stream_id = 0
+        self._swept_stream_id = 0
         self.receiving_bytes = 0
         self.unsent_bytes = 0
         age_s = self.limits.connection_age_s * random.uniform(1 - _AGE_JITTER, 1 + _AGE_JITTER)
@@ -410,6 +370,17 @@ class ServerConnection(Ngh2Connection):
         """Whether no call is open and every answer has left this process."""
         return not self.streams and not self.h2.queued_body_size() and not self.transport.get_write_buffer_size()
 
+    @property
+    def is_lively(self) -> bool:
+        """Whether it has not greeted yet, has calls or unread answers, or had calls since the last look."""
+        return bool(
+            self.streams
+            or self.unsent_bytes
+            or not self._is_greeted
+            or self._last_stream_id != self._swept_stream_id
+            or self.transport.is_closing()
+        )
+
     def sweep(self, now: float) -> None:
         """Close what never greeted, stalls, falls silent, idles or is old; refuse uploads that crawl."""
         if not self.transport.is_closing():
@@ -417,6 +388,7 @@ class ServerConnection(Ngh2Connection):
                 if stream.is_uploading and now - stream.opened_at > self.limits.upload_timeout_s:
                     self.fail(stream, MeshError(Code.DEADLINE, "The request took too long to arrive."))
                     self.server.cancel(stream)
+        self._swept_stream_id = self._last_stream_id
         buffered_bytes = self.transport.get_write_buffer_size()
         owed_bytes = self.h2.queued_body_size() + buffered_bytes
         self._owe(owed_bytes)
