@@ -29,7 +29,7 @@ from nearcast.transport.mesh import Members, join_methods, mesh_methods
 from nearcast.transport.oip import oip_methods
 from nearcast.transport.reflection import reflection_methods
 from nearcast.transport.rest import RestServer
-from nearcast.transport.seam import Server
+from nearcast.transport.seam import UNIX_PREFIX, Server
 from nearcast.transport.shared_memory import Regions
 from router.child import Child
 from router.config import ProbeConfig
@@ -52,6 +52,8 @@ class ListenConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     Attributes:
         grpc, http: for clients; other addresses than loopback need `tls`.
+        local: gRPC for clients of this machine beside `grpc`, as `unix:/path`; "" = nowhere. They may use shared
+            memory, and load and unload models if they run as the node's user.
         metrics: Prometheus; "" = nowhere.
         mesh: for other nodes, always with client certificates; opened only by a node with an identity.
         tls: show the node's mesh certificate to clients too.
@@ -60,6 +62,7 @@ class ListenConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     grpc: str = "127.0.0.1:8001"
     http: str = "127.0.0.1:8000"
+    local: Annotated[str, msgspec.Meta(pattern=r"^(unix:/.+)?\Z")] = ""
     metrics: str = "127.0.0.1:8002"
     mesh: str = "127.0.0.1:0"
     tls: bool = False
@@ -329,6 +332,8 @@ class ServingNode:
         )
         methods = join_methods(methods, reflection_methods(methods))
         await self._open("grpc", make_server(listen.transport, methods, address=listen.grpc, identity=shown))
+        if listen.local:
+            await self._open("local", make_server(listen.transport, methods, address=listen.local))
         tls = None if shown is None else server_tls(shown, require_client=False, alpn=("http/1.1",))
         rest = RestServer(
             router,
@@ -399,14 +404,15 @@ class ServingNode:
         return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
 
     def _announced(self) -> dict[str, str]:
-        """Our listeners, and the one that the agent says it has opened."""
+        """Our listeners that others can reach, and the one that the agent says it has opened."""
+        reachable = {name: address for name, address in self.addresses.items() if not address.startswith(UNIX_PREFIX)}
         if not self.config.agent.peer_listen:
-            return self.addresses
+            return reachable
         try:
             status = json.loads((self.store.root / ".agent" / "status.json").read_bytes())
-            return {**self.addresses, "peer": str(status.get("peer", ""))}
+            return {**reachable, "peer": str(status.get("peer", ""))}
         except (OSError, ValueError):
-            return self.addresses
+            return reachable
 
     def _models(self) -> dict[str, list[str]]:
         """What the directory shows: the hot versions of each model."""

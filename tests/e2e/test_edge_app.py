@@ -72,7 +72,7 @@ class Node:
 @pytest.fixture
 def node(bundles, tmp_path):
     install(bundles, tmp_path / "edge" / "models")
-    node = Node(tmp_path / "edge", "mqtt.broker=spawn", "mqtt.port=0")
+    node = Node(tmp_path / "edge", "mqtt.broker=spawn", "mqtt.port=0", f"listen.local=unix:{tmp_path / 'local.sock'}")
     yield node
     if node.process.poll() is None:
         node.stop(signal.SIGKILL)
@@ -82,6 +82,32 @@ def nearcast(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "nearcast", *arguments], capture_output=True, text=True, timeout=WAIT_S, check=False
     )
+
+
+def work_locally(address: str) -> None:
+    """What only a process of this machine may do: share memory, and give a model back."""
+    import tritonclient.grpc as triton
+    import tritonclient.utils.shared_memory as shm
+
+    image = load_digits().images[7][None, :].astype(np.float32)
+    key = f"/nc-edge-{os.getpid()}"
+    handle = shm.create_shared_memory_region("image", key, image.nbytes)
+    client = triton.InferenceServerClient(address)
+    try:
+        shm.set_shared_memory_region(handle, [image])
+        client.register_system_shared_memory("image", key, image.nbytes)
+        tensor = triton.InferInput("image", list(image.shape), "FP32")
+        tensor.set_shared_memory("image", image.nbytes)
+        client.unload_model("digits")
+        best = triton.InferRequestedOutput("probabilities", class_count=1)
+        top = client.infer("digits", [tensor], outputs=[best]).as_numpy("probabilities")
+        assert top.shape == (1, 1)
+        assert top[0, 0].split(b":")[1] == b"7"
+        (counts,) = client.get_inference_statistics("digits").model_stats
+        assert (counts.inference_count, counts.execution_count) >= (1, 1)
+    finally:
+        client.close()
+        shm.destroy_shared_memory_region(handle)
 
 
 @needs_mosquitto
@@ -102,6 +128,8 @@ async def test_one_image_over_every_transport_and_two_microphones(node, tmp_path
         answer = json.loads(run.stdout)
         assert int(np.argmax(answer["outputs"][0]["data"])) == 7
         assert (answer["model_version"], answer["served_by"], answer["tier"]) == ("1", "edge-1", "local")
+
+    await asyncio.to_thread(work_locally, node.addresses["local"])
 
     clips = load_clips()
     heard: dict[str, list[int]] = {"kitchen": [], "garage": []}
