@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -16,6 +17,7 @@ from nearcast.runtime.start import settle
 
 CANCEL_GRACE_S = 1.0
 """How long a cancelled main may clean up before the process ends regardless."""
+DESCRIPTORS_MAX = 65_536
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _log = logging.getLogger("nearcast.runtime")
 
@@ -48,8 +50,20 @@ def run(main: Callable[[Shutdown], Awaitable[int]], *, drain_s: float = 5.0) -> 
     """
     import uvloop
 
+    raise_descriptors()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_supervise(main, drain_s))
+
+
+def raise_descriptors() -> None:
+    """Take as many file descriptors as the system allows, up to `DESCRIPTORS_MAX`: each connection is one.
+
+    The soft limit, often 1024, is for programs that use select().
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS_MAX if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS_MAX)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def announce(name: str, **addresses: str) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import resource
 import socket
 import ssl
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from nearcast.errors import Code, MeshError
 from nearcast.transport.ngh2_connection import join_address, split_address
-from nearcast.transport.seam import UNIX_PREFIX
+from nearcast.transport.seam import UNIX_PREFIX, Limits
 from nearcast.transport.tls_stream import TlsStream
 
 _BACKLOG = 1024
@@ -82,6 +84,14 @@ class Listener:
         await asyncio.sleep(0)
         if self._path is not None:
             self._path.unlink(missing_ok=True)
+
+
+def within_descriptors(limits: Limits) -> Limits:
+    """The limits with no more connections than a quarter of this process's file descriptors: models need some too."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft == resource.RLIM_INFINITY or limits.connections_max <= soft // 4:
+        return limits
+    return replace(limits, connections_max=soft // 4)
 
 
 def require_free(address: str) -> None:

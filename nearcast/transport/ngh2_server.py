@@ -7,7 +7,7 @@ import ssl
 from typing import cast
 
 from nearcast.errors import Code, MeshError
-from nearcast.transport.listener import Listener
+from nearcast.transport.listener import Listener, within_descriptors
 from nearcast.transport.ngh2_connection import require_alpn, wait_gone
 from nearcast.transport.ngh2_server_connection import ServerConnection
 from nearcast.transport.ngh2_server_state import ServerState
@@ -38,7 +38,7 @@ class Ngh2Server:
     def __init__(
         self, methods: Methods, *, address: str, limits: Limits = DEFAULT_LIMITS, tls: ssl.SSLContext | None = None
     ) -> None:
-        self._state = ServerState(methods=methods, limits=limits)
+        self._state = ServerState(methods=methods, limits=within_descriptors(limits))
         self._is_draining = False
         self._interval_s = _sweep_interval_s(limits)
         self._round = 0

@@ -22,7 +22,7 @@ from nearcast.runtime import format_address, listen_error, parse_address, requir
 from nearcast.telemetry import get_logger
 from nearcast.transport.context import read_context
 from nearcast.transport.json_tensors import decode_raw_request, decode_request, encode_response
-from nearcast.transport.listener import require_free
+from nearcast.transport.listener import require_free, within_descriptors
 from nearcast.transport.outputs import form_outputs
 from nearcast.transport.peer import peer_name
 from nearcast.transport.rest_guard import RestGuard
@@ -97,7 +97,7 @@ class RestServer:
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
-        self._guard = RestGuard(limits, body_timeout_s=REST_LIMITS.body_timeout_s)
+        self._guard = RestGuard(within_descriptors(limits), body_timeout_s=REST_LIMITS.body_timeout_s)
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> None:

@@ -32,6 +32,8 @@ class Limits:
         reply_queue_bytes_max: replies of one connection that its peer has not read; beyond it calls wait to be started.
         send_buffer_bytes_max: bytes handed to the socket's buffer.
         stream_messages_max: messages of one streaming call that wait for the method, and for the wire 256 KiB.
+        connections_max: open connections, at most a quarter of the process's file descriptors; when nine tenths are
+            open, those without calls are let go after `handshake_timeout_s`.
         handshakes_max: TLS handshakes that have begun and not ended; beyond it the oldest is dropped.
         upload_timeout_s: from a unary call's headers to the end of its message.
         stall_timeout_s: a peer that reads nothing of what waits for it is dropped after this.

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nearcast.transport.listener import within_descriptors
 from nearcast.transport.seam import Limits
 from nearcast.transport.watch import NOTICE_S, Seen, Verdict, Watch
 
@@ -119,3 +121,9 @@ def test_every_connection_that_does_nothing_ends(
         if found.look(now, quiet) in (Verdict.ABORT, Verdict.GOODBYE):
             return
     raise AssertionError
+
+
+def test_connections_leave_descriptors_for_the_rest_of_the_process() -> None:
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert within_descriptors(Limits(connections_max=10**9)).connections_max == soft // 4
+    assert within_descriptors(Limits(connections_max=3)).connections_max == 3
