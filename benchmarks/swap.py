@@ -21,6 +21,7 @@ import onnx
 
 from benchmarks import swap_latency
 from benchmarks.rows import Row
+from benchmarks.swap_latency import PATH
 from model_sync.agent.status import ModelStatus, read_status
 from model_sync.publisher.bundle import create_bundle, read_spec
 from model_sync.publisher.control_client import connect
@@ -29,7 +30,6 @@ from nearcast.cli.demo.bundles import write_sources
 from nearcast.cli.processes import Mesh, MeshConfig
 from nearcast.wire.request import TensorRequest
 
-PATH = "/inference.GRPCInferenceService/ModelInfer"
 MODEL, NODE, FIRST = "digits", "edge-1", 1
 RATE_PER_S = 250.0
 TIMEOUT_S = 5.0

@@ -25,14 +25,16 @@ import numpy as np
 
 from benchmarks.processes import LOAD_CPU, SERVER_CPU, load_h2
 from benchmarks.rows import Row
-from benchmarks.serving import PATH
 from benchmarks.silero_size import NAME, fill_store, make_inputs
 from nearcast.serving.control import ControlRequest, ask
 from nearcast.store import Pointer, Store
 from nearcast.store.manifest import MANIFEST_FILE
 from nearcast.wire.request import TensorRequest
 
+PATH = "/inference.GRPCInferenceService/ModelInfer"
 CONNECTIONS, STREAMS = 4, 8
+CLIENTS = 40
+"""Of the steady load. h2load sends the requests of each in beats: many that began apart make an even flow."""
 LOAD_SHARE = 0.5
 MARGIN_S = 0.02
 """After the answer of the control socket: what was replaced is closed, its memory given back."""
@@ -75,23 +77,31 @@ def p99(values: list[float]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """Where the node answers."""
+    """Where the node answers, and its process."""
 
     grpc: str
     control: Path
+    pid: int
 
 
 @contextlib.contextmanager
 def serve_node(folder: Path) -> Iterator[tuple[Node, Store]]:
-    """A real edge node that stands alone, on one core, with the model as two releases and two others beside it."""
+    """A node whose loop has a core of its own, with two models as two releases each."""
     data = folder / "node"
-    data.mkdir()
     made, _ = fill_store(folder)
     store = Store(data / "models")
     for name, release in ((NAME, 1), (NAME, 2), (OTHER, 1), (OTHER, 2)):
         copy_version(made, store, name, release)
     store.write_pointer(NAME, Pointer(stable=1))
     store.write_pointer(OTHER, Pointer(stable=1))
+    with start_node(data) as node:
+        os.sched_setaffinity(node.pid, {SERVER_CPU})
+        yield node, store
+
+
+@contextlib.contextmanager
+def start_node(data: Path) -> Iterator[Node]:
+    """A real edge node that stands alone, without a broker, from its start until it is ready."""
     settings = {
         "data_dir": data,
         "listen.grpc": "127.0.0.1:0",
@@ -104,10 +114,9 @@ def serve_node(folder: Path) -> Iterator[tuple[Node, Store]]:
         command += ["--set", f"{key}={value}"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
-        os.sched_setaffinity(child.pid, {SERVER_CPU})
         assert child.stdout is not None
         addresses = json.loads(child.stdout.readline())
-        yield Node(grpc=addresses["grpc"], control=data / "host.sock"), store
+        yield Node(grpc=addresses["grpc"], control=data / "host.sock", pid=child.pid)
     finally:
         child.terminate()
         child.wait(20)
@@ -132,7 +141,7 @@ def measure(node: Node, store: Store, swaps: int, window_s: float) -> Seen:
     rate_per_s = LOAD_SHARE * best.requests_per_s
     before = failures(node)
     # Time for the swaps themselves, and for the load tool to begin.
-    requests = int(rate_per_s * (swaps * (window_s + 0.4) + 2.0))
+    requests = CLIENTS * int(rate_per_s * (swaps * (window_s + 0.4) + 2.0) / CLIENTS)
     with load_steadily(node.grpc, message, rate_per_s, requests) as finish:
         time.sleep(1.0)
         windows = [swap(node, store, turn, window_s) for turn in range(swaps)]
@@ -179,9 +188,10 @@ def load_steadily(
     with tempfile.NamedTemporaryFile() as body, tempfile.NamedTemporaryFile("r") as log:
         body.write(b"\0" + len(message).to_bytes(4, "big") + message)
         body.flush()
-        command = ["taskset", "-c", str(LOAD_CPU), "h2load", f"-n{requests}", f"-c{CONNECTIONS}", f"-m{STREAMS}", "-t1"]
-        command += [f"--rps={rate_per_s / CONNECTIONS:.1f}", "-d", body.name, f"--log-file={log.name}"]
-        command += ["-H", "content-type: application/grpc", "-H", "te: trailers", f"http://{address}{PATH}"]
+        command = ["taskset", "-c", str(LOAD_CPU), "h2load", f"-n{requests}", f"-c{CLIENTS}", f"-m{STREAMS}", "-t1"]
+        command += ["-r1", "--rate-period=1ms", f"--rps={rate_per_s / CLIENTS:.2f}"]
+        command += ["-d", body.name, f"--log-file={log.name}", "-H", "content-type: application/grpc"]
+        command += ["-H", "te: trailers", f"http://{address}{PATH}"]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
         def finish() -> tuple[Any, Any, int]:

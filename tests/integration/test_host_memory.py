@@ -25,7 +25,7 @@ from nearcast.errors import Code, MeshError
 from nearcast.handler import ModelRepository, RequestContext
 from nearcast.serving import HostLimits, ModelHost, residency
 from nearcast.serving.engines import estimate_memory_bytes
-from nearcast.serving.loading import LOADER_NICE, Loaded, load_version
+from nearcast.serving.loading import Loaded, load_version
 from nearcast.store import Store
 from nearcast.wire.request import TensorRequest
 from tests.tiny_models import activate, affine_model, install, tensor
@@ -252,15 +252,14 @@ async def test_loading_yields_to_serving(store: Store, monkeypatch: pytest.Monke
     seen: list[int] = []
 
     def load(*arguments: Any) -> Loaded:
-        seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        seen.append(os.sched_getscheduler(threading.get_native_id()))
         return load_version(*arguments)
 
     monkeypatch.setattr(residency, "load_version", load)
-    before = os.getpriority(os.PRIO_PROCESS, 0)
     async with running(store, room_for(store, 4)):
         pass
-    assert set(seen) == {max(LOADER_NICE, before)}
-    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+    assert set(seen) == {os.SCHED_BATCH}
+    assert os.sched_getscheduler(0) != os.SCHED_BATCH, "its own thread alone"
 
 
 MEASURE = """
