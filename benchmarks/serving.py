@@ -1,63 +1,217 @@
-"""A model of Silero VAD's size over gRPC, as a share of the bare in-process loop on the same core."""
+"""Real models served by nearcast, grpc.aio, MLServer and Triton's core, side by side, beside the bare engine.
+
+Every server is pinned to one core and the load tool to another; every engine has one thread that does not spin. Before
+a server is measured its outputs are compared with the engine's, alone and sixteen at once: a wrong one is no row.
+`python -m benchmarks.serving_table` prints the last run as a Markdown table.
+"""
 
 from __future__ import annotations
 
+import json
 import statistics
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from benchmarks.foreign import call
-from benchmarks.processes import has_h2load, load_h2, serve
+from benchmarks.processes import has_h2load
 from benchmarks.rows import Row
-from benchmarks.silero_size import NAME, fill_store, make_inputs
-from nearcast.handler import Served
-from nearcast.serving.engines import load_engine
+from benchmarks.serving_load import Load, as_json, load
+from benchmarks.serving_models import Workload, fill_store, workloads
+from benchmarks.serving_peers import Candidate, foreign, ours, time_loop
+from benchmarks.serving_requests import WrongAnswerError, prepare
+from nearcast.serving.engines import LoadedModel, load_engine
 from nearcast.store.contents import Contents
-from nearcast.wire.request import TensorRequest
-from nearcast.wire.response import WireResponse
 
-PATH = "/inference.GRPCInferenceService/ModelInfer"
+RESULTS = Path(__file__).parent / "results"
+OWN = "nearcast"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """One server in one configuration under one load; `loop_us` is the bare engine's time just before."""
+
+    model: str
+    server: str
+    setting: str
+    transport: str
+    concurrency: int
+    loop_us: float
+    load: Load
+
+    @property
+    def share(self) -> float:
+        """Throughput over that of the in-process loop."""
+        return self.load.requests_per_s * self.loop_us / 1e6
 
 
 def run(*, quick: bool) -> list[Row]:
-    """Loop, then server, in turn; the ratio of each pair."""
+    """Every model on every server; the bars are ratios within this run."""
     if not has_h2load():
         return [Row("serving.skipped_no_h2load", 1, "", "install nghttp2-client to measure")]
-    rounds, requests = (3, 5_000) if quick else (5, 30_000)
-    message = TensorRequest(model=NAME, inputs=make_inputs()).encode()
-    shares, rates, loops, singles = [], [], [], []
-    with tempfile.TemporaryDirectory() as folder:
-        store, manifest = fill_store(Path(folder))
-        expected = load_engine(Contents(manifest, store.folder(NAME, 1)), threads=1).run(make_inputs())
-        root = str(Path(folder) / "store")
-        for _ in range(rounds):
-            with serve("benchmarks.serving_server", root, "loop") as ready:
-                loop_us = ready["loop_us"]
-            with serve("benchmarks.serving_server", root, "serve") as ready:
-                check(ready["address"], message, expected)
-                load = load_h2(ready["address"], PATH, message, requests=requests, connections=4, streams=16)
-                single = load_h2(ready["address"], PATH, message, requests=requests // 10, connections=1, streams=1)
-            if load.failed or single.failed:
-                raise RuntimeError(f"{load.failed + single.failed} requests failed")
-            loops.append(loop_us)
-            rates.append(load.requests_per_s)
-            shares.append(load.requests_per_s * loop_us / 1e6)
-            singles.append(single.mean_us)
-    return [
-        Row(
-            "serving.silero_size_share_of_loop", statistics.median(shares), "x", "gRPC c4 m16 over the in-process loop"
-        ),
-        Row("serving.silero_size_rps", statistics.median(rates), "1/s"),
-        Row("serving.silero_size_loop_us", statistics.median(loops), "us", "engine run in process, batch 1"),
-        Row("serving.silero_size_c1_mean_us", statistics.median(singles), "us", "one request at a time"),
+    rows: list[Row] = []
+    measured: list[Measured] = []
+    for workload in workloads():
+        try:
+            model = workload.make()
+        except Exception as error:  # noqa: BLE001 - without the model there is no row, and its bars read as missed
+            rows.append(Row(f"serving.{workload.name}_missing", 1, "", str(error)[:200]))
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            found, problems = measure_model(workload, model, Path(folder), quick=quick)
+        measured += found
+        rows += problems
+    keep_raw(measured, quick=quick)
+    return rows + judge(measured) + [_row(each) for each in best(measured)]
+
+
+def measure_model(workload: Workload, model: bytes, root: Path, *, quick: bool) -> tuple[list[Measured], list[Row]]:
+    """All servers on one model, each round beside the loop."""
+    store = fill_store(root, workload, model)
+    engine = load_engine(Contents(store.manifest(workload.name, 1), store.folder(workload.name, 1)), threads=1)
+    own = [ours(workload, root / "store", "ngh2"), ours(workload, root / "store", "aio")]
+    if workload.name == "silero":
+        own.insert(1, ours(workload, root / "store", "ngh2", batch_rows_max=1))
+    measured: list[Measured] = []
+    problems: list[Row] = []
+    loop_us = 0.0
+    for round_number in range(1 if quick else 3):
+        others = foreign(workload, root / "source" / "model.onnx", quick=quick) if round_number == 0 else []
+        for candidate in [*own, *others]:
+            if not loop_us or not quick:
+                loop_us = time_loop(root / "store", workload)
+            try:
+                measured += measure(workload, engine, candidate, root, loop_us, quick=quick)
+            except (RuntimeError, WrongAnswerError) as error:
+                if candidate.server == OWN:
+                    raise
+                name = f"serving.no_row.{workload.name}.{candidate.server}"
+                problems.append(Row(name, 1, "", f"{candidate.setting}: {str(error)[-300:]}"))
+    return measured, problems
+
+
+def measure(
+    workload: Workload, engine: LoadedModel, candidate: Candidate, root: Path, loop_us: float, *, quick: bool
+) -> Iterator[Measured]:
+    """One server under each load."""
+    seconds = 0.5 if quick else 3.0
+    with tempfile.TemporaryDirectory(dir=root) as folder, candidate.start(Path(folder)) as places:
+        for transport in candidate.transports[: 1 if quick and candidate.server != OWN else None]:
+            request = prepare(workload, engine, candidate, places, transport)
+            for concurrency in _loads(workload, candidate, transport, quick=quick):
+                seen = load(request, concurrency=concurrency, seconds=seconds, pid=places["pid"])
+                yield Measured(
+                    model=workload.name,
+                    server=candidate.server,
+                    setting=candidate.setting,
+                    transport=transport,
+                    concurrency=concurrency,
+                    loop_us=loop_us,
+                    load=seen,
+                )
+
+
+def _loads(workload: Workload, candidate: Candidate, transport: str, *, quick: bool) -> tuple[int, ...]:
+    """Requests in flight. A quick run keeps what the bars need and what compares peers where they differ most."""
+    if candidate.setting == "batch 1":
+        return (64,)
+    if not quick:
+        return (1, 16, 64)
+    if workload.name == "image" and candidate.server == OWN and transport == "grpc":
+        return (1, 16)
+    return (1, 64) if workload.name == "silero" and transport == "grpc" else (1,)
+
+
+def best(measured: list[Measured]) -> list[Measured]:
+    """Of each server, model, transport and load: the middle round of the setting with the highest throughput."""
+    middle = [_middle(measured, each) for each in measured]
+    found: dict[tuple[str, ...], Measured] = {}
+    for each in middle:
+        if each.setting == "batch 1":
+            continue
+        key = (each.model, each.transport, str(each.concurrency), each.server)
+        if key not in found or each.load.requests_per_s > found[key].load.requests_per_s:
+            found[key] = each
+    return list(found.values())
+
+
+def _middle(measured: list[Measured], like: Measured) -> Measured:
+    same = [
+        each
+        for each in measured
+        if (each.model, each.server, each.setting, each.transport, each.concurrency)
+        == (like.model, like.server, like.setting, like.transport, like.concurrency)
     ]
+    return sorted(same, key=lambda each: each.load.requests_per_s)[len(same) // 2]
 
 
-def check(address: str, message: bytes, expected: dict[str, np.ndarray]) -> None:
-    """The served output must equal the engine's."""
-    outputs = WireResponse(call(address, PATH, message), Served()).decode()
-    for name, tensor in expected.items():
-        if not np.array_equal(outputs[name], tensor):
-            raise RuntimeError(f"{address} answers {name} differently from the engine")
+def judge(measured: list[Measured]) -> list[Row]:
+    """The bars of the issue: shares of the loop by the middle of the rounds, and who is behind whom."""
+
+    def own(model: str, concurrency: int, setting: str = "default") -> list[Measured]:
+        return [
+            each
+            for each in measured
+            if (each.server, each.transport, each.model, each.concurrency, each.setting)
+            == (OWN, "grpc", model, concurrency, setting)
+        ]
+
+    def share(name: str, found: list[Measured], note: str) -> list[Row]:
+        return [Row(name, statistics.median(each.share for each in found), "x", note)] if found else []
+
+    rows = share("serving.silero_unbatched_share_of_loop", own("silero", 64, "batch 1"), "64 in flight, no batching")
+    rows += share("serving.silero_batched_share_of_loop", own("silero", 64), "64 in flight")
+    rows += share("serving.magika_c1_share_of_loop", own("magika", 1), "one request at a time")
+    rows += share("serving.image_c16_share_of_loop", own("image", 16), "16 in flight, 602 kB each")
+    if single := own("image", 1):
+        added_ms = statistics.median((each.load.mean_us - each.loop_us) / 1e3 for each in single)
+        rows.append(Row("serving.image_c1_added_ms", added_ms, "ms", "mean of one at a time, less the loop"))
+    return rows + compare(best(measured))
+
+
+def compare(found: list[Measured]) -> list[Row]:
+    """Against each peer in the same row: same model, transport and load."""
+    rates = {(each.model, each.transport, each.concurrency, each.server): each.load.requests_per_s for each in found}
+    rows, behind = [], []
+    for (model, transport, concurrency, server), rate in rates.items():
+        if server == OWN:
+            continue
+        ratio = rates[model, transport, concurrency, OWN] / rate
+        if (model, transport, concurrency, server) == ("silero", "grpc", 64, "MLServer"):
+            rows.append(Row("serving.silero_vs_mlserver", ratio, "x", "64 in flight, MLServer at its best"))
+        if ratio <= 1.0:
+            behind.append(f"{model} {transport} c={concurrency} {server} {ratio:.2f}x")
+    compared = sum(server != OWN for *_, server in rates)
+    if compared:
+        note = f"of {compared}" + (": " + ", ".join(behind) if behind else "")
+        rows.append(Row("serving.rows_behind_a_peer", len(behind), "rows", note))
+    return rows
+
+
+def _row(each: Measured) -> Row:
+    seen = each.load
+    name = f"serving.{each.model}.{each.server}.{each.transport}.c{each.concurrency}_rps"
+    note = f"p50 {seen.p50_us:.0f} us, p99 {seen.p99_us:.0f} us, cpu {seen.cpu_us:.0f} us, rss {seen.rss_mb:.0f} MB"
+    return Row(name, seen.requests_per_s, "1/s", f"{note}, {each.share:.2f} of the loop; {each.setting}")
+
+
+def keep_raw(measured: list[Measured], *, quick: bool) -> None:
+    """Every measurement, for the table and for whoever doubts it."""
+    from benchmarks.__main__ import machine
+
+    entries: list[dict[str, Any]] = [
+        {
+            "model": each.model,
+            "server": each.server,
+            "setting": each.setting,
+            "transport": each.transport,
+            "concurrency": each.concurrency,
+            "loop_us": each.loop_us,
+        }
+        | as_json(each.load)
+        for each in measured
+    ]
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"serving-raw.{'quick' if quick else 'full'}.json"
+    path.write_text(json.dumps({"machine": machine(), "measured": entries}, indent=1) + "\n")

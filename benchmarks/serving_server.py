@@ -1,4 +1,7 @@
-"""`python -m benchmarks.serving_server ROOT loop|serve`: time the bare engine loop, or serve the model over gRPC."""
+"""`python -m benchmarks.serving_server ROOT MODEL loop|ngh2|aio [BATCH_ROWS_MAX]`: time the engine, or serve it.
+
+`aio` is a plain server of grpc.aio with the same host behind it. Both serve REST too.
+"""
 
 from __future__ import annotations
 
@@ -9,49 +12,80 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import grpc.aio
 import uvloop
 
-from benchmarks.silero_size import NAME, make_inputs
+from benchmarks.serving_models import workloads
 from nearcast.serving.engines import load_engine
 from nearcast.serving.host import ModelHost
+from nearcast.serving.limits import HostLimits
 from nearcast.store import Store
 from nearcast.store.contents import Contents
 from nearcast.transport.grpc import make_server
-from nearcast.transport.oip import oip_methods
+from nearcast.transport.oip import MODEL_INFER, oip_methods
+from nearcast.transport.rest import RestServer
+from nearcast.transport.seam import Call, Methods
 
-ROUNDS, CALLS = 7, 500
+LOOP_S, ROUNDS = 0.8, 5
 
 
-def time_loop(store: Store) -> float:
+def time_loop(store: Store, name: str) -> float:
     """Median microseconds of one in-process run: the limit at batch 1."""
-    engine = load_engine(Contents(store.manifest(NAME, 1), store.folder(NAME, 1)), threads=1)
-    inputs = make_inputs()
+    workload = next(each for each in workloads() if each.name == name)
+    engine = load_engine(Contents(store.manifest(name, 1), store.folder(name, 1)), threads=1)
+    inputs = workload.arrays()
+    calls = max(10, int(LOOP_S / ROUNDS * 1e6 / workload.engine_us))
     rounds = []
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS + 1):
         began = time.perf_counter()
-        for _ in range(CALLS):
+        for _ in range(calls):
             engine.run(inputs)
-        rounds.append((time.perf_counter() - began) / CALLS * 1e6)
+        rounds.append((time.perf_counter() - began) / calls * 1e6)
     return statistics.median(rounds[1:])
 
 
-async def serve(store: Store) -> None:
-    """The real host behind the real transport, on loopback."""
-    host = ModelHost(store, node="bench")
+class PlainMethods(grpc.GenericRpcHandler):
+    """ModelInfer for grpc.aio: bytes in, bytes out, the same method behind."""
+
+    def __init__(self, methods: Methods) -> None:
+        self._infer = methods.unary[MODEL_INFER]
+
+    def service(self, details: Any) -> Any:
+        return grpc.unary_unary_rpc_method_handler(self._answer) if details.method == MODEL_INFER else None
+
+    async def _answer(self, body: bytes, _: Any) -> bytes:
+        return b"".join((await self._infer(body, Call(method=MODEL_INFER))).body)
+
+
+async def serve(store: Store, kind: str, limits: HostLimits) -> None:
+    """The real host behind the real transports, on loopback."""
+    host = ModelHost(store, node="bench", limits=limits)
     await host.start()
-    server = make_server("ngh2", oip_methods(host, host, server_name="bench", trusted=False), address="127.0.0.1:0")
-    await server.start()
-    print(json.dumps({"address": server.address, "pid": os.getpid()}), flush=True)
+    methods = oip_methods(host, host, server_name="bench", trusted=False)
+    rest = RestServer(host, host, address="127.0.0.1:0", server_name="bench")
+    await rest.start()
+    if kind == "aio":
+        plain = grpc.aio.server(options=[("grpc.max_receive_message_length", -1)])
+        plain.add_generic_rpc_handlers((PlainMethods(methods),))
+        address = f"127.0.0.1:{plain.add_insecure_port('127.0.0.1:0')}"
+        await plain.start()
+    else:
+        server = make_server("ngh2", methods, address="127.0.0.1:0")
+        await server.start()
+        address = server.address
+    print(json.dumps({"grpc": address, "rest": f"http://{rest.address}", "pid": os.getpid()}), flush=True)
     await asyncio.Event().wait()
 
 
 def main() -> None:
-    store = Store(Path(sys.argv[1]))
-    if sys.argv[2] == "loop":
-        print(json.dumps({"loop_us": time_loop(store)}), flush=True)
-    else:
-        uvloop.run(serve(store))
+    store, name, kind = Store(Path(sys.argv[1])), sys.argv[2], sys.argv[3]
+    if kind == "loop":
+        print(json.dumps({"loop_us": time_loop(store, name)}), flush=True)
+        return
+    limits = HostLimits(batch_rows_max=int(sys.argv[4])) if len(sys.argv) > 4 else HostLimits()
+    uvloop.run(serve(store, kind, limits))
 
 
 if __name__ == "__main__":

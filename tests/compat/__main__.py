@@ -70,13 +70,8 @@ def print_results(server: Server) -> None:
     counts = {status: sum(r.status == status for r in server.results) for status in (PASS, FAIL, ABSENT)}
     for result in server.results:
         if result.status != PASS:
-            print(
-                print(
-                    f"{result.status:6} {CHECKS[result.check].level:11} {result.transport:4}",
-                    result.check,
-                    result.detail,
-                )
-            )
+            head = f"{result.status:6} {CHECKS[result.check].level:11} {result.transport:4}"
+            print(head, result.check, result.detail)
     print(f"{server.name}: {counts[PASS]} passed, {counts[FAIL]} failed, {counts[ABSENT]} not offered", flush=True)
 
 

@@ -57,6 +57,7 @@ def config_shapes(client: Any) -> None:
 @check("config.unknown_model", EXTENSION, extension=CONFIG)
 def config_of_unknown(client: Any) -> None:
     """ModelConfig of an unknown model is refused with a client error."""
+    client.config(ADD)
     error = require_refused(lambda: client.config("no_such_model"), "an unknown model")
     expect(error.blames_client, f"it says {error}")
 
@@ -151,6 +152,7 @@ def all_models(client: Any) -> None:
 @check("statistics.unknown_model", EXTENSION, extension=STATISTICS)
 def statistics_of_unknown(client: Any) -> None:
     """Statistics of an unknown model are refused with a client error."""
+    client.statistics(ADD)
     error = require_refused(lambda: client.statistics("no_such_model"), "an unknown model")
     expect(error.blames_client, f"it says {error}")
 
@@ -228,6 +230,7 @@ def text_id(client: Any) -> None:
 @check("sequence.not_started", EXTENSION, extension=SEQUENCES)
 def not_started(client: Any) -> None:
     """A request of a sequence that was never started is refused."""
+    _run(client, 798, [0, 1])
     require_refused(lambda: _step(client, 799, 1), "it")
 
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.compat.children import free_port, running
+from benchmarks.peers import mlserver
 from tests.compat.contract import ADD, IDENTITY, SLOW
 from tests.compat.tensors import DATATYPES
 
-ROOT = Path(__file__).parents[3]
-ENVIRONMENT = ROOT / ".venv-peers" / "mlserver"
 RUNTIME = Path(__file__).with_name("mlserver_runtime.py")
 
 
@@ -46,22 +43,8 @@ def write_models(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def mlserver(folder: Path, **settings: Any) -> Iterator[dict[str, str]]:
-    """MLServer on the models of a folder; yields its addresses."""
-    shutil.copy(RUNTIME, folder)
-    ports = {name: free_port() for name in ("http_port", "grpc_port", "metrics_port")}
-    common = {"host": "127.0.0.1", "debug": False, "use_structured_logging": False}
-    (folder / "settings.json").write_text(json.dumps(common | ports | settings))
-    url = f"http://127.0.0.1:{ports['http_port']}"
-    command = [str(ENVIRONMENT / "bin/mlserver"), "start", str(folder)]
-    path = {"PATH": f"{ENVIRONMENT / 'bin'}:/usr/bin:/bin", "PYTHONPATH": str(folder)}
-    with running(command, ready_url=f"{url}/v2/health/ready", log=folder / "log", environment=path):
-        yield {"grpc": f"127.0.0.1:{ports['grpc_port']}", "rest": url}
-
-
-@contextlib.contextmanager
 def contract_server(folder: Path) -> Iterator[dict[str, str]]:
     """The contract served by MLServer."""
     write_models(folder)
-    with mlserver(folder) as where:
+    with mlserver(folder, runtime=RUNTIME) as where:
         yield where
