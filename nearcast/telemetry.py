@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import ssl
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
 
 _QUIET = ("aiohttp.access", "asyncio", "tuf", "urllib3", "grpc")
 """Libraries whose chatter below WARNING is no event of the mesh."""
+
+
+LIKE_EVENTS_MAX = 50
+LIKE_EVENTS_S = 10.0
+EVENTS_MAX = 1024
+"""Different events told apart within that time."""
+_log = logging.getLogger(__name__)
 
 
 class TelemetryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -86,6 +94,33 @@ class Telemetry:
         return answer
 
 
+class Repetition(logging.Filter):
+    """Lets the same event through `LIKE_EVENTS_MAX` times in `LIKE_EVENTS_S`, then says once how many were left out.
+
+    Clients cause most events; none of them may fill the disk.
+    """
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._monotonic = monotonic
+        self._began_at = 0.0
+        self._counts: dict[tuple[str, str], int] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now = self._monotonic()
+        if now - self._began_at >= LIKE_EVENTS_S or len(self._counts) >= EVENTS_MAX:
+            left_out = sum(count - LIKE_EVENTS_MAX for count in self._counts.values() if count > LIKE_EVENTS_MAX)
+            self._began_at, self._counts = now, {}
+            if left_out:
+                _log.warning("left out %d like events", left_out)
+        # structlog hands over a mapping, the standard library a template; what it is filled with does not count.
+        message = record.msg
+        event = str(message.get("event", "")) if isinstance(message, dict) else str(message)
+        key = (record.name, event[:200])
+        self._counts[key] = count = self._counts.get(key, 0) + 1
+        return count <= LIKE_EVENTS_MAX
+
+
 def start(service: str, config: TelemetryConfig) -> Telemetry:
     """Set up the logging of this process and return its metrics. Calling it again replaces the logging set-up."""
     chain: list[structlog.typing.Processor] = [
@@ -108,6 +143,7 @@ def start(service: str, config: TelemetryConfig) -> Telemetry:
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(Repetition())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=chain,
