@@ -54,7 +54,9 @@ class Turn(Generic[W]):
 
     def _end(self) -> None:
         self._armed = False
-        self._crowded, self._arrived = self._arrived > 1, 0
+        # A turn in which nobody arrives, because it works off what came before, says nothing.
+        if self._arrived:
+            self._crowded, self._arrived = self._arrived > 1, 0
         if not self._waiting:
             return
         key = next(iter(self._waiting))
