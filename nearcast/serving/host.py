@@ -34,6 +34,7 @@ from nearcast.serving.memory_metrics import MemoryCollector
 from nearcast.serving.metrics import HostCollector
 from nearcast.serving.nv_metrics import NvCollector
 from nearcast.serving.on_demand import OnDemand
+from nearcast.serving.precedence import ask_for_short_slices
 from nearcast.serving.residency import Residency, unknown_model
 from nearcast.serving.shadow import Shadow
 from nearcast.serving.slots import Slot, VersionStatus
@@ -98,6 +99,7 @@ class ModelHost:
 
     async def start(self) -> None:
         """Load every model of the store. A model that cannot be loaded is reported, not raised."""
+        ask_for_short_slices()
         await self.refresh(None)
         self._started = True
 

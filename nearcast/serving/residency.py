@@ -19,6 +19,7 @@ from nearcast.serving.heap import share_arena, trim_heap
 from nearcast.serving.limits import HostLimits
 from nearcast.serving.loading import Loaded, load_version, yield_to_serving
 from nearcast.serving.memory import Alarm, Evict, Held, Key, Memory, Reason, Refuse
+from nearcast.serving.precedence import give_way_to_loop
 from nearcast.serving.slots import Slot
 from nearcast.serving.statistics import Statistics
 from nearcast.serving.version import HotVersion
@@ -50,7 +51,7 @@ class Residency:
             bytes_max=limits.memory_bytes_max, protect_s=limits.memory_protect_s, reloads_max=limits.reloads_max
         )
         share_arena()
-        self._executor = ThreadPoolExecutor(limits.slots, "nearcast-run")
+        self._executor = ThreadPoolExecutor(limits.slots, "nearcast-run", initializer=give_way_to_loop)
         self._loader = ThreadPoolExecutor(limits.loads_concurrent_max, "nearcast-load", initializer=yield_to_serving)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._granted: dict[Key, int] = {}
