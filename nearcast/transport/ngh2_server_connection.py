@@ -62,6 +62,7 @@ class ServerConnection(Ngh2Connection):
         "_swept_stream_id",
         "_timed",
         "_waiting",
+        "is_evicted",
         "receiving_bytes",
         "server",
         "streams",
@@ -87,6 +88,7 @@ class ServerConnection(Ngh2Connection):
         self._swept_stream_id = 0
         self.receiving_bytes = 0
         self.unsent_bytes = 0
+        self.is_evicted = False
         age_s = self.limits.connection_age_s * random.uniform(1 - _AGE_JITTER, 1 + _AGE_JITTER)
         self.watch = Watch(self.limits, opened_at=self.last_read_at, age_s=age_s)
         self._notice_heard: asyncio.Future[None] | None = None
@@ -349,7 +351,7 @@ class ServerConnection(Ngh2Connection):
                     stream.wake_writer.set_result(None)
         queued_bytes = self.h2.queued_body_size()
         if queued_bytes or self.unsent_bytes or self._paused:
-            self._owe(queued_bytes + self.transport.get_write_buffer_size())
+            self.owe(queued_bytes)
         while self._waiting and queued_bytes <= self.limits.reply_queue_bytes_max:
             stream = self._waiting.pop(next(iter(self._waiting)))
             message = cast("bytes", stream.whole)
@@ -390,13 +392,12 @@ class ServerConnection(Ngh2Connection):
                     self.server.cancel(stream)
         self._swept_stream_id = self._last_stream_id
         buffered_bytes = self.transport.get_write_buffer_size()
-        owed_bytes = self.h2.queued_body_size() + buffered_bytes
-        self._owe(owed_bytes)
+        self.owe()
         seen = Seen(
             is_greeted=self._is_greeted,
             calls=len(self.streams),
             last_stream_id=self._last_stream_id,
-            owed_bytes=owed_bytes,
+            owed_bytes=self.unsent_bytes,
             left_bytes=self.sent_bytes - buffered_bytes,
             read_at=self.last_read_at,
         )
@@ -410,11 +411,13 @@ class ServerConnection(Ngh2Connection):
             case Verdict.GOODBYE:
                 self.say_goodbye()
 
-    def _owe(self, unsent_bytes: int) -> None:
+    def owe(self, queued_bytes: int | None = None) -> None:
         """Note how much the peer has not read, and make room where all connections together hold too much."""
+        if self.is_evicted:
+            return
         server = self.server
-        if not self.is_open:
-            unsent_bytes = 0
+        unsent_bytes = self.h2.queued_body_size() if queued_bytes is None else queued_bytes
+        unsent_bytes += self.transport.get_write_buffer_size()
         server.unsent_bytes += unsent_bytes - self.unsent_bytes
         self.unsent_bytes = unsent_bytes
         if server.unsent_bytes > self.limits.unsent_bytes_max:

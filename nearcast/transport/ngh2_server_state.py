@@ -50,9 +50,12 @@ class ServerState:
 
     def evict(self) -> None:
         """Drop the connection with the most unread answers, a stalled one first: memory is short."""
-        worst = max(self.connections, key=lambda c: (c.watch.is_stalled, c.unsent_bytes), default=None)
+        worst = max(
+            self.connections, key=lambda c: (not c.is_evicted, c.watch.is_stalled, c.unsent_bytes), default=None
+        )
         if worst is not None:
             _log.info("dropped %s, which left %d bytes unread", worst.peer, worst.unsent_bytes)
             self.unsent_bytes -= worst.unsent_bytes
             worst.unsent_bytes = 0
+            worst.is_evicted = True
             worst.abort()

@@ -105,6 +105,9 @@ class ServerStream:
                 h2.send_trailers(
                     stream_id, write_trailers(reply.trailers, size_bytes_max=connection.limits.metadata_size_bytes_max)
                 )
+                if len(pieces) > 1:
+                    # A large answer counts at once: many may be made before the next flush.
+                    connection.owe()
             except NGH2Error:
                 _log.debug("the call %d ended before its answer", stream_id)
             except Exception:  # noqa: BLE001 - a method may return anything

@@ -272,8 +272,8 @@ class Bench:
         calls: dict[str, int] = {}
         worst_s: dict[str, float] = {}
         problems: list[str] = []
-        for _ in range(60):
-            await asyncio.sleep(0.05)
+        for _ in range(150):
+            await asyncio.sleep(0.02)
             said = await asyncio.to_thread(self.honest.ask)
             problems += said["problems"]
             for name, seen in said["seen"].items():
