@@ -1,50 +1,73 @@
-"""What an edge node takes: on disk with its pinned dependencies, in memory and processor time while it idles."""
+"""What an edge node takes: on disk with its pinned dependencies, in memory and processor time while it idles.
+
+Sizes on disk are of the files that the packages consist of; interpreters add bytecode of what they import.
+The locks are installed anew, which needs the package index; `agent_idle` measures the agent.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import re
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.processes import serve
 from benchmarks.rows import Row
-from benchmarks.silero_size import fill_store
 
-LOCK = Path(__file__).parent.parent / "constraints" / "edge.txt"
+LOCKS = Path(__file__).parent.parent / "constraints"
+SMALL_MODELS = ("onnx_static", "onnx_dynamic", "litert")
 
 
 def run(*, quick: bool) -> list[Row]:
-    """Sizes of the installed packages that the edge lock names; memory and CPU of an idle serving process."""
-    idle_s = 3.0 if quick else 20.0
+    """Sizes of what the edge locks name; memory and CPU of an idle edge node."""
+    idle_s = 3.0 if quick else 30.0
     with tempfile.TemporaryDirectory() as folder:
-        store, _ = fill_store(Path(folder))
-        with serve("benchmarks.serving_server", str(store.root), "serve", cpu=None) as ready:
-            time.sleep(1.0)
-            began = read_cpu_s(ready["pid"])
-            time.sleep(idle_s)
-            cpu_share = (read_cpu_s(ready["pid"]) - began) / idle_s
-            memory = read_memory_bytes(ready["pid"])
-    return [
-        Row("footprint.edge_install_mb", measure_install_bytes() / 1e6, "MB", "pinned dependencies of nearcast[edge]"),
-        Row("footprint.idle_cpu_percent", cpu_share * 100, "%", "one small model loaded"),
-        Row("footprint.idle_rss_mb", memory / 1e6, "MB"),
-    ]
+        memory_bytes, cpu_share = measure_idle(Path(folder), idle_s)
+        rows = [
+            Row("footprint.idle_cpu_percent", cpu_share * 100, "%", "`nearcast edge` with 3 small models"),
+            Row("footprint.idle_rss_mb", memory_bytes / 1e6, "MB", "the same process"),
+        ]
+        return rows + measure_installs(Path(folder))
 
 
-def measure_install_bytes() -> int:
-    """Bytes of every package that the edge lock names and that is installed here, nearcast's own included."""
-    names = set(re.findall(r"^([A-Za-z0-9._-]+)==", LOCK.read_text(), re.MULTILINE)) | {"nearcast"}
-    total = 0
-    for name in names:
-        try:
-            files = importlib.metadata.files(name) or []
-        except importlib.metadata.PackageNotFoundError:
-            continue  # a lock is for every platform and interpreter
-        total += sum(path.stat().st_size for file in files if (path := Path(str(file.locate()))).is_file())
-    return total
+def measure_idle(folder: Path, idle_s: float) -> tuple[int, float]:
+    """Resident bytes and share of one processor of a real node with three small models."""
+    from benchmarks.reload_models import fill_store
+    from benchmarks.swap_latency import start_node
+    from nearcast.store import Pointer
+
+    data = folder / "node"
+    store = fill_store(folder, data / "models")
+    for name in SMALL_MODELS:
+        store.write_pointer(name, Pointer(stable=1))
+    with start_node(data) as node:
+        time.sleep(1.0)
+        began, since = read_cpu_s(node.pid), time.monotonic()
+        time.sleep(idle_s)
+        return read_memory_bytes(node.pid), (read_cpu_s(node.pid) - began) / (time.monotonic() - since)
+
+
+def measure_installs(folder: Path) -> list[Row]:
+    """Install the locks into folders of their own, as `pip install --no-compile` does."""
+    rows = []
+    for lock, note in (("edge", "with ONNX Runtime"), ("edge-litert", "with ONNX Runtime and LiteRT")):
+        target = folder / lock
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+        pins = ["--require-hashes", "-r", str(LOCKS / f"{lock}.txt")]
+        subprocess.run([*pip, "install", "--no-compile", "--target", str(target), *pins], check=True, timeout=900)
+        name = f"footprint.{lock.replace('-', '_')}_install_mb"
+        rows.append(Row(name, measure_folder_bytes(target) / 1e6, "MB", f"{note}, pip install --no-compile"))
+        if lock == "edge":
+            wheels = folder / "wheels"
+            subprocess.run([*pip, "download", "--only-binary=:all:", "-d", str(wheels), *pins], check=True, timeout=900)
+            rows.append(Row("footprint.edge_wheels_mb", measure_folder_bytes(wheels) / 1e6, "MB", note))
+    return rows
+
+
+def measure_folder_bytes(folder: Path) -> int:
+    """Bytes of all files below."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
 def read_cpu_s(pid: int) -> float:

@@ -15,9 +15,9 @@ from nearcast.store import Store
 from nearcast.store.manifest import Tensor
 
 
-def fill_store(root: Path) -> Store:
-    """A store with each kind as release 1, inactive."""
-    store = Store(root / "store")
+def fill_store(root: Path, place: Path | None = None) -> Store:
+    """A store in `place` with each kind as release 1, inactive."""
+    store = Store(place or root / "store")
     for kind, rows in (("onnx_static", 1), ("onnx_dynamic", -1)):
         model = build_model()
         if rows == 1:

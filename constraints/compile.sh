@@ -7,6 +7,7 @@ compile --all-extras --group dev -o constraints/all.txt
 for role in edge cloud router sync demo; do
     compile --extra "$role" -c constraints/all.txt -o "constraints/$role.txt"
 done
+compile --extra edge --extra litert -c constraints/all.txt -o constraints/edge-litert.txt
 compile --extra demo --group dev -c constraints/all.txt -o constraints/dev.txt
 printf 'hatchling>=1.30\neditables>=0.5\n' | uv pip compile - --universal --generate-hashes --no-emit-index-url --no-header --python-version 3.11 --quiet -o constraints/build.txt
 uv pip compile --group stubs --universal --generate-hashes --no-emit-index-url --no-header --python-version 3.11 --quiet -o constraints/stubs.txt

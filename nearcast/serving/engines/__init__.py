@@ -58,6 +58,8 @@ class LoadedModel(Runner, Protocol):
 
 PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "litert": "litert_tflite"}
 """What `ModelMetadata` names as the platform, in the way of Triton's backends."""
+EXTRAS = {"onnxruntime": "edge", "litert": "litert"}
+"""What installs each engine."""
 _WEIGHT_COPIES = 2
 """Weights exist about twice: as they came and as the engine packed them. Measured: 1.0 to 2.9 times."""
 _ENGINE_SIZE_BYTES = 128 * 1024
@@ -84,7 +86,8 @@ def load_engine(contents: Contents, *, threads: int = 1) -> LoadedModel:
         model = _load(contents.of_model(), threads)
     except ImportError as error:
         raise MeshError(
-            Code.UNAVAILABLE, f"The engine {manifest.engine} is not installed on this node; install nearcast[edge]."
+            Code.UNAVAILABLE,
+            f"The engine {manifest.engine} is not installed on this node; install nearcast[{EXTRAS[manifest.engine]}].",
         ) from error
     try:
         require_signature(manifest.of_model(), model)
