@@ -23,6 +23,7 @@ def command() -> None:
 command.add_command(fetch)
 command.add_command(tune)
 
+
 @command.command("list", short_help="List models and their versions.")
 @click.option("--store", type=click.Path(path_type=Path, file_okay=False, exists=True), help="A node's store folder.")
 @click.option(
