@@ -359,7 +359,7 @@ async def test_zero_windows(abused: Bench) -> None:
 async def test_sockets_that_are_not_read(abused: Bench) -> None:
     """The windows are open, but nobody reads the socket: the same bound."""
     async with (
-        abused.attack("h2", grown_mib=160),
+        abused.attack("h2", grown_mib=200),
         raw(abused.address(), 40, settings=HUGE_WINDOW, reads=False) as many,
     ):
         for one in many:
