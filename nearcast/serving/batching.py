@@ -30,6 +30,8 @@ miss it even alone."""
 _HISTORY_MAX = 64
 """Deadlines of what is over that may stay in the heap: far ones would gather there."""
 _NEVER = float("inf")
+_MARGIN = 0.1
+"""What is let in has so much more time than its run needs, so that it is seldom refused later, when it has waited."""
 _GAP_WEIGHT = 0.1
 _SAVING_MIN = 0.05
 """Rows are joined if the cost of a run that does not depend on its rows is at least this share of a lone row's."""
@@ -283,7 +285,7 @@ class Batcher:
         cap = self._rows_cap()
         start_s = self._start_s(now, ahead // cap * cap, quantile)
         own_s = self.curve.quantile_s(min(cap, ahead % cap) + entry.rows, quantile) if ahead % cap else alone_s
-        late_s = now + start_s + own_s - entry.deadline
+        late_s = now + start_s + own_s * (1 + _MARGIN) - entry.deadline
         return Refuse(request_id, "late", late_s) if late_s > 0 else None
 
     # Going out.

@@ -14,10 +14,10 @@ FORGET = 0.98
 SAMPLES_MIN = 5
 """Runs before anything is claimed."""
 SAMPLES_MAX = 64
-FRESH_S_MIN = 1.0
+FRESH_S_MIN = 0.25
 FRESH_RUNS = 10
-"""What was learnt holds for a second or the time of this many runs; later it is forgotten, since the machine may have
-changed and a wrong belief that keeps work away would never meet the run that corrects it."""
+"""What was learnt holds for a quarter of a second or the time of this many runs; later it is forgotten, since the
+machine may have changed and a wrong belief that keeps work away would never meet the run that corrects it."""
 SPREAD_MIN = 0.05
 """Variance of the rows over their squared mean, below which the cost of one more row is unknown."""
 

@@ -194,7 +194,9 @@ def test_what_cannot_be_in_time_is_refused_at_once_with_the_time_it_lacks() -> N
     made = taught(0.2, 0.0, now=0.0, config=LATE)
     assert made.add(0.0, 1, 1, deadline=0.3) == (Run((1,), 1, "full"),)
     assert made.add(0.1, 2, 1, deadline=0.5) == (), "0.1 s of the first, 0.2 s of its own"
-    assert made.add(0.1, 3, 1, deadline=0.5) == (Refuse(3, "late", pytest.approx(0.1)),)
+    assert made.add(0.1, 3, 1, deadline=0.5) == (Refuse(3, "late", pytest.approx(0.12)),), (
+        "and a tenth of its own to spare"
+    )
     assert made.add(0.1, 4, 1, deadline=0.25) == (Refuse(4, "hopeless", None),)
     assert made.add(0.1, 5, 1, deadline=0.5, priority=1) == (), "a more important one overtakes"
     (run, *late) = made.finish(0.2, 1)[::-1]
