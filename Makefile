@@ -152,6 +152,10 @@ crash: install-dev ## cut the power at every step of a real agent (minutes; ARGS
 fuzz: install-dev ## send a million mutated connections to both transports (minutes; ARGS=--quick: half a minute)
 	@$(BIN)/python -m benchmarks fuzz $(ARGS)
 
+.PHONY: models
+models: install-dev ## fetch the example's detectors from their packages and check what they see
+	$(BIN)/python examples/ar/check.py
+
 .PHONY: clean
 clean: ## remove environments and everything generated
 	rm -rf $(VENV) $(STUBS_VENV) $(S3_VENV) $(PEERS) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks *.egg-info
