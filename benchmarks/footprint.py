@@ -53,7 +53,7 @@ def measure_installs(folder: Path) -> list[Row]:
     rows = []
     for lock, note in (("edge", "with ONNX Runtime"), ("edge-litert", "with ONNX Runtime and LiteRT")):
         target = folder / lock
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-qqq"]
         pins = ["--require-hashes", "-r", str(LOCKS / f"{lock}.txt")]
         subprocess.run([*pip, "install", "--no-compile", "--target", str(target), *pins], check=True, timeout=900)
         name = f"footprint.{lock.replace('-', '_')}_install_mb"

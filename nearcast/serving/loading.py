@@ -22,7 +22,6 @@ from nearcast.store.contents import Contents
 
 _LOG = logging.getLogger(__name__)
 WARM_UP_RUNS_MAX = 200
-WARM_UP_RUNS_MIN = 2
 WARM_UP_TIME_S = 0.01
 
 
@@ -112,7 +111,7 @@ def warm(engine: LoadedModel, manifest: Manifest, vectors: list[dict[str, Any]],
         after = time.perf_counter()
         times.append((after - before) * 1e6)
         busy.append((busy_s() - busy_before) * 1e6)
-        if len(times) >= WARM_UP_RUNS_MAX or (after > until and len(times) >= WARM_UP_RUNS_MIN):
+        if len(times) >= WARM_UP_RUNS_MAX or 2 * after - before > until:  # another run would end too late
             break
     times.sort()
     busy.sort()

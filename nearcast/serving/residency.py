@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,7 @@ class Residency:
                     _LOG.error("model %s: %s", name, result.message)
             elif result is not None:
                 raise result
+        await self._run_in_loader(trim_heap)
 
     async def follow(self, model: str, reason: Reason = "deploy") -> None:
         """Follow one pointer.
@@ -337,7 +338,10 @@ class Residency:
 
     async def _free(self, engine: LoadedModel) -> None:
         """Give the memory back to the system. Off the loop: weights and heap are large. Before the next load begins."""
-        await asyncio.get_running_loop().run_in_executor(self._loader, _free, engine)
+        await self._run_in_loader(_free, engine)
+
+    async def _run_in_loader(self, work: Callable[..., Any], *arguments: Any) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._loader, work, *arguments)
 
 
 def unknown_model(model: str, known: Iterable[str]) -> MeshError:
