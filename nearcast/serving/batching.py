@@ -235,7 +235,7 @@ class Batcher:
 
     def wait_s(self, now: float) -> float | None:
         """How long a request that arrives now, last in rank, would wait for its run; None = unknown."""
-        return self._start_s(now, self._rows, 0.5) if self.curve.is_known(now) else None
+        return self._start_s(now, self._rows, 0.5) if self.curve.is_known else None
 
     # Coming in.
 
@@ -271,7 +271,7 @@ class Batcher:
 
     def _refuse_late(self, now: float, request_id: int, entry: _Entry) -> Refuse | None:
         quantile = self._config.late_quantile
-        if entry.deadline is None or not quantile or not self.curve.is_known(now):
+        if entry.deadline is None or not quantile or not self.curve.is_known or self._may_try(now):
             return None
         alone_s = self.curve.quantile_s(entry.rows, quantile)
         if now + alone_s > entry.deadline:
@@ -380,7 +380,13 @@ class Batcher:
     def _own_s(self, now: float, rows: int) -> float:
         """Time that a run must be given; 0 while unknown, or if late work is run all the same."""
         quantile = self._config.late_quantile
-        return self.curve.quantile_s(rows, quantile) if quantile and self.curve.is_known(now) else 0.0
+        if not quantile or not self.curve.is_known or self._may_try(now):
+            return 0.0
+        return self.curve.quantile_s(rows, quantile)
+
+    def _may_try(self, now: float) -> bool:
+        """Whether to learn anew from one run, late as it may be; what comes meanwhile is judged as before."""
+        return not self._running and not self.curve.is_fresh(now)
 
     def _take(self, request_id: int) -> _Entry | None:
         entry = self._waiting.pop(request_id, None)

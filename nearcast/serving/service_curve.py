@@ -12,12 +12,12 @@ from collections import deque
 FORGET = 0.98
 """Weight of a run relative to the next one: the line remembers about 50."""
 SAMPLES_MIN = 5
-"""Runs before anything is claimed."""
+"""Runs before anything is claimed for the first time."""
 SAMPLES_MAX = 64
 FRESH_S_MIN = 0.25
 FRESH_RUNS = 10
-"""What was learnt holds for a quarter of a second or the time of this many runs; later it is forgotten, since the
-machine may have changed and a wrong belief that keeps work away would never meet the run that corrects it."""
+"""What was learnt is fresh for a quarter of a second or the time of this many runs. Then the next run replaces all of
+it: the machine may have changed, and a belief that keeps work away would never meet the run that corrects it."""
 SPREAD_MIN = 0.05
 """Variance of the rows over their squared mean, below which the cost of one more row is unknown."""
 
@@ -31,12 +31,13 @@ class ServiceCurve:
         knows_rows: runs of different sizes were seen, so that the two can be told apart.
     """
 
-    __slots__ = ("_ratios", "_sorted", "_sums", "_updated", "fixed_s", "knows_rows", "row_s")
+    __slots__ = ("_is_learnt", "_ratios", "_sorted", "_sums", "_updated", "fixed_s", "knows_rows", "row_s")
 
     def __init__(self) -> None:
         self.fixed_s = 0.0
         self.row_s = 0.0
         self.knows_rows = False
+        self._is_learnt = False
         self._updated = float("-inf")
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
         # The same twice: in the order of the runs and by size.
@@ -65,14 +66,16 @@ class ServiceCurve:
         ratio = seconds / max(1e-9, self.fixed_s + rows * self.row_s)
         self._ratios.append(ratio)
         insort(self._sorted, ratio)
+        self._is_learnt = self._is_learnt or len(self._ratios) >= SAMPLES_MIN
 
     def is_fresh(self, now: float) -> bool:
         """Whether the last run is recent enough to say something about the next."""
         return now - self._updated <= max(FRESH_S_MIN, FRESH_RUNS * (self.fixed_s + self.row_s))
 
-    def is_known(self, now: float) -> bool:
-        """Whether `quantile_s` may be relied on."""
-        return len(self._ratios) >= SAMPLES_MIN and self.is_fresh(now)
+    @property
+    def is_known(self) -> bool:
+        """Whether there is something to rely on, fresh or not."""
+        return self._is_learnt
 
     def quantile_s(self, rows: int, q: float) -> float:
         """Seconds within which a share `q` of the runs of `rows` rows would end. 0 before the first run."""
@@ -82,12 +85,6 @@ class ServiceCurve:
         """The `q` quantile of actual over predicted time."""
         count = len(self._sorted)
         return self._sorted[min(count - 1, int(q * count))] if count else 1.0
-
-    def rows_within(self, seconds: float, q: float) -> int:
-        """Most rows of a run that stays within `seconds` in a share `q` of the runs; 0 while that is unknown."""
-        if not self.knows_rows or len(self._ratios) < SAMPLES_MIN:
-            return 0
-        return max(1, int((seconds / self.spread(q) - self.fixed_s) / max(1e-9, self.row_s)))
 
 
 def best_window_s(fixed_s: float, row_s: float, gap_s: float) -> float:

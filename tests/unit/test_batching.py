@@ -215,6 +215,7 @@ def test_nothing_is_refused_while_the_estimate_is_unknown_or_stale() -> None:
     later = 4.2 + 10 * 0.2 + 0.01
     assert later > 4.2 + FRESH_S_MIN
     assert made.add(later, 11, 1, deadline=later + 0.05) == (Run((11,), 1, "full"),), "what is believed gets old"
+    assert made.add(later, 20, 1, deadline=later + 0.05) == (Refuse(20, "hopeless", None),), "one try is enough"
     made.finish(later + 0.01, 11)
     assert made.add(later + 0.02, 12, 1, deadline=later + 0.07) == (Run((12,), 1, "full"),), "and is forgotten"
 
@@ -288,8 +289,8 @@ def test_the_curve_learns_the_cost_of_a_run_and_of_a_row() -> None:
     assert curve.fixed_s == pytest.approx(0.004, rel=0.01)
     assert curve.row_s == pytest.approx(0.0005, rel=0.05)
     assert curve.quantile_s(16, 0.95) == pytest.approx(0.012, rel=0.02)
-    assert curve.rows_within(0.010, 0.95) in (11, 12)
-    assert not curve.is_known(0.59 + FRESH_S_MIN + 0.01)
+    assert curve.is_fresh(0.59 + FRESH_S_MIN)
+    assert not curve.is_fresh(0.59 + FRESH_S_MIN + 0.01)
 
 
 def test_the_loop_learns_how_many_rows_it_may_run() -> None:
