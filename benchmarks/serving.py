@@ -19,7 +19,7 @@ from benchmarks.processes import has_h2load
 from benchmarks.rows import Row
 from benchmarks.serving_load import Load, as_json, load
 from benchmarks.serving_models import Workload, fill_store, workloads
-from benchmarks.serving_peers import Candidate, foreign, ours, time_loop
+from benchmarks.serving_peers import Candidate, Loop, foreign, ours, time_loop
 from benchmarks.serving_requests import WrongAnswerError, prepare
 from nearcast.serving.engines import LoadedModel, load_engine
 from nearcast.store.contents import Contents
@@ -30,7 +30,7 @@ OWN = "nearcast"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One server in one configuration under one load; `loop_us` is the bare engine's time just before."""
+    """One server in one configuration under one load, and the bare engine just before."""
 
     model: str
     server: str
@@ -38,12 +38,18 @@ class Measured:
     transport: str
     concurrency: int
     loop_us: float
+    loop_cpu_us: float
     load: Load
 
     @property
     def share(self) -> float:
         """Throughput over that of the in-process loop."""
         return self.load.requests_per_s * self.loop_us / 1e6
+
+    @property
+    def cpu_share(self) -> float:
+        """The same by processor time, which a busy machine distorts less."""
+        return self.loop_cpu_us / self.load.cpu_us
 
 
 def run(*, quick: bool) -> list[Row]:
@@ -75,14 +81,14 @@ def measure_model(workload: Workload, model: bytes, root: Path, *, quick: bool) 
         own.insert(1, ours(workload, root / "store", "ngh2", batch_rows_max=1))
     measured: list[Measured] = []
     problems: list[Row] = []
-    loop_us = 0.0
+    loop = None
     for round_number in range(1 if quick else 3):
         others = foreign(workload, root / "source" / "model.onnx", quick=quick) if round_number == 0 else []
         for candidate in [*own, *others]:
-            if not loop_us or not quick:
-                loop_us = time_loop(root / "store", workload)
+            if loop is None or not quick:
+                loop = time_loop(root / "store", workload)
             try:
-                measured += measure(workload, engine, candidate, root, loop_us, quick=quick)
+                measured += measure(workload, engine, candidate, root, loop, quick=quick)
             except (RuntimeError, WrongAnswerError) as error:
                 if candidate.server == OWN:
                     raise
@@ -92,7 +98,7 @@ def measure_model(workload: Workload, model: bytes, root: Path, *, quick: bool) 
 
 
 def measure(
-    workload: Workload, engine: LoadedModel, candidate: Candidate, root: Path, loop_us: float, *, quick: bool
+    workload: Workload, engine: LoadedModel, candidate: Candidate, root: Path, loop: Loop, *, quick: bool
 ) -> Iterator[Measured]:
     """One server under each load."""
     seconds = 0.5 if quick else 3.0
@@ -107,7 +113,8 @@ def measure(
                     setting=candidate.setting,
                     transport=transport,
                     concurrency=concurrency,
-                    loop_us=loop_us,
+                    loop_us=loop.loop_us,
+                    loop_cpu_us=loop.cpu_us,
                     load=seen,
                 )
 
@@ -158,7 +165,10 @@ def judge(measured: list[Measured]) -> list[Row]:
         ]
 
     def share(name: str, found: list[Measured], note: str) -> list[Row]:
-        return [Row(name, statistics.median(each.share for each in found), "x", note)] if found else []
+        if not found:
+            return []
+        note += f"; by processor time {statistics.median(each.cpu_share for each in found):.2f}"
+        return [Row(name, statistics.median(each.share for each in found), "x", note)]
 
     rows = share("serving.silero_unbatched_share_of_loop", own("silero", 64, "batch 1"), "64 in flight, no batching")
     rows += share("serving.silero_batched_share_of_loop", own("silero", 64), "64 in flight")
@@ -193,7 +203,12 @@ def _row(each: Measured) -> Row:
     seen = each.load
     name = f"serving.{each.model}.{each.server}.{each.transport}.c{each.concurrency}_rps"
     note = f"p50 {seen.p50_us:.0f} us, p99 {seen.p99_us:.0f} us, cpu {seen.cpu_us:.0f} us, rss {seen.rss_mb:.0f} MB"
-    return Row(name, seen.requests_per_s, "1/s", f"{note}, {each.share:.2f} of the loop; {each.setting}")
+    return Row(
+        name,
+        seen.requests_per_s,
+        "1/s",
+        f"{note}, {each.share:.2f} of the loop, {each.cpu_share:.2f} by cpu; {each.setting}",
+    )
 
 
 def keep_raw(measured: list[Measured], *, quick: bool) -> None:
@@ -208,6 +223,7 @@ def keep_raw(measured: list[Measured], *, quick: bool) -> None:
             "transport": each.transport,
             "concurrency": each.concurrency,
             "loop_us": each.loop_us,
+            "loop_cpu_us": each.loop_cpu_us,
         }
         | as_json(each.load)
         for each in measured

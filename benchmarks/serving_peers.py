@@ -81,10 +81,18 @@ def _serve(*arguments: object) -> Iterator[dict[str, Any]]:
             child.stdout.close()
 
 
-def time_loop(root: Path, workload: Workload) -> float:
-    """Microseconds of one run of the engine in a process of its own, on the servers' core."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loop:
+    """The bare engine: microseconds of one run by the clock, and of processor time."""
+
+    loop_us: float
+    cpu_us: float
+
+
+def time_loop(root: Path, workload: Workload) -> Loop:
+    """One run of the engine after another in a process of its own, on the servers' core."""
     with _serve(root, workload.name, "loop") as found:
-        return float(found["loop_us"])
+        return Loop(loop_us=float(found["loop_us"]), cpu_us=float(found["cpu_us"]))
 
 
 def _mlserver(workload: Workload, model: Path, *, workers: int, joins: bool) -> Candidate:
