@@ -57,6 +57,7 @@ class BundleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         quality_tolerance: how much of it an int8 variant may lose.
         data_sha256: digest of the data that the model was trained on.
         parent: the earlier release that it was trained or converted from.
+        response_cache: nodes may remember answers: equal inputs give equal outputs.
         pipeline: steps around the model; `inputs` and `outputs` are then what clients see.
     """
 
@@ -82,6 +83,7 @@ class BundleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     parent: Release | None = None
     description: str = ""
     properties: dict[str, str] = {}
+    response_cache: bool = False
     pipeline: Pipeline | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -185,6 +187,7 @@ def _fill(draft: Path, spec: BundleSpec, source: Path, names: list[str]) -> Mani
         parent=spec.parent,
         description=spec.description,
         properties=dict(sorted(spec.properties.items())),
+        response_cache=spec.response_cache,
         pipeline=spec.pipeline,
     )
     _require_pipeline(manifest)

@@ -25,6 +25,10 @@ Sha256 = Annotated[str, msgspec.Meta(pattern=SHA256_PATTERN)]
 Release = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
 
 
+_YOUNGER = {"response_cache": False, "quality_tolerance": 0.01}
+"""Fields that older agents refuse as unknown, with their defaults; `pipeline` is left out as unset."""
+
+
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One file of a version: a plain name in the version folder, never a path. `chunks` are sha256 per 256 KiB."""
 
@@ -116,7 +120,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         parent: the release that it was trained or converted from.
         encryption: how the files are sealed; None = they are plain.
         labels: what the classes of the model are called, in their order.
-        pipeline: steps around the model. A manifest without has no such field, so that older agents take it too.
+        pipeline: steps around the model.
     """
 
     schema: Literal[1] = 1
@@ -165,8 +169,15 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         raise KeyError(path)
 
     def encode(self) -> bytes:
-        """Canonical bytes: the same manifest always encodes the same way."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
+        """Canonical bytes: the same manifest always encodes the same way.
+
+        Fields younger than the first agents are written only where they say something, so that those take the rest.
+        """
+        fields = msgspec.to_builtins(self)
+        for name, default in _YOUNGER.items():
+            if fields[name] == default:
+                del fields[name]
+        return msgspec.json.format(msgspec.json.encode(fields), indent=1) + b"\n"
 
 
 def decode_manifest(data: bytes) -> Manifest:

@@ -59,7 +59,11 @@ def test_a_pipeline_that_fits_passes_and_survives_its_way() -> None:
 
 def test_without_steps_a_manifest_is_what_older_agents_know() -> None:
     made, _ = manifest()
-    assert b"pipeline" not in made.of_model().encode()
+    plain = made.of_model().encode()
+    for younger in (b"pipeline", b"response_cache", b"quality_tolerance"):
+        assert younger not in plain
+    cached = msgspec.structs.replace(made, response_cache=True, quality_tolerance=0.2)
+    assert decode_manifest(cached.encode()) == cached
     with pytest.raises(MeshError, match="unknown field `code`"):
         decode_manifest(made.encode().replace(b'"before":', b'"code": "os.system", "before":'))
 
