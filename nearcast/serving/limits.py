@@ -23,7 +23,7 @@ class HostLimits:
             inline the loop lags by the model's time.
         queue_rows_max: rows that may wait for one version; queue_bytes_max: bytes of their requests.
         batch_rows_max: rows of one engine run.
-        turn_requests_max: requests that cannot be joined and run in a row on the loop, within `inline_us_max`.
+        turn_us_max: after this the loop breathes between requests that cannot be joined and run in a row on it.
         batch_window_us_max: longest that a request waits for company where runs in threads are joined; how long it does
             is learnt from the load, and is 0 for a lone client. 0 = never.
         priority_levels: of requests, 1 is the highest. A request of level 0, or beyond the lowest, has
@@ -56,7 +56,7 @@ class HostLimits:
     queue_rows_max: int = 256
     queue_bytes_max: int = 64 * 1024 * 1024
     batch_rows_max: int = 32
-    turn_requests_max: int = 64
+    turn_us_max: float = 2000.0
     batch_window_us_max: float = 1000.0
     priority_levels: int = 3
     priority_default: int = 2

@@ -8,6 +8,7 @@ import time
 from concurrent.futures import Executor
 
 from nearcast.clock import Clock
+from nearcast.errors import MeshError
 from nearcast.handler import RequestContext, Tensors
 from nearcast.serving.batching import BatchingConfig
 from nearcast.serving.dispatch import Dispatch, Waiting, settle, unloaded
@@ -88,6 +89,7 @@ class HotVersion:
             inline_start=self.inline and warm_up.sequence_us <= limits.inline_us_max,
             clock=clock,
         )
+        self._joins = rows_max > 1
         self._turn = self._make_turn(rows_max) if self.inline and loaded.engine.concurrent else None
         self._idle: asyncio.Future[None] | None = None
         self._keep_sequences = False
@@ -113,7 +115,8 @@ class HotVersion:
             self.statistics.ran(self.signature.rows(inputs), started, ended)
             return outputs, started, ended
         answer: asyncio.Future[Timed] = asyncio.get_running_loop().create_future()
-        turn.join(self.signature.key(inputs), Waiting(inputs, self.signature.rows(inputs), deadline, answer))
+        key = self.signature.key(inputs) if self._joins else ()
+        turn.join(key, Waiting(inputs, self.signature.rows(inputs), deadline, answer))
         return await answer
 
     @property
@@ -191,12 +194,15 @@ class HotVersion:
         """
         limits = self._limits
         fitting = int(limits.inline_us_max / max(1.0, self.warm_up.busy_p99_us))
-        most = rows_max if rows_max > 1 else limits.turn_requests_max
-        self._turn_rows = TurnRows(fitting, limits.inline_us_max, rows_max=most)
-        return Turn(self._run_turn, lambda waiting: waiting.rows, rows_max=self._turn_rows.rows)
+        self._turn_rows = TurnRows(fitting, limits.inline_us_max, rows_max=rows_max)
+        most = self._turn_rows.rows if self._joins else limits.queue_rows_max
+        return Turn(self._run_turn, lambda waiting: waiting.rows, rows_max=most)
 
     def _run_turn(self, batch: list[Waiting]) -> None:
         live = [waiting for waiting in batch if not waiting.answer.done()]
+        if not self._joins:
+            self._run_in_a_row(live)
+            return
         rows = sum(waiting.rows for waiting in live)
         self.statistics.release("turn", rows)
         began = self._busy_s()
@@ -206,4 +212,18 @@ class HotVersion:
         self._turn.rows_max = self._turn_rows.rows
         self._dispatch.count(live, answers)
         for waiting, answer in zip(live, answers, strict=True):
+            settle(waiting.answer, answer)
+
+    def _run_in_a_row(self, live: list[Waiting]) -> None:
+        """One by one until the loop has waited long enough; the others in the next turn."""
+        assert self._turn is not None
+        ends_at = self._clock.monotonic() + self._limits.turn_us_max / 1e6
+        answers: list[Timed | MeshError] = []
+        for waiting in live:
+            if answers and self._clock.monotonic() >= ends_at:
+                self._turn.join((), waiting)
+            else:
+                answers += self._dispatch.run_batch([waiting])
+        self._dispatch.count(live[: len(answers)], answers)
+        for waiting, answer in zip(live, answers, strict=False):
             settle(waiting.answer, answer)
