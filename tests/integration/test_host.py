@@ -501,6 +501,32 @@ async def test_requests_of_one_sequence_run_in_order(wake_store: Store) -> None:
         assert [int(answer.decode()["dense_1"][0, 0]) for answer in answers] == expected
 
 
+async def test_deadlines_and_priorities_hold_for_sequences_too(wake_store: Store) -> None:
+    frame = frames(1, 1)[0]
+    async with running(wake_store, HostLimits(inline_us_max=0.0, slots=1)) as host:
+        sequences = host._residency.slots["wake_word"].hot[1].sequences
+        step, gate, ran = sequences._step, threading.Event(), []
+
+        def step_when_open(sequence: Any, inputs: Any, **flags: bool) -> Any:
+            ran.append(sequence)
+            assert gate.wait(20)
+            return step(sequence, inputs, **flags)
+
+        sequences._step = step_when_open  # type: ignore[method-assign]
+        first = RequestContext(deadline=time.monotonic() + 0.02)
+        with refused(Code.DEADLINE, "while the model ran"):
+            await host.infer(wake(frame, "a", sequence_start=True), first)
+        low = asyncio.create_task(host.infer(wake(frame, "low", sequence_start=True), RequestContext(priority=3)))
+        high = asyncio.create_task(host.infer(wake(frame, "high", sequence_start=True), RequestContext(priority=1)))
+        with refused(Code.DEADLINE):
+            await host.infer(wake(frame, "b", sequence_start=True), RequestContext(deadline=time.monotonic() + 0.02))
+        gate.set()
+        await asyncio.gather(low, high)
+        keys = {id(sequence): key[1] for key, sequence in sequences._open.items()}
+        assert [keys[id(sequence)] for sequence in ran] == ["a", "high", "low"]
+        assert (await host.infer(wake(frame, "a"), CONTEXT)).version == "1", "a late answer does not end its sequence"
+
+
 async def test_sequences_must_be_named_started_and_ended(wake_store: Store) -> None:
     frame = frames(1, 1)[0]
     async with running(wake_store) as host:
