@@ -24,7 +24,7 @@ def run(*, quick: bool) -> list[Row]:
     """Requests per second at 4 connections x 16 streams, and the mean latency of one request at a time."""
     if not has_h2load():
         return [Row("echo.skipped_no_h2load", 1, "", "install nghttp2-client to measure")]
-    rounds, seconds = (3, 1.0) if quick else (5, 4.0)
+    rounds, seconds = (3, 0.5) if quick else (5, 4.0)
     with tempfile.TemporaryDirectory() as folder:
         identity = make_identity(Path(folder))
         return measure("echo.", None, rounds, seconds) + measure("echo.tls_", identity, rounds, seconds)
