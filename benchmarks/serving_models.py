@@ -89,7 +89,8 @@ def fill_store(root: Path, workload: Workload, model: bytes) -> Store:
     source = root / "source"
     source.mkdir(parents=True)
     (source / "model.onnx").write_bytes(model)
-    np.savez(source / "golden.npz", **{f"in_{name}": array for name, array in workload.arrays().items()})
+    golden: dict[str, Any] = {f"in_{name}": array for name, array in workload.arrays().items()}
+    np.savez(source / "golden.npz", **golden)
     fields: dict[str, Any] = {"stateful": workload.stateful} if workload.stateful != "none" else {}
     spec = BundleSpec(
         name=workload.name,
