@@ -15,6 +15,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from nearcast.clock import SYSTEM_CLOCK, Clock
+from nearcast.counts import VersionCounts
 from nearcast.errors import Code, MeshError
 from nearcast.handler import (
     InferRequest,
@@ -23,7 +24,6 @@ from nearcast.handler import (
     RequestContext,
     Served,
     Tensors,
-    VersionCounts,
 )
 from nearcast.load import NodeReport, Tier, VersionReport
 from nearcast.serving.cache import ResponseCache

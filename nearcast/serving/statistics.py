@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from nearcast.counts import VersionCounts
 from nearcast.errors import Code
-from nearcast.handler import VersionCounts
 
 _SUB_BITS = 3
 _SUB = 1 << _SUB_BITS

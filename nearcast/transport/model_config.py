@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import cast
 
-from nearcast.handler import Duration, ModelMetadata, TensorSpec, VersionCounts
+from nearcast.counts import Duration, VersionCounts
+from nearcast.handler import ModelMetadata, TensorSpec
 from nearcast.wire.v1 import oip_pb2 as pb
 
 _TYPES = {"BYTES": "STRING"}

@@ -9,6 +9,7 @@ from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from nearcast import __version__
 from nearcast.clock import SYSTEM_CLOCK, Clock
+from nearcast.counts import VersionCounts
 from nearcast.errors import Code, MeshError
 from nearcast.handler import (
     Counting,
@@ -19,7 +20,6 @@ from nearcast.handler import (
     ModelMetadata,
     ModelRepository,
     RequestContext,
-    VersionCounts,
 )
 from nearcast.load import NodeReport
 from nearcast.transport.peer import is_operator, peer_uid, require_operator

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nearcast.clock import SYSTEM_CLOCK, Clock
-from nearcast.handler import Served, VersionCounts
+from nearcast.counts import VersionCounts
+from nearcast.handler import Served
 
 MODEL_VERSIONS_MAX = 1024
 """Model versions counted; later ones are not, so that invented names cannot fill the memory."""

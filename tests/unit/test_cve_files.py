@@ -121,6 +121,7 @@ def test_the_end_of_an_archive_that_lists_nothing_and_numbers_that_begin_like_a_
     zipfile.ZipFile(buffer, "w").close()
     assert not find_foreign(b"a model" + buffer.getvalue())
     assert find_foreign(b"a model" + zipped() + buffer.getvalue()[:-2] + b"\1\0x")
+    assert find_foreign(b"a model" + b"PK\x06\x07" + bytes(16) + buffer.getvalue())
     assert not find_foreign(np.frombuffer(b"import os\n\ndef f(): pass", np.uint8).astype(np.int32).tobytes())
 
 

@@ -166,7 +166,7 @@ def test_cve_2026_28500_only_files_of_the_version_are_models(tmp_path: Path) -> 
 def test_an_unknown_field_of_the_model_or_an_archive_behind_it_is_refused(tmp_path: Path) -> None:
     with refused("the unknown field 99"):
         check_onnx(affine_model() + bytes([0x9A, 0x06, 0x01, 0x00]))
-    stub = b"PK\x05\x06" + bytes(18)
+    stub = b"PK\x05\x06" + bytes(4) + bytes([1, 0, 1, 0]) + bytes(10)
     hidden = onnx.load_from_string(affine_model())
     hidden.doc_string = "x"
     data = hidden.SerializeToString() + bytes([6 << 3 | 2, len(stub)]) + stub

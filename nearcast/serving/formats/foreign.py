@@ -20,6 +20,7 @@ _MAGICS = (
     (b"#!", "a script"),
 )
 _TAR_MAGIC, _TAR_AT = b"ustar", 257
+_ZIP64_LOCATOR, _ZIP64_LOCATOR_SIZE_BYTES = b"PK\x06\x07", 20
 _ZIP_END, _ZIP_END_SIZE_BYTES, _ZIP_COMMENT_SIZE_BYTES_MAX = b"PK\x05\x06", 22, 0xFFFF
 PICKLE_SIZE_BYTES_MAX = 1024 * 1024
 PICKLE_OPCODES_MAX = 100_000
@@ -49,7 +50,8 @@ def _ends_as_zip(data: bytes) -> bool:
     at = data.rfind(_ZIP_END, max(0, len(data) - _ZIP_END_SIZE_BYTES - _ZIP_COMMENT_SIZE_BYTES_MAX))
     end = at + _ZIP_END_SIZE_BYTES
     if end == len(data) and data[at + 4 : at + 16] == bytes(12):
-        return False
+        # With a locator before it the list is elsewhere, whatever stands here.
+        return data[max(0, at - _ZIP64_LOCATOR_SIZE_BYTES) : at].startswith(_ZIP64_LOCATOR)
     return at >= 0 and end <= len(data) and end + int.from_bytes(data[end - 2 : end], "little") == len(data)
 
 
