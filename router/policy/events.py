@@ -38,12 +38,23 @@ ABANDONED = Outcome(code=Code.CANCELLED)
 class Attempt:
     """One send, open until `Policy.on_reply` has closed it. Only the policy changes it."""
 
-    __slots__ = ("kind", "load_at_send", "open", "passed_delay", "sent_at", "size_bytes", "timed", "trials", "version")
+    __slots__ = (
+        "kind", "load_at_send", "open", "passed_delay", "remaining_s", "sent_at", "size_bytes", "timed", "trials", "version",
+    )  # fmt: skip
 
-    def __init__(self, version: VersionState, sent_at: float, size_bytes: int, kind: str, load_at_send: int) -> None:
+    def __init__(
+        self,
+        version: VersionState,
+        sent_at: float,
+        size_bytes: int,
+        kind: str,
+        load_at_send: int,
+        remaining_s: float | None = None,
+    ) -> None:
         self.version = version
         self.sent_at = sent_at
         self.size_bytes = size_bytes
+        self.remaining_s = remaining_s
         self.kind = kind
         self.load_at_send = load_at_send
         self.open = True

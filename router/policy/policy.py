@@ -162,7 +162,7 @@ class Policy:
         if version is None:
             # Forwarded to us, or the report has just changed: count it all the same.
             version = VersionState(target, facts.model, send.version)
-        attempt = Attempt(version, now, facts.size_bytes, kind, target.own)
+        attempt = Attempt(version, now, facts.size_bytes, kind, target.own, facts.remaining_s)
         target.own += 1
         target.load = target.own + target.others
         self.outstanding += 1
@@ -350,7 +350,9 @@ class Policy:
             version.observe(now, latency, outcome.served, attempt.size_bytes, attempt.load_at_send)
         elif code is Code.OVERLOADED:
             wait_ms = _PUSHBACK_DEFAULT_MS if outcome.retry_after_ms is None else outcome.retry_after_ms
-            target.pushed_back_until = now + min(float(wait_ms), self.config.pushback_ms_max) / 1e3
+            wait_s = min(float(wait_ms), self.config.pushback_ms_max) / 1e3
+            # Who was refused for being in a hurry says nothing to those who have time.
+            target.pushed_back_until = now + min(wait_s, attempt.remaining_s or wait_s)
             self._fleet.settle(now, target)
         elif code in _MISPLACED:
             version.unserved_until = now + _MISPLACED_S

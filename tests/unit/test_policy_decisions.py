@@ -152,6 +152,15 @@ def test_pushback_is_obeyed_but_not_for_ever() -> None:
     assert sent(policy.decide(1.1, facts())).target == "near"
 
 
+def test_who_was_refused_for_being_in_a_hurry_does_not_hold_up_those_who_have_time() -> None:
+    policy = make_policy(near="peer")
+    hurried = facts(remaining_s=0.015)
+    attempt = policy.on_sent(0.0, hurried, sent(policy.decide(0.0, hurried)))
+    policy.on_reply(0.001, attempt, Outcome(code=Code.OVERLOADED, retry_after_ms=200))
+    assert refused(policy.decide(0.01, facts())).code is Code.OVERLOADED
+    assert sent(policy.decide(0.017, facts())).target == "near"
+
+
 def test_a_broken_model_with_no_other_target_still_gets_its_requests() -> None:
     policy = make_policy(here="local")
     for _ in range(8):
