@@ -39,7 +39,8 @@ class Attempt:
     """One send, open until `Policy.on_reply` has closed it. Only the policy changes it."""
 
     __slots__ = (
-        "kind", "load_at_send", "open", "passed_delay", "remaining_s", "sent_at", "size_bytes", "timed", "trials", "version",
+        "kind", "load_at_send", "open", "passed_delay", "remaining_s", "sent_at", "size_bytes", "timed", "trials",
+        "version",
     )  # fmt: skip
 
     def __init__(
