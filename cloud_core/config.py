@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from router.serving_node import AgentSettings, ServingConfig
+from router.serving_config import AgentSettings, ServingConfig
 
 
 class CloudConfig(ServingConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from router.serving_node import ServingConfig
+from router.serving_config import ServingConfig
 
 
 class MqttConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -9,9 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Annotated, Literal
-
-import msgspec
+from typing import Literal
 
 from nearcast.clock import SYSTEM_CLOCK
 from nearcast.errors import Code, MeshError
@@ -20,9 +18,8 @@ from nearcast.load import Tier
 from nearcast.runtime import Shutdown, announce, run_in_daemon
 from nearcast.serving import ModelHost
 from nearcast.serving.control import ControlSocket
-from nearcast.serving.limits import HostLimits
 from nearcast.store import Store
-from nearcast.telemetry import Telemetry, TelemetryConfig, get_logger
+from nearcast.telemetry import Telemetry, get_logger
 from nearcast.transport.grpc import make_server
 from nearcast.transport.health import health_methods
 from nearcast.transport.mesh import Members, join_methods, mesh_methods
@@ -32,113 +29,18 @@ from nearcast.transport.rest import RestServer
 from nearcast.transport.seam import UNIX_PREFIX, Server
 from nearcast.transport.shared_memory import Regions
 from router.child import Child
-from router.config import ProbeConfig
 from router.control import ControlLink, find_control
 from router.directory import Announcer, DirectoryReader
 from router.explain import explain_route
 from router.policy import Policy
-from router.policy.config import PolicyConfig
 from router.renewal import Renewal
 from router.router import Router
+from router.serving_config import ServingConfig
 from router.splits import StoreSplits
 from router.targets import ChannelFactory, TargetSet
 
 AGENT_NICE = 10
 _log = get_logger("nearcast.node")
-
-
-class ListenConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Where a node listens. Port 0 = the system chooses.
-
-    Attributes:
-        grpc, http: for clients; other addresses than loopback need `tls`.
-        local: gRPC for clients of this machine beside `grpc`, as `unix:/path`; "" = nowhere. They may use shared
-            memory, and load and unload models if they run as the node's user.
-        metrics: Prometheus; "" = nowhere.
-        mesh: for other nodes, always with client certificates; opened only by a node with an identity.
-        tls: show the node's mesh certificate to clients too.
-        transport: which implementation of gRPC.
-    """
-
-    grpc: str = "127.0.0.1:8001"
-    http: str = "127.0.0.1:8000"
-    local: Annotated[str, msgspec.Meta(pattern=r"^(unix:/.+)?\Z")] = ""
-    metrics: str = "127.0.0.1:8002"
-    mesh: str = "127.0.0.1:0"
-    tls: bool = False
-    transport: Literal["ngh2", "grpcio"] = "ngh2"
-
-
-class AgentSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The sync agent that a node with an identity runs beside itself.
-
-    Attributes:
-        channel: which channel document it follows.
-        poll_s: mean seconds between looks at the repository, where no hint comes.
-        probation_s: how long a new version is watched before it is committed.
-        repository: where it is read: http(s)://, s3://bucket/prefix or a folder; "" = the controller's repository.
-        mirrors: further places of the same repository, asked when the ones before are down, slow or wrong.
-        quota_bytes: what the models of this node may occupy, downloads under way included.
-        download_bytes_per_s_max, download_bytes_per_day_max: what may be downloaded; 0 = unlimited.
-        on_delta_failure: what follows a delta that fails: the `full` file, the same again, or nothing.
-        metered: the link is paid for by the byte: a delta that fails is never followed by the full file.
-        apply_spread_s: a new stable version is taken over within this time, each node at its own moment.
-        peer_listen: host:port where the agent gives chunks of models to other nodes; "" = it neither gives nor takes.
-        upload_bytes_per_s_max: what it may give; 0 = unlimited.
-    """
-
-    enabled: bool = True
-    channel: str = "stable"
-    poll_s: Annotated[float, msgspec.Meta(gt=0)] = 30.0
-    probation_s: Annotated[float, msgspec.Meta(ge=0)] = 5.0
-    repository: str = ""
-    mirrors: tuple[str, ...] = ()
-    quota_bytes: Annotated[int, msgspec.Meta(gt=0)] = 8 * 1024**3
-    download_bytes_per_s_max: Annotated[float, msgspec.Meta(ge=0)] = 0
-    download_bytes_per_day_max: Annotated[int, msgspec.Meta(ge=0)] = 0
-    on_delta_failure: Literal["full", "retry", "fail"] = "full"
-    metered: bool = False
-    apply_spread_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    peer_listen: str = ""
-    upload_bytes_per_s_max: Annotated[float, msgspec.Meta(ge=0)] = 0
-
-
-class MemorySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What models may take of this node's memory; what does not fit is loaded when a request asks for it.
-
-    Attributes:
-        bytes_max: of all versions in memory together, by estimate.
-        protect_s: how long a version that came in for a request may stay.
-        pinned: models that are never sent away.
-    """
-
-    bytes_max: Annotated[int, msgspec.Meta(gt=0)] = 1024**3
-    protect_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0
-    pinned: tuple[str, ...] = ()
-
-
-class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One node that holds models.
-
-    Attributes:
-        name: this node's name where it has no identity; with one, the certificate's name counts.
-        data_dir: identity, models, control socket, inbox, logs of children.
-        tenant_keys: folder with the keys of tenants whose versions are sealed; "" = none.
-        seed: of the router's choices between near ties; 0 = a different one at each start.
-        drain_s: how long requests may take to finish at the end; on an edge node again as long for devices.
-    """
-
-    name: str = "node"
-    data_dir: str = ".nearcast/node"
-    tenant_keys: str = ""
-    listen: ListenConfig = ListenConfig()
-    agent: AgentSettings = AgentSettings()
-    memory: MemorySettings = MemorySettings()
-    policy: PolicyConfig = PolicyConfig()
-    probe: ProbeConfig = ProbeConfig()
-    telemetry: TelemetryConfig = TelemetryConfig()
-    seed: int = 0
-    drain_s: Annotated[float, msgspec.Meta(gt=0)] = 2.5
 
 
 class WatchedHost(ModelHost):
@@ -214,11 +116,7 @@ class ServingNode:
             role=role,
             registry=registry,
             tenant_keys=Path(config.tenant_keys) if config.tenant_keys else None,
-            limits=HostLimits(
-                memory_bytes_max=config.memory.bytes_max,
-                memory_protect_s=config.memory.protect_s,
-                pinned=frozenset(config.memory.pinned),
-            ),
+            limits=config.host_limits(),
         )
         seed = config.seed or random.SystemRandom().getrandbits(48)
         self.router = Router(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+SLOTS = max(1, min(16, len(os.sched_getaffinity(0))))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostLimits:
@@ -18,7 +20,8 @@ class HostLimits:
         load_wait_s_max: how long a request without a deadline waits for a cold model.
         load_waiters_max: requests that wait for cold models.
         slots: model runs in threads at the same time, over all models.
-        threads: threads of one engine run.
+        threads: threads of one engine run, where no profile advises others; see `tuning`.
+        tune: measure versions without a profile, in a child of low priority, once they serve.
         inline_us_max: a version whose warmed p99 is at most this runs on the loop: a thread costs 50-100 µs a call, and
             inline the loop lags by the model's time.
         queue_rows_max: rows that may wait for one version; queue_bytes_max: bytes of their requests.
@@ -50,8 +53,9 @@ class HostLimits:
     reloads_max: int = 10
     load_wait_s_max: float = 10.0
     load_waiters_max: int = 256
-    slots: int = max(1, min(16, os.cpu_count() or 1))
+    slots: int = SLOTS
     threads: int = 1
+    tune: bool = False
     inline_us_max: float = 1000.0
     queue_rows_max: int = 256
     queue_bytes_max: int = 64 * 1024 * 1024

@@ -17,6 +17,8 @@ from nearcast.handler import Tensors
 from nearcast.serving.engines import LoadedModel, Runner, load_engine
 from nearcast.serving.golden import read_tensors, zeros
 from nearcast.serving.heap import own_pages
+from nearcast.serving.profile import Setting
+from nearcast.serving.tuning import Profiles
 from nearcast.store import Manifest, Store
 from nearcast.store.contents import Contents
 
@@ -46,12 +48,13 @@ class WarmUp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A version in memory that has run."""
+    """A version in memory that has run, and how it is to run here."""
 
     manifest: Manifest
     engine: LoadedModel
     warm_up: WarmUp
     load_s: float
+    setting: Setting
 
 
 def yield_to_serving() -> None:
@@ -64,8 +67,23 @@ def yield_to_serving() -> None:
         os.sched_setscheduler(threading.get_native_id(), os.SCHED_BATCH, os.sched_param(0))
 
 
-def load_version(store: Store, model: str, release: int, threads: int, tenant_keys: Path | None = None) -> Loaded:
-    """Load and warm one version. `tenant_keys` is the folder of the keys that open sealed ones.
+def load_version(
+    store: Store,
+    model: str,
+    release: int,
+    default: Setting,
+    profiles: Profiles | None = None,
+    tenant_keys: Path | None = None,
+) -> Loaded:
+    """Load and warm one version.
+
+    Args:
+        store: where it lies.
+        model: its name.
+        release: its number.
+        default: threads, and rows of a batch at most, where no profile advises others.
+        profiles: what was measured on this machine; no profile has more rows than the default.
+        tenant_keys: folder of the keys that open sealed versions.
 
     Raises:
         MeshError: if the version is not in the store, cannot be loaded, or fails on its own golden vectors.
@@ -73,6 +91,9 @@ def load_version(store: Store, model: str, release: int, threads: int, tenant_ke
     started = time.perf_counter()
     manifest = store.manifest(model, release)
     contents = Contents(manifest, store.folder(model, release), tenant_keys=tenant_keys)
+    advised = profiles.setting(manifest) if profiles is not None else None
+    threads = (advised or default).threads
+    rows_max = min(default.rows_max, (advised or default).rows_max)
     with own_pages():
         engine = load_engine(contents, threads=threads)
         try:
@@ -81,7 +102,13 @@ def load_version(store: Store, model: str, release: int, threads: int, tenant_ke
         except BaseException:
             engine.close()
             raise
-    return Loaded(manifest=manifest, engine=engine, warm_up=warm_up, load_s=time.perf_counter() - started)
+    return Loaded(
+        manifest=manifest,
+        engine=engine,
+        warm_up=warm_up,
+        load_s=time.perf_counter() - started,
+        setting=Setting(threads=threads, rows_max=rows_max),
+    )
 
 
 def warm(engine: LoadedModel, manifest: Manifest, vectors: list[dict[str, Any]], threads: int) -> WarmUp:

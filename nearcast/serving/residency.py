@@ -20,8 +20,10 @@ from nearcast.serving.limits import HostLimits
 from nearcast.serving.loading import Loaded, load_version, yield_to_serving
 from nearcast.serving.memory import Alarm, Evict, Held, Key, Memory, Reason, Refuse
 from nearcast.serving.precedence import give_way_to_loop
+from nearcast.serving.profile import Setting
 from nearcast.serving.slots import Slot
 from nearcast.serving.statistics import Statistics
+from nearcast.serving.tuner import Tuner
 from nearcast.serving.version import HotVersion
 from nearcast.store import Manifest, Pointer, Store, is_model_name
 
@@ -55,6 +57,8 @@ class Residency:
         self._loader = ThreadPoolExecutor(limits.loads_concurrent_max, "nearcast-load", initializer=yield_to_serving)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._granted: dict[Key, int] = {}
+        self._default = Setting(threads=limits.threads, rows_max=limits.batch_rows_max)
+        self._tuner = Tuner(store, concurrency=limits.slots, tenant_keys=tenant_keys)
         self._closed = False
 
     def in_flight(self) -> dict[tuple[str, int], int]:
@@ -112,6 +116,7 @@ class Residency:
     async def close(self) -> None:
         """Unload everything, after what is in flight or `drain_timeout_s`."""
         self._closed = True
+        self._tuner.close()
         for slot in self.slots.values():
             slot.stable = None
             slot.by_name = {}
@@ -193,7 +198,14 @@ class Residency:
                 return refusal
             self._granted[slot.name, release] = self._need_bytes(slot, release)
             loaded = await asyncio.get_running_loop().run_in_executor(
-                self._loader, load_version, self._store, slot.name, release, self._limits.threads, self._tenant_keys
+                self._loader,
+                load_version,
+                self._store,
+                slot.name,
+                release,
+                self._default,
+                self._tuner.profiles,
+                self._tenant_keys,
             )
         except MeshError as error:
             slot.failed[release] = error.message
@@ -237,6 +249,23 @@ class Residency:
             loaded.warm_up.p50_us,
             "inline" if slot.hot[release].inline else "in threads",
         )
+        if self._limits.tune:
+            self.spawn(self._tune(slot, slot.hot[release]))
+
+    async def _tune(self, slot: Slot, version: HotVersion) -> None:
+        """Measure a version that nobody has measured here, and load it anew if it should run in another way."""
+        setting = await self._tuner.measure(version.manifest)
+        if setting is None or setting == version.setting:
+            return
+        async with slot.turn:
+            if self._closed or slot.hot.get(version.release) is not version:
+                return
+            # A fallback's claim: it sends nobody away. Until the new engine is there, the old one serves.
+            await self._load(slot, version.release, "fallback")
+            slot.cold.discard(version.release)
+            if slot.hot[version.release] is not version:
+                slot.route()
+                self._let_go(slot, version, keep_sequences=True)
 
     def _remember(self, model: str, release: int) -> Statistics:
         statistics = self.statistics.setdefault((model, release), Statistics())
@@ -320,6 +349,9 @@ class Residency:
         del slot.hot[version.release]
         slot.since.pop(version.release, None)
         slot.route()
+        self._let_go(slot, version, keep_sequences=keep_sequences)
+
+    def _let_go(self, slot: Slot, version: HotVersion, *, keep_sequences: bool) -> None:
         drained = version.drained(keep_sequences=keep_sequences)
         if drained.done():
             version.close()

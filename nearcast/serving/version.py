@@ -38,6 +38,7 @@ class HotVersion:
     ) -> None:
         self.manifest = loaded.manifest
         self.engine = loaded.engine
+        self.setting = loaded.setting
         self.warm_up = loaded.warm_up
         self.statistics = statistics
         self.release = loaded.manifest.release
@@ -58,9 +59,9 @@ class HotVersion:
         self._limits = limits
         self._clock = clock
         # Wall time where a run has several threads: the loop waits for all of them.
-        self._busy_s = time.thread_time if limits.threads == 1 else time.perf_counter
+        self._busy_s = time.thread_time if loaded.setting.threads == 1 else time.perf_counter
         self._engines = limits.slots if loaded.engine.concurrent or self.stateful else 1
-        rows_max = limits.batch_rows_max if self.signature.batchable else 1
+        rows_max = loaded.setting.rows_max if self.signature.batchable else 1
         self._dispatch = Dispatch(
             self.title,
             loaded.engine,

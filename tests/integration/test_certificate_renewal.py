@@ -37,7 +37,8 @@ from router.policy import Policy
 from router.policy.config import PolicyConfig
 from router.renewal import Renewal, RenewalLimits
 from router.router import Router
-from router.serving_node import AgentSettings, ListenConfig, ServingConfig, ServingNode
+from router.serving_config import AgentSettings, ListenConfig, ServingConfig
+from router.serving_node import ServingNode
 
 METHOD = "/t.T/whoami"
 LIMITS = RenewalLimits(pause_min_s=0.05, backoff_base_s=0.05, backoff_max_s=0.2)

@@ -26,6 +26,8 @@ from nearcast.handler import ModelRepository, RequestContext
 from nearcast.serving import HostLimits, ModelHost, residency
 from nearcast.serving.engines import estimate_memory_bytes
 from nearcast.serving.loading import Loaded, load_version
+from nearcast.serving.profile import Profile, Setting
+from nearcast.serving.tuning import Profiles
 from nearcast.store import Store
 from nearcast.wire.request import TensorRequest
 from tests.tiny_models import activate, affine_model, install, tensor
@@ -327,3 +329,30 @@ def test_the_estimate_of_a_models_memory_is_within_a_factor_of_three(tmp_path: P
     ratios = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines() if line.count(" ") == 1}
     assert set(ratios) == {"affine", "magika", "wake_word"}
     assert all(1 / 3 <= ratio <= 3 for ratio in ratios.values()), ratios
+
+
+async def test_a_version_that_nobody_measured_is_measured_beside_the_serving_and_runs_as_that_advises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real child measures; what it advises is then replaced, so that the host has something to change."""
+    store = Store(tmp_path / "models")
+    manifest = install(store, affine_model())
+    activate(store, stable=1)
+    monkeypatch.setattr(Profile, "choose", lambda _: Setting(threads=2, rows_max=7))
+    host = ModelHost(store, node="n", limits=HostLimits(tune=True, slots=1))
+    await host.start()
+    try:
+        slot = host._slots["affine"]
+        first = slot.stable
+        async with asyncio.timeout(30):
+            while slot.stable is first:
+                answer = await host.infer(TensorRequest(model="affine", inputs={"x": X}), RequestContext())
+                assert answer.version == "1"
+                await asyncio.sleep(0.005)
+        assert slot.stable.setting == Setting(threads=2, rows_max=7)
+        assert first.is_closed or first.in_flight
+        profile = Profiles.beside(store.root).find(manifest)
+        assert profile is not None
+        assert profile.concurrency == 1
+    finally:
+        await host.close()

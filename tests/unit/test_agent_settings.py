@@ -11,7 +11,8 @@ import pytest
 
 from model_sync.agent.config import AgentConfig, AgentLimits
 from nearcast.telemetry import Telemetry
-from router.serving_node import AgentSettings, ServingConfig, ServingNode
+from router.serving_config import AgentSettings, ServingConfig
+from router.serving_node import ServingNode
 
 
 def written(tmp_path: Path, **settings: Any) -> AgentConfig:
