@@ -112,12 +112,13 @@ check: install-dev ## format, lint, types, layers, stubs
 	@echo "check: all fine"
 
 # Two halves at once: tests over processes and sockets mostly wait.
+ABUSE := $(wildcard tests/integration/test_abuse_*.py)
 .PHONY: test
 test: install-dev $(S3_VENV)/.s3 $(NODE_CLIENT)/.npm ## run the tests; ARGS="-k name" narrows them
 	@if [ -n "$(ARGS)" ]; then exec $(BIN)/pytest $(ARGS); fi; \
 	log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
-	$(BIN)/pytest -p no:cacheprovider tests/e2e tests/unit tests/property tests/architecture tests/crash tests/compat >"$$log" 2>&1 & other=$$!; \
-	failed=0; $(BIN)/pytest tests/integration || failed=$$?; \
+	$(BIN)/pytest -p no:cacheprovider tests/e2e tests/unit tests/property tests/architecture tests/crash tests/compat $(ABUSE) >"$$log" 2>&1 & other=$$!; \
+	failed=0; $(BIN)/pytest tests/integration $(ABUSE:%=--ignore=%) || failed=$$?; \
 	other_failed=0; wait $$other || other_failed=$$?; \
 	cat "$$log"; exit $$((failed || other_failed))
 

@@ -11,7 +11,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +37,18 @@ class Measured:
     setting: str
     transport: str
     concurrency: int
-    loop_us: float
-    loop_cpu_us: float
+    loop: Loop
     load: Load
 
     @property
     def share(self) -> float:
         """Throughput over that of the in-process loop."""
-        return self.load.requests_per_s * self.loop_us / 1e6
+        return self.load.requests_per_s * self.loop.loop_us / 1e6
 
     @property
     def cpu_share(self) -> float:
         """The same by processor time, which a busy machine distorts less."""
-        return self.loop_cpu_us / self.load.cpu_us
+        return self.loop.cpu_us / self.load.cpu_us
 
 
 def run(*, quick: bool) -> list[Row]:
@@ -113,8 +112,7 @@ def measure(
                     setting=candidate.setting,
                     transport=transport,
                     concurrency=concurrency,
-                    loop_us=loop.loop_us,
-                    loop_cpu_us=loop.cpu_us,
+                    loop=loop,
                     load=seen,
                 )
 
@@ -175,9 +173,22 @@ def judge(measured: list[Measured]) -> list[Row]:
     rows += share("serving.magika_c1_share_of_loop", own("magika", 1), "one request at a time")
     rows += share("serving.image_c16_share_of_loop", own("image", 16), "16 in flight, 602 kB each")
     if single := own("image", 1):
-        added_ms = statistics.median((each.load.mean_us - each.loop_us) / 1e3 for each in single)
+        added_ms = statistics.median((each.load.mean_us - each.loop.loop_us) / 1e3 for each in single)
         rows.append(Row("serving.image_c1_added_ms", added_ms, "ms", "mean of one at a time, less the loop"))
-    return rows + compare(best(measured))
+    return rows + ceilings(measured) + compare(best(measured))
+
+
+def ceilings(measured: list[Measured]) -> list[Row]:
+    """What the bare engine gives where a server's requests differ from a tight loop."""
+    rows = []
+    for model in dict.fromkeys(each.model for each in measured):
+        loops = list({id(each.loop): each.loop for each in measured if each.model == model}.values())
+        paused = statistics.median(loop.cpu_us / loop.paused_cpu_us for loop in loops)
+        rows.append(Row(f"serving.{model}_paused_loop_share", paused, "x", "the engine alone, 0.3 ms between runs"))
+        if all(loop.row_us for loop in loops):
+            joined = statistics.median(loop.loop_us / loop.row_us for loop in loops)
+            rows.append(Row(f"serving.{model}_batch16_loop_share", joined, "x", "the engine alone, 16 rows a run"))
+    return rows
 
 
 def compare(found: list[Measured]) -> list[Row]:
@@ -222,8 +233,7 @@ def keep_raw(measured: list[Measured], *, quick: bool) -> None:
             "setting": each.setting,
             "transport": each.transport,
             "concurrency": each.concurrency,
-            "loop_us": each.loop_us,
-            "loop_cpu_us": each.loop_cpu_us,
+            "loop": asdict(each.loop),
         }
         | as_json(each.load)
         for each in measured

@@ -18,9 +18,12 @@ import grpc.aio
 import uvloop
 
 from benchmarks.serving_models import workloads
-from nearcast.serving.engines import load_engine
+from nearcast.handler import Tensors
+from nearcast.serving.engines import LoadedModel, load_engine
 from nearcast.serving.host import ModelHost
+from nearcast.serving.joining import join
 from nearcast.serving.limits import HostLimits
+from nearcast.serving.signature import Signature
 from nearcast.store import Store
 from nearcast.store.contents import Contents
 from nearcast.transport.grpc import make_server
@@ -29,14 +32,28 @@ from nearcast.transport.rest import RestServer
 from nearcast.transport.seam import Call, Methods
 
 LOOP_S, ROUNDS = 0.8, 5
+BATCH_ROWS, PAUSE_S = 16, 0.0003
 
 
-def time_loop(store: Store, name: str) -> tuple[float, float]:
-    """Microseconds of one in-process run, the limit at batch 1: the median of some rounds, and its processor time."""
+def time_engine(store: Store, name: str) -> dict[str, float]:
+    """The bare engine: `time_loop`, a row of a batch (0 if there are none), and a run after a pause."""
     workload = next(each for each in workloads() if each.name == name)
-    engine = load_engine(Contents(store.manifest(name, 1), store.folder(name, 1)), threads=1)
+    manifest = store.manifest(name, 1)
+    engine = load_engine(Contents(manifest, store.folder(name, 1)), threads=1)
     inputs = workload.arrays()
-    calls = max(10, int(LOOP_S / ROUNDS * 1e6 / workload.engine_us))
+    loop_us, cpu_us = time_loop(engine, inputs, workload.engine_us)
+    axes = Signature(manifest).input_axes
+    row_us = 0.0
+    if axes:
+        joined = join([inputs] * BATCH_ROWS, axes)
+        row_us = time_loop(engine, joined, workload.engine_us * BATCH_ROWS)[0] / BATCH_ROWS
+    paused_us = time_loop(engine, inputs, workload.engine_us, pause_s=PAUSE_S)[1]
+    return {"loop_us": loop_us, "cpu_us": cpu_us, "row_us": row_us, "paused_cpu_us": paused_us}
+
+
+def time_loop(engine: LoadedModel, inputs: Tensors, engine_us: float, *, pause_s: float = 0.0) -> tuple[float, float]:
+    """Microseconds of one in-process run, the limit at batch 1: the median of some rounds, and its processor time."""
+    calls = max(10, int(LOOP_S / ROUNDS * 1e6 / engine_us))
     rounds = []
     used = 0.0
     for number in range(ROUNDS + 1):
@@ -44,6 +61,8 @@ def time_loop(store: Store, name: str) -> tuple[float, float]:
         began = time.perf_counter()
         for _ in range(calls):
             engine.run(inputs)
+            if pause_s:
+                time.sleep(pause_s)
         rounds.append((time.perf_counter() - began) / calls * 1e6)
     return statistics.median(rounds[1:]), (time.process_time() - used) / calls / ROUNDS * 1e6
 
@@ -84,8 +103,7 @@ async def serve(store: Store, kind: str, limits: HostLimits) -> None:
 def main() -> None:
     store, name, kind = Store(Path(sys.argv[1])), sys.argv[2], sys.argv[3]
     if kind == "loop":
-        loop_us, cpu_us = time_loop(store, name)
-        print(json.dumps({"loop_us": loop_us, "cpu_us": cpu_us}), flush=True)
+        print(json.dumps(time_engine(store, name)), flush=True)
         return
     limits = HostLimits(batch_rows_max=int(sys.argv[4])) if len(sys.argv) > 4 else HostLimits()
     uvloop.run(serve(store, kind, limits))

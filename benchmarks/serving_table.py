@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks.serving import OWN, RESULTS, Measured, best
 from benchmarks.serving_load import Load
+from benchmarks.serving_peers import Loop
 
 SERVERS = (OWN, "grpc.aio", "MLServer", "Triton")
 TRANSPORTS = {"grpc": "gRPC", "rest": "REST"}
@@ -18,6 +19,7 @@ def read(path: Path) -> list[Measured]:
     fields = Load.__dataclass_fields__
     return [
         Measured(
+            loop=Loop(**entry.pop("loop")),
             load=Load(**{name: value for name, value in entry.items() if name in fields}),
             **{name: value for name, value in entry.items() if name not in fields},
         )
@@ -36,7 +38,7 @@ def table(measured: list[Measured]) -> str:
             each = found.get((model, transport, concurrency, server))
             cells.append("" if each is None else f"{each.load.requests_per_s:,.0f} ({each.load.p99_us / 1e3:.2f} ms)")
         own = found.get((model, transport, concurrency, OWN))
-        alone = "" if own is None else f"{1e6 / own.loop_us:,.0f}"
+        alone = "" if own is None else f"{1e6 / own.loop.loop_us:,.0f}"
         lines.append(f"| {model}, {TRANSPORTS[transport]} | {concurrency} | {alone} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from nearcast.serving.memory import Alarm, Evict, Held, Key, Load, Memory, Reason, Refuse
 
 BUDGET, PROTECT_S = 100, 10.0
+ROUNDING_S = 1e-9
 MODELS = tuple((name, release) for name in "abcdef" for release in (1, 2))
 
 
@@ -140,7 +141,7 @@ class MemoryMachine(RuleBasedStateMachine):
         assert size_bytes > free, "there was room"
         if refusal.obstacle == "recent":
             assert refusal.retry_after_s is not None
-            assert 0 < refusal.retry_after_s <= PROTECT_S
+            assert 0 < refusal.retry_after_s <= PROTECT_S + ROUNDING_S
         if refusal.obstacle == "in_use" and reason == "request":
             movable = [e for e in self.held.values() if not (e.leases or e.pinned)]
             assert size_bytes > free + sum(each.size_bytes for each in movable)
