@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ import uvloop
 from benchmarks.deadline_schedules import Outcome, play
 from benchmarks.paced import fill_store, make_request
 from benchmarks.paced_load import channel_to, find_work, measure_capacity, on_load_cpu, quantile
-from benchmarks.processes import serve
+from benchmarks.processes import SERVER_CPU, serve
 from benchmarks.rows import Row
 from nearcast.errors import Code, MeshError
 from nearcast.transport.oip import MODEL_INFER
@@ -32,6 +34,14 @@ MODEL_MS = 200.0
 OVERLOAD = 2.0
 TIMEOUT_S = (0.25, 0.5, 1.0, 2.0)
 SETTINGS: dict[str, dict[str, Any]] = {"default": {}, "run_late": {"late_quantile": 0.0}}
+BARE_TIMER = """
+import json, sys, time
+late_ms, until = [], time.monotonic() + float(sys.argv[1])
+while (at := time.monotonic()) < until:
+    time.sleep(0.005)
+    late_ms.append((time.monotonic() - at - 0.005) * 1e3)
+print(json.dumps(late_ms))
+"""
 
 
 @dataclass(slots=True)
@@ -51,6 +61,11 @@ def run(*, quick: bool) -> list[Row]:
         Row("deadlines.virtual_latest_ms", total.latest_s * 1e3, "ms", "timers ring up to 2 ms late"),
         Row("deadlines.virtual_answered_share", total.answered / total.requests, "share"),
     ]
+    bare_ms = bare_timer_ms(seconds / 2)
+    rows.append(
+        Row("deadlines.bare_timer_p999_ms", quantile(bare_ms, 0.999), "ms", "lateness of a process that sleeps")
+    )
+    rows.append(Row("deadlines.bare_timer_latest_ms", max(bare_ms), "ms", "on the server's core, nothing else there"))
     every: list[float] = []
     with tempfile.TemporaryDirectory() as folder, on_load_cpu():
         root = fill_store(Path(folder))
@@ -66,6 +81,13 @@ def run(*, quick: bool) -> list[Row]:
             rows.append(Row(f"deadlines.{name}_latest_ms", max(seen.late_ms), "ms"))
     note = f"{len(every)} answers, {MODEL_MS:g} ms model, {OVERLOAD:g}x overload"
     return [*rows, Row("deadlines.late_p999_ms", quantile(every, 0.999), "ms", note)]
+
+
+def bare_timer_ms(seconds: float) -> list[float]:
+    """How late this machine itself wakes a process that only sleeps, on the server's core while nobody serves."""
+    command = ["taskset", "-c", str(SERVER_CPU), sys.executable, "-c", BARE_TIMER, str(seconds)]
+    late_ms: list[float] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    return late_ms
 
 
 async def overload(address: str, *, seconds: float) -> Seen:
