@@ -16,12 +16,11 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from nearcast.runtime import keep_pages
+
 LOADING_BLOCK_SIZE_BYTES = 32 * 1024
 """Smallest block with pages of its own while a model loads."""
-SERVING_BLOCK_SIZE_BYTES = 32 * 1024 * 1024
-"""The same at other times; the most that glibc takes, and where its own adaptation would end."""
-TRIM_SIZE_BYTES = 2 * SERVING_BLOCK_SIZE_BYTES
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 _turn = threading.Lock()
 _loading = 0
 
@@ -39,8 +38,7 @@ def own_pages() -> Iterator[None]:
         with _turn:
             _loading -= 1
             if not _loading:
-                _set(_M_TRIM_THRESHOLD, TRIM_SIZE_BYTES)
-                _set(_M_MMAP_THRESHOLD, SERVING_BLOCK_SIZE_BYTES)
+                keep_pages()
 
 
 def share_arena() -> None:

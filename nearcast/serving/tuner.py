@@ -56,6 +56,7 @@ class Tuner:
                     _, said = await self._child.communicate()
             except TimeoutError:
                 self._stop()
+                await self._child.wait()
                 said = b"it took too long"
             if self._child.returncode and not self._closed:
                 text = said.decode("utf-8", "replace").strip()[-ERROR_CHARS_MAX:]
