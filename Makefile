@@ -139,7 +139,7 @@ bench-quick: install-dev ## the same in seconds, noisier
 	@$(BIN)/python -m benchmarks --quick $(ARGS)
 
 .PHONY: bench-peers
-bench-peers: $(PEERS)/mlserver/.peer $(PEERS)/triton/.peer ## install MLServer and Triton's core, to be measured beside us
+bench-peers: $(PEERS)/envoy/.peer $(PEERS)/mlserver/.peer $(PEERS)/triton/.peer ## install Envoy, MLServer and Triton's core, to be measured beside us
 
 .PHONY: compat
 compat: install-dev bench-peers ## run the protocol's conformance suite on three servers; writes docs/compat.md

@@ -21,7 +21,9 @@ class VersionReport:
 
     `service_p50_us`/`service_p95_us` are batch-1 model times in microseconds, measured at warm-up and then live;
     `eta_ms` is the time until a loading version is hot; of a cold one, how long a request that brings it in waits
-    (0 = it is not to be had); `quality` in [0, 1] comes from the signed manifest.
+    (0 = it is not to be had); `quality` in [0, 1] comes from the signed manifest. `batch_wait_us` is the longest that a
+    request waits for others to join its run. `price` is what 1000 answers cost here, in the operator's unit. `smaller`
+    names a model that may answer in this one's place when nothing else is in time; "" = none.
     """
 
     model: str
@@ -34,6 +36,9 @@ class VersionReport:
     service_p95_us: float = 0.0
     stateful: Stateful = "none"
     quality: float = 1.0
+    batch_wait_us: float = 0.0
+    price: float = 0.0
+    smaller: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

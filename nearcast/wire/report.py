@@ -24,6 +24,7 @@ class ReportLimits:
     in_flight_max: int = 1_000_000
     eta_ms_max: float = 3_600_000.0
     time_us_max: float = 3_600_000_000.0
+    price_max: float = 1e9
 
 
 LIMITS = ReportLimits()
@@ -61,6 +62,9 @@ def encode_report(report: NodeReport) -> bytes:
                 service_p95_us=version.service_p95_us,
                 stateful=_STATEFUL[version.stateful],
                 quality=version.quality,
+                batch_wait_us=version.batch_wait_us,
+                price=version.price,
+                smaller=version.smaller,
             )
             for version in report.versions
         ],
@@ -109,6 +113,9 @@ def _version(entry: pb.VersionReport) -> VersionReport:
         service_p95_us=max(p50_us, _clamp(entry.service_p95_us, LIMITS.time_us_max)),
         stateful=_STATEFUL_NAMES.get(entry.stateful, "hidden"),
         quality=0.0 if math.isnan(entry.quality) else min(1.0, max(0.0, entry.quality)),
+        batch_wait_us=_clamp(entry.batch_wait_us, LIMITS.time_us_max),
+        price=_clamp(entry.price, LIMITS.price_max),
+        smaller=entry.smaller[: LIMITS.name_chars_max],
     )
 
 

@@ -27,6 +27,8 @@ class RequestFacts(msgspec.Struct, frozen=True, kw_only=True):
         priority: 0 = default, 1 = highest, larger is lower; from 2 on a request must fit with its 95th percentile.
         sequence: requests of one sequence go to one target if the model keeps state; "" = none.
         tenant: whose request it is; sequences of two tenants never meet.
+        quality_min: an answer of less quality than this is worth nothing; in [0, 1].
+        price_max: a target that asks more for 1000 answers is no candidate; None = whatever it costs.
     """
 
     model: str
@@ -40,6 +42,8 @@ class RequestFacts(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     sequence: str = ""
     tenant: str = "local"
+    quality_min: float = 0.0
+    price_max: float | None = None
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +68,7 @@ class Send(msgspec.Struct, frozen=True):
 
     `hedge_after_s` is the delay after which `Policy.hedge` wants to be asked; None = never. `alternatives` are the
     names of the next best targets. `missed`: the version asked for had no feasible target and a fallback answers.
+    `model` is the model that answers in place of the one asked for; "" = that one itself.
     """
 
     target: str
@@ -73,6 +78,7 @@ class Send(msgspec.Struct, frozen=True):
     reason: str = "best"
     missed: bool = False
     terms: tuple[Terms, ...] = ()
+    model: str = ""
 
 
 class Reject(msgspec.Struct, frozen=True):

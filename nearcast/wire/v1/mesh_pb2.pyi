@@ -30,7 +30,7 @@ STATEFUL_EXPLICIT: Stateful
 STATEFUL_HIDDEN: Stateful
 
 class VersionReport(_message.Message):
-    __slots__ = ("model", "version", "residency", "eta_ms", "in_flight", "queue_us", "service_p50_us", "service_p95_us", "stateful", "quality")
+    __slots__ = ("model", "version", "residency", "eta_ms", "in_flight", "queue_us", "service_p50_us", "service_p95_us", "stateful", "quality", "batch_wait_us", "price", "smaller")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RESIDENCY_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,9 @@ class VersionReport(_message.Message):
     SERVICE_P95_US_FIELD_NUMBER: _ClassVar[int]
     STATEFUL_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
+    BATCH_WAIT_US_FIELD_NUMBER: _ClassVar[int]
+    PRICE_FIELD_NUMBER: _ClassVar[int]
+    SMALLER_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: str
     residency: Residency
@@ -51,7 +54,10 @@ class VersionReport(_message.Message):
     service_p95_us: float
     stateful: Stateful
     quality: float
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., residency: _Optional[_Union[Residency, str]] = ..., eta_ms: _Optional[float] = ..., in_flight: _Optional[int] = ..., queue_us: _Optional[float] = ..., service_p50_us: _Optional[float] = ..., service_p95_us: _Optional[float] = ..., stateful: _Optional[_Union[Stateful, str]] = ..., quality: _Optional[float] = ...) -> None: ...
+    batch_wait_us: float
+    price: float
+    smaller: str
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., residency: _Optional[_Union[Residency, str]] = ..., eta_ms: _Optional[float] = ..., in_flight: _Optional[int] = ..., queue_us: _Optional[float] = ..., service_p50_us: _Optional[float] = ..., service_p95_us: _Optional[float] = ..., stateful: _Optional[_Union[Stateful, str]] = ..., quality: _Optional[float] = ..., batch_wait_us: _Optional[float] = ..., price: _Optional[float] = ..., smaller: _Optional[str] = ...) -> None: ...
 
 class NodeReport(_message.Message):
     __slots__ = ("node", "role", "slots", "in_flight", "draining", "versions")
