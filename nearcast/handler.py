@@ -72,7 +72,8 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     """What happened to an answered request; travels as trailers.
 
     `node` answered with `version`; it waited `queue_us` and ran `compute_us` microseconds. `in_flight` is the load that
-    the node saw at the request's arrival, itself not counted.
+    the node saw at the request's arrival, itself not counted. `escalate` names a larger model that should be asked
+    again, because this answer is uncertain; "" = it is certain, or there is no such model.
     """
 
     node: str = ""
@@ -81,6 +82,7 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     queue_us: int = 0
     compute_us: int = 0
     in_flight: int = 0
+    escalate: str = ""
 
 
 class InferResponse(ABC):

@@ -24,6 +24,7 @@ from nearcast.store.manifest import (
     CHUNK_SIZE_BYTES,
     MANIFEST_FILE,
     MANIFEST_SIZE_BYTES_MAX,
+    Cascade,
     File,
     FileName,
     Manifest,
@@ -33,6 +34,7 @@ from nearcast.store.manifest import (
     Sha256,
     Tensor,
     decode_manifest,
+    require_variants,
 )
 from nearcast.store.sealing import TenantKeys, derive_data_key, key_id, seal_file
 
@@ -59,6 +61,8 @@ class BundleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         parent: the earlier release that it was trained or converted from.
         response_cache: nodes may remember answers: equal inputs give equal outputs.
         pipeline: steps around the model; `inputs` and `outputs` are then what clients see.
+        smaller: a model that may stand in for this one when nothing else is in time.
+        cascade: which of its answers a larger model is asked about again.
     """
 
     name: ModelName
@@ -85,6 +89,8 @@ class BundleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     properties: dict[str, str] = {}
     response_cache: bool = False
     pipeline: Pipeline | msgspec.UnsetType = msgspec.UNSET
+    smaller: ModelName | None = None
+    cascade: Cascade | msgspec.UnsetType = msgspec.UNSET
 
 
 class Seal(msgspec.Struct, frozen=True, kw_only=True):
@@ -189,8 +195,10 @@ def _fill(draft: Path, spec: BundleSpec, source: Path, names: list[str]) -> Mani
         properties=dict(sorted(spec.properties.items())),
         response_cache=spec.response_cache,
         pipeline=spec.pipeline,
+        smaller=spec.smaller,
+        cascade=spec.cascade,
     )
-    _require_pipeline(manifest)
+    _require_sound(manifest)
     vectors = read_vectors(source, spec.golden, spec.inputs, spec.outputs)
     if vectors:
         golden = pack_vectors(vectors, manifest, draft, spec.atol)
@@ -201,14 +209,15 @@ def _fill(draft: Path, spec: BundleSpec, source: Path, names: list[str]) -> Mani
     return msgspec.structs.replace(manifest, sbom_file=SBOM_FILE, files=files)
 
 
-def _require_pipeline(manifest: Manifest) -> None:
+def _require_sound(manifest: Manifest) -> None:
     from nearcast.serving.pipeline.flow import require_flow
 
-    if manifest.pipeline is not msgspec.UNSET:
-        try:
+    try:
+        require_variants(manifest)
+        if manifest.pipeline is not msgspec.UNSET:
             require_flow(manifest, manifest.pipeline)
-        except MeshError as error:
-            raise MeshError(Code.INVALID_REQUEST, error.message) from error
+    except MeshError as error:
+        raise MeshError(Code.INVALID_REQUEST, error.message) from error
 
 
 def _seal(draft: Path, manifest: Manifest, seal: Seal) -> Manifest:

@@ -27,6 +27,7 @@ from nearcast.handler import (
 )
 from nearcast.load import NodeReport, Tier, VersionReport
 from nearcast.serving.cache import ResponseCache
+from nearcast.serving.confidence import is_uncertain
 from nearcast.serving.description import describe
 from nearcast.serving.engines import Timed
 from nearcast.serving.limits import HostLimits
@@ -162,6 +163,8 @@ class ModelHost:
         statistics.last = ended
         if slot.pair is not None and arrived >= self._shadow.due:
             self._shadow.take(slot.pair, version, inputs, outputs)
+        cascade = version.cascade
+        escalate = cascade.larger if cascade is not None and is_uncertain(cascade, outputs) else ""
         if names:
             outputs = {name: outputs[name] for name in names}
         return TensorResponse(
@@ -176,6 +179,7 @@ class ModelHost:
                 queue_us=queue_us,
                 compute_us=compute_us,
                 in_flight=in_flight,
+                escalate=escalate,
             ),
         )
 
@@ -296,6 +300,7 @@ class ModelHost:
                 service_p95_us=p95_us,
                 stateful=version.manifest.stateful,
                 quality=version.manifest.quality,
+                smaller=version.manifest.smaller or "",
             )
         for release, since in slot.loading.items():
             eta_ms = max(0.0, self._residency.load_s - (now - since)) * 1000
@@ -316,6 +321,7 @@ class ModelHost:
             eta_ms=(slot.load_s or self._residency.load_s) * 1000,
             stateful=manifest.stateful,
             quality=manifest.quality,
+            smaller=manifest.smaller or "",
         )
 
     def _require_slot(self, model: str) -> Slot:

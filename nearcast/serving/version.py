@@ -7,6 +7,8 @@ import hashlib
 import time
 from concurrent.futures import Executor
 
+import msgspec
+
 from nearcast.clock import Clock
 from nearcast.errors import MeshError
 from nearcast.handler import RequestContext, Tensors
@@ -30,6 +32,7 @@ class HotVersion:
         in_flight: requests that have arrived and are not answered.
         used_at: when the last one arrived, in monotonic seconds.
         inline: small requests run on the loop.
+        cascade: when the answer is uncertain; None = it never is.
         cache_salt: names the version in the response cache; empty unless its answers may be remembered.
     """
 
@@ -46,6 +49,7 @@ class HotVersion:
         self.title = f"{loaded.manifest.name} release {loaded.manifest.release}"
         self.signature = Signature(loaded.manifest)
         self.stateful = loaded.manifest.stateful == "hidden"
+        self.cascade = None if loaded.manifest.cascade is msgspec.UNSET else loaded.manifest.cascade
         cached = loaded.manifest.response_cache and loaded.manifest.stateful == "none"
         self.cache_salt = hashlib.sha256(loaded.manifest.encode()).digest() if cached else b""
         self.in_flight = 0

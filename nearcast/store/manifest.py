@@ -23,10 +23,11 @@ ModelName = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
 FileName = Annotated[str, msgspec.Meta(pattern=PATH_PATTERN)]
 Sha256 = Annotated[str, msgspec.Meta(pattern=SHA256_PATTERN)]
 Release = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+_FLOATS = frozenset({"FP16", "FP32", "FP64"})
 
 
-_YOUNGER = {"response_cache": False, "quality_tolerance": 0.01}
-"""Fields that older agents refuse as unknown, with their defaults; `pipeline` is left out as unset."""
+_YOUNGER = {"response_cache": False, "quality_tolerance": 0.01, "smaller": None}
+"""Fields that older agents refuse as unknown, with their defaults; `pipeline` and `cascade` are left out as unset."""
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -85,6 +86,25 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     after: Annotated[tuple[After, ...], msgspec.Meta(max_length=STEPS_MAX)] = ()
 
 
+class Cascade(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Which answers are uncertain, and which model is asked again about those.
+
+    An answer is uncertain if in any of its rows the largest value of `output` lies in [low, high), or is no number. For
+    a score of one value both ends are certain: `low` is a sure no, `high` a sure yes.
+
+    Attributes:
+        larger: a model that takes the same inputs and gives the same outputs, only better.
+        output: the floating-point output that tells.
+        softmax: the output holds logits; probabilities are made of each row first.
+    """
+
+    larger: ModelName
+    output: str
+    high: float
+    low: float = 0.0
+    softmax: bool = False
+
+
 class Encryption(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How the files of a version are sealed: AES-256-GCM with one data key, which the tenant's key wraps.
 
@@ -121,6 +141,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         encryption: how the files are sealed; None = they are plain.
         labels: what the classes of the model are called, in their order.
         pipeline: steps around the model.
+        smaller: a model that may answer in this one's place when nothing that holds this one is in time.
+        cascade: when a larger model is asked again; only with `stateful` none.
     """
 
     schema: Literal[1] = 1
@@ -149,6 +171,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     description: str = ""
     properties: dict[str, str] = {}
     pipeline: Pipeline | msgspec.UnsetType = msgspec.UNSET
+    smaller: ModelName | None = None
+    cascade: Cascade | msgspec.UnsetType = msgspec.UNSET
 
     def of_model(self) -> Manifest:
         """The same version as its model file sees it: without the pipeline."""
@@ -202,7 +226,31 @@ def decode_manifest(data: bytes) -> Manifest:
     for entry in manifest.files:
         if len(entry.chunks) != -(-entry.size_bytes // CHUNK_SIZE_BYTES):
             raise MeshError(Code.UNTRUSTED, f"The chunk list of {entry.path} does not fit its size.")
+    require_variants(manifest)
     return manifest
+
+
+def require_variants(manifest: Manifest) -> None:
+    """Check what a manifest says about other models.
+
+    Raises:
+        MeshError: UNTRUSTED if it names itself, or a cascade that could never be followed.
+    """
+    cascade = manifest.cascade
+    if manifest.smaller == manifest.name:
+        raise MeshError(Code.UNTRUSTED, "The manifest names the model itself as its smaller one; name another model.")
+    if cascade is msgspec.UNSET:
+        return
+    if cascade.larger == manifest.name:
+        raise MeshError(Code.UNTRUSTED, "The cascade leads from the model to itself; name another larger one.")
+    if not any(out.name == cascade.output and out.datatype in _FLOATS for out in manifest.outputs):
+        raise MeshError(
+            Code.UNTRUSTED, f"The cascade looks at {cascade.output!r}, which is no floating-point output of the model."
+        )
+    if not cascade.low < cascade.high:
+        raise MeshError(Code.UNTRUSTED, "The cascade's low must be less than its high.")
+    if manifest.stateful != "none":
+        raise MeshError(Code.UNTRUSTED, "A model that keeps state has no cascade: another one lacks that state.")
 
 
 def is_model_name(name: str) -> bool:

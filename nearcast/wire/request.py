@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from nearcast.handler import InferRequest, Parameter, Tensors
+from nearcast.wire.framing import encode_prefix, encode_text
 from nearcast.wire.layout import Layouts
 from nearcast.wire.message import NO_PARAMETERS, encode_message, encode_requested
 
@@ -123,7 +124,42 @@ class TensorRequest(InferRequest):
         return self._outputs
 
 
-_IN_PIECES = (WireRequest, TensorRequest)
+class StandInRequest(InferRequest):
+    """The same request to another model, its channel's choice of version. Shares everything with the original.
+
+    On the wire the new name follows the original message: of two values of a field the last one counts.
+    """
+
+    __slots__ = ("_original", "_suffix")
+
+    def __init__(self, original: InferRequest, model: str) -> None:
+        self.model = model
+        self.version = ""
+        self.id = original.id
+        self.parameters = original.parameters
+        self._original = original
+        name = encode_text(model)
+        self._suffix = encode_prefix(1, len(name)) + name + encode_prefix(2, 0)
+
+    @property
+    def size_bytes(self) -> int:
+        return self._original.size_bytes + len(self._suffix)
+
+    def decode(self) -> Tensors:
+        return self._original.decode()
+
+    def encode(self) -> bytes:
+        return b"".join(self.encode_pieces())
+
+    def encode_pieces(self) -> Sequence[bytes]:
+        """The original's pieces and the name that replaces its model's."""
+        return (*request_pieces(self._original), self._suffix)
+
+    def requested_outputs(self) -> Sequence[str]:
+        return self._original.requested_outputs()
+
+
+_IN_PIECES = (WireRequest, TensorRequest, StandInRequest)
 
 
 def request_pieces(request: InferRequest) -> Sequence[bytes]:

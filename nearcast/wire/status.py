@@ -29,6 +29,8 @@ TIER = "nc-tier"
 MODEL_VERSION = "nc-model-version"
 QUEUE_US = "nc-queue-us"
 COMPUTE_US = "nc-compute-us"
+ESCALATE = "nc-escalate"
+"""The answer is uncertain; the value names the larger model that would know better."""
 LOAD = "endpoint-load-metrics"
 """Open Request Cost Aggregation's header; ours is its text form."""
 
@@ -156,12 +158,13 @@ def error_from_status(
 
 def served_to_trailers(served: Served) -> _Trailers:
     """Trailers (and REST response headers) that tell what happened to an answered request."""
-    return (
+    trailers = (
         *_served_by(served.node, served.tier, served.version),
         (QUEUE_US, str(int(served.queue_us))),
         (COMPUTE_US, str(int(served.compute_us))),
         (LOAD, f"TEXT named_metrics.nc_in_flight={int(served.in_flight)}"),
     )
+    return (*trailers, (ESCALATE, encode_message(served.escalate))) if served.escalate else trailers
 
 
 def served_from_trailers(metadata: Mapping[str, str] | Iterable[tuple[str, str]]) -> Served:
@@ -174,6 +177,7 @@ def served_from_trailers(metadata: Mapping[str, str] | Iterable[tuple[str, str]]
         queue_us=_counter(get(QUEUE_US, "")) or 0,
         compute_us=_counter(get(COMPUTE_US, "")) or 0,
         in_flight=_in_flight(get(LOAD, "")),
+        escalate=decode_message(get(ESCALATE, "")),
     )
 
 
