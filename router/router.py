@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -15,10 +15,13 @@ from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import Code, MeshError
 from nearcast.handler import InferenceHandler, InferRequest, InferResponse, ModelMetadata, RequestContext
 from nearcast.load import NodeReport, Tier, VersionReport
+from nearcast.wire.request import StandInRequest
+from router.cascade import Cascade
 from router.exchange import Exchange
 from router.policy import Decision, Outcome, Policy, Reject, RequestFacts, Send, assign, sticky_key
 from router.policy.events import ABANDONED
 from router.policy.refuse import unknown_model
+from router.shadow import ShadowConfig, ShadowLimits, Shadows
 from router.splits import NoSplits, SplitSource
 from router.statistics import RouterCollector, RouterStatistics
 from router.timers import Timers
@@ -87,6 +90,8 @@ class Router:
         self.node = node
         self.splits: SplitSource = splits or NoSplits()
         self.statistics = RouterStatistics()
+        self.cascade = Cascade(policy, clock.monotonic, self._facts, self._carry_out)
+        self.shadows: Shadows | None = None
         self._local = local
         self._now = clock.monotonic
         self._forward = forward
@@ -110,9 +115,21 @@ class Router:
             self.observe_local()
             self._watch = asyncio.get_running_loop().create_task(self._watch_local())
 
+    def shadow(self, configs: Sequence[ShadowConfig], limits: ShadowLimits | None = None) -> None:
+        """Copy a share of the requests of some models from now on."""
+        self.shadows = Shadows(
+            configs,
+            policy=self.policy,
+            now=self._now,
+            call=lambda send, request, context: self._call(send, request, context, named=True),
+            limits=limits,
+        )
+
     async def close(self) -> None:
         """Stop reading reports. Requests in flight go on; targets belong to whoever attached them."""
         self._draining = True
+        if self.shadows is not None:
+            await self.shadows.close()
         self._timers.close()
         if self._watch is not None:
             self._watch.cancel()
@@ -168,16 +185,12 @@ class Router:
         if decision.missed:
             self.statistics.missed += 1
 
-        exchange = Exchange(
-            self.policy,
-            self._now,
-            lambda send: self._call(send, request, context, named=bool(facts.version)),
-            facts,
-            context.deadline,
-            self.statistics,
-            self._timers,
-        )
-        return await exchange.run(decision)
+        response = await self._carry_out(decision, facts, request, context)
+        if response.served.escalate and self._forward:
+            response = await self.cascade.follow(response, request, context)
+        if self.shadows is not None:
+            self.shadows.offer(request, context, response)
+        return response
 
     async def stream(
         self, requests: AsyncIterator[InferRequest], context: RequestContext
@@ -268,6 +281,20 @@ class Router:
 
     # Inside ----------------------------------------------------------------------------------------------------------
 
+    def _carry_out(
+        self, decision: Send, facts: RequestFacts, request: InferRequest, context: RequestContext
+    ) -> Awaitable[InferResponse]:
+        exchange = Exchange(
+            self.policy,
+            self._now,
+            lambda send: self._call(send, request, context, named=bool(facts.version)),
+            facts,
+            context.deadline,
+            self.statistics,
+            self._timers,
+        )
+        return exchange.run(decision)
+
     def _facts(self, now: float, request: InferRequest, context: RequestContext) -> RequestFacts:
         parameters = request.parameters
         sequence = request.sequence_id if parameters else ""
@@ -317,6 +344,8 @@ class Router:
         node = self._nodes.get(send.target)
         if node is None:
             raise MeshError(Code.UNAVAILABLE, "The target has just left the mesh; try again.", sent=False)
+        if send.model:
+            request = StandInRequest(request, send.model)
         if self._forward:
             context = RequestContext(
                 deadline=context.deadline,

@@ -86,6 +86,11 @@ class Policy:
         lists = index.versions.values() if not version else [index.versions.get(version, [])]
         return tuple(v.target.name for versions in lists for v in versions if v.residency == "hot" or v.load_s)
 
+    def utilisation(self, name: str) -> float:
+        """Requests believed to be on a target, per slot; infinite for one that is not known."""
+        target = self._fleet.targets.get(name)
+        return _INFINITY if target is None else target.load / target.slots
+
     # Targets come, go and speak --------------------------------------------------------------------------------------
 
     def add_target(self, now: float, name: str, tier: Tier, domain: str = "") -> bool:

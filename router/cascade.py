@@ -1,0 +1,76 @@
+"""Asking a larger model again where an answer is uncertain (`Manifest.cascade`).
+
+The node that ran the small model says so in its answer; the router that decided on the request asks the larger one, if
+that can answer within what is left of the deadline. The first answer is kept in hand: whatever goes wrong, it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from nearcast.errors import MeshError
+from nearcast.handler import InferRequest, InferResponse, RequestContext
+from nearcast.wire.request import StandInRequest
+from router.policy import Policy, Reject, RequestFacts, Send
+
+Escalation: TypeAlias = Literal["escalated", "kept_late", "kept_failed"]
+"""What became of an uncertain answer: replaced, or kept because the larger model was not in time, or failed."""
+
+_MUST_FIT = 2
+"""From this priority on a request is sent only where its 95th percentile fits."""
+
+
+class Cascade:
+    """Escalates uncertain answers of one router, once each.
+
+    Args:
+        policy: decides where the larger model is asked.
+        now: the monotonic clock, in seconds.
+        describe: the facts of a request, with the version that its channel chooses.
+        run: carries out a decision.
+
+    Attributes:
+        counts: uncertain answers by what became of them.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        now: Callable[[], float],
+        describe: Callable[[float, InferRequest, RequestContext], RequestFacts],
+        run: Callable[[Send, RequestFacts, InferRequest, RequestContext], Awaitable[InferResponse]],
+    ) -> None:
+        self._policy = policy
+        self._now = now
+        self._describe = describe
+        self._run = run
+        self.counts: dict[Escalation, int] = {"escalated": 0, "kept_late": 0, "kept_failed": 0}
+
+    async def follow(self, answer: InferResponse, request: InferRequest, context: RequestContext) -> InferResponse:
+        """The larger model's answer, or the one in hand if there can be no better one in time.
+
+        A client that named a version, or a sequence, wants that and nothing else.
+        """
+        if request.version or request.sequence_id:
+            return answer
+        now = self._now()
+        larger = StandInRequest(request, answer.served.escalate)
+        # What is kept back brings the answer in hand home if the larger model breaks its word.
+        reserve_s = self._policy.config.reserve_ms / 1e3
+        deadline = None if context.deadline is None else context.deadline - reserve_s
+        context = msgspec.structs.replace(context, deadline=deadline, priority=max(_MUST_FIT, context.priority))
+        facts = self._describe(now, larger, context)
+        decision = self._policy.decide(now, facts)
+        if isinstance(decision, Reject) or decision.model:
+            self.counts["kept_late"] += 1
+            return answer
+        try:
+            better = await self._run(decision, facts, larger, context)
+        except MeshError:
+            self.counts["kept_failed"] += 1
+            return answer
+        self.counts["escalated"] += 1
+        return better
