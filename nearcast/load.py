@@ -43,7 +43,10 @@ class VersionReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeReport:
-    """Everything a router wants to know about one node. `slots` = model runs that can go on at the same time."""
+    """Everything a router wants to know about one node. `slots` = model runs that can go on at the same time.
+
+    `client_address` is the node's gRPC listener for clients, for routing leases; "" = none that others could reach.
+    """
 
     node: str
     role: str
@@ -51,3 +54,5 @@ class NodeReport:
     in_flight: int = 0
     draining: bool = False
     versions: tuple[VersionReport, ...] = ()
+    client_address: str = ""
+    client_tls: bool = False

@@ -50,6 +50,8 @@ def encode_report(report: NodeReport) -> bytes:
         slots=_count(report.slots, LIMITS.slots_max),
         in_flight=_count(report.in_flight, LIMITS.in_flight_max),
         draining=report.draining,
+        client_address=report.client_address,
+        client_tls=report.client_tls,
         versions=[
             pb.VersionReport(
                 model=version.model,
@@ -97,6 +99,8 @@ def decode_report(body: bytes) -> NodeReport:
         in_flight=_count(message.in_flight, LIMITS.in_flight_max),
         draining=message.draining,
         versions=tuple(versions.values()),
+        client_address=message.client_address[: LIMITS.name_chars_max],
+        client_tls=message.client_tls,
     )
 
 

@@ -60,20 +60,24 @@ class VersionReport(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., residency: _Optional[_Union[Residency, str]] = ..., eta_ms: _Optional[float] = ..., in_flight: _Optional[int] = ..., queue_us: _Optional[float] = ..., service_p50_us: _Optional[float] = ..., service_p95_us: _Optional[float] = ..., stateful: _Optional[_Union[Stateful, str]] = ..., quality: _Optional[float] = ..., batch_wait_us: _Optional[float] = ..., price: _Optional[float] = ..., smaller: _Optional[str] = ...) -> None: ...
 
 class NodeReport(_message.Message):
-    __slots__ = ("node", "role", "slots", "in_flight", "draining", "versions")
+    __slots__ = ("node", "role", "slots", "in_flight", "draining", "versions", "client_address", "client_tls")
     NODE_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_TLS_FIELD_NUMBER: _ClassVar[int]
     node: str
     role: str
     slots: int
     in_flight: int
     draining: bool
     versions: _containers.RepeatedCompositeFieldContainer[VersionReport]
-    def __init__(self, node: _Optional[str] = ..., role: _Optional[str] = ..., slots: _Optional[int] = ..., in_flight: _Optional[int] = ..., draining: bool = ..., versions: _Optional[_Iterable[_Union[VersionReport, _Mapping]]] = ...) -> None: ...
+    client_address: str
+    client_tls: bool
+    def __init__(self, node: _Optional[str] = ..., role: _Optional[str] = ..., slots: _Optional[int] = ..., in_flight: _Optional[int] = ..., draining: bool = ..., versions: _Optional[_Iterable[_Union[VersionReport, _Mapping]]] = ..., client_address: _Optional[str] = ..., client_tls: bool = ...) -> None: ...
 
 class ReportRequest(_message.Message):
     __slots__ = ()
