@@ -21,6 +21,8 @@ Escalation: TypeAlias = Literal["escalated", "kept_late", "kept_failed"]
 
 _MUST_FIT = 2
 """From this priority on a request is sent only where its 95th percentile fits."""
+_KEPT_BACK_SHARE = 0.1
+"""Of the time that is left when the first answer is there."""
 
 
 class Cascade:
@@ -59,8 +61,9 @@ class Cascade:
         now = self._now()
         larger = StandInRequest(request, answer.served.escalate)
         # What is kept back brings the answer in hand home if the larger model breaks its word.
-        reserve_s = self._policy.config.reserve_ms / 1e3
-        deadline = None if context.deadline is None else context.deadline - reserve_s
+        deadline = context.deadline
+        if deadline is not None:
+            deadline -= max(self._policy.config.reserve_ms / 1e3, _KEPT_BACK_SHARE * (deadline - now))
         context = msgspec.structs.replace(context, deadline=deadline, priority=max(_MUST_FIT, context.priority))
         facts = self._describe(now, larger, context)
         decision = self._policy.decide(now, facts)
