@@ -68,7 +68,7 @@ class InferRequest(ABC):
 
 
 # Structs and not dataclasses where one is made per request: a frozen dataclass takes ten times as long to make.
-class Served(msgspec.Struct, frozen=True, kw_only=True):
+class Served(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What happened to an answered request; travels as trailers.
 
     `node` answered with `version`; it waited `queue_us` and ran `compute_us` microseconds. `in_flight` is the load that

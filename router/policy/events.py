@@ -17,7 +17,7 @@ FAULTS = frozenset({Code.INTERNAL, Code.UNAVAILABLE, Code.DEADLINE})
 """Codes that speak against the target. OVERLOADED is an honest answer and only pushes back."""
 
 
-class Outcome(msgspec.Struct, frozen=True):
+class Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
     """How one attempt ended.
 
     `code` None = answered; CANCELLED = we gave it up. `sent` tells whether the target may have executed it. `told`: the
@@ -36,12 +36,14 @@ ABANDONED = Outcome(code=Code.CANCELLED)
 
 
 class Attempt:
-    """One send, open until `Policy.on_reply` has closed it. Only the policy changes it."""
+    """One send, open until `Policy.on_reply` has closed it. Only the policy changes it; a recorder sets its `number`."""
 
     __slots__ = (
-        "kind", "load_at_send", "open", "passed_delay", "remaining_s", "sent_at", "size_bytes", "timed", "trials",
-        "version",
+        "kind", "load_at_send", "number", "open", "passed_delay", "remaining_s", "sent_at", "size_bytes", "timed",
+        "trials", "version",
     )  # fmt: skip
+
+    number: int
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ import msgspec
 from nearcast.errors import Code
 
 
-class RequestFacts(msgspec.Struct, frozen=True, kw_only=True):
+class RequestFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One request as the policy sees it: never its tensors.
 
     Attributes:
@@ -63,7 +63,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     verdict: str
 
 
-class Send(msgspec.Struct, frozen=True):
+class Send(msgspec.Struct, frozen=True, omit_defaults=True):
     """Send the request to `target` as `version`.
 
     `hedge_after_s` is the delay after which `Policy.hedge` wants to be asked; None = never. `alternatives` are the
@@ -81,7 +81,7 @@ class Send(msgspec.Struct, frozen=True):
     model: str = ""
 
 
-class Reject(msgspec.Struct, frozen=True):
+class Reject(msgspec.Struct, frozen=True, omit_defaults=True):
     """Refuse the request now, because waiting would not help. `retry_after_ms` None = do not try again."""
 
     code: Code

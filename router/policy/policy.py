@@ -126,9 +126,8 @@ class Policy:
     def on_connection_lost(self, now: float, name: str) -> None:
         """The connection to a target broke: nothing goes there until it has had time, or answers a probe."""
         target = self._fleet.targets.get(name)
-        if target is not None and target.tier != "local":
-            target.breaker.open(now)
-            self._fleet.settle(now, target)
+        if target is not None:
+            self._lose(now, target)
 
     # One request -----------------------------------------------------------------------------------------------------
 
@@ -338,6 +337,11 @@ class Policy:
             )  # fmt: skip
         return Reject(decision.code, decision.message, decision.retry_after_ms, decision.reason, terms)
 
+    def _lose(self, now: float, target: TargetState) -> None:
+        if target.tier != "local":
+            target.breaker.open(now)
+            self._fleet.settle(now, target)
+
     def _learn(self, now: float, attempt: Attempt, outcome: Outcome) -> None:
         version = attempt.version
         target = version.target
@@ -364,7 +368,7 @@ class Policy:
         elif code is Code.UNAVAILABLE and target.tier != "local" and not (outcome.told and outcome.sent):
             # A target that lives and tells of somebody else's death, behind it, is not lost itself.
             version.observe_fault()
-            self.on_connection_lost(now, target.name)
+            self._lose(now, target)
         elif code is Code.UNAVAILABLE or code is Code.INTERNAL or (code is Code.DEADLINE and latency > version.base95):
             version.observe_fault()
             version.breaker.fail(now)
