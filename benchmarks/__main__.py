@@ -27,6 +27,7 @@ NAMES = (
     "serving",
     "router",
     "policy",
+    "cascade",
     "wire",
     "coldstart",
     "footprint",
