@@ -142,7 +142,7 @@ async def ask_all(
     for image in images:
         answer = await router.infer(TensorRequest(model="small", inputs={"x": image[None]}), RequestContext())
         classes.append(int(answer.decode()["p"].argmax()))
-    counts: dict[str, int] = {**router.cascade.counts}
+    counts = {str(key): count for key, count in router.cascade.counts.items()}
     await router.close()
     for host in hosts:
         await host.close()
