@@ -32,7 +32,7 @@ from router.policy import Policy
 from router.renewal import Renewal
 from router.router import Router
 from router.splits import StoreSplits
-from router.targets import ChannelFactory, NodeView, TargetSet
+from router.targets import ChannelFactory, TargetSet, configured_views
 
 DRAIN_S = 5.0
 AGENT_NICE = 10
@@ -109,10 +109,7 @@ class RouterApp:
         return link
 
     async def _follow_nodes(self, link: ControlLink | None) -> None:
-        fixed = [
-            NodeView(name=target.name, role=target.role, address=target.address, domain=target.domain)
-            for target in self._config.targets
-        ]
+        fixed = configured_views(self._config.targets)
         self.targets.update(fixed)
         if link is None:
             return

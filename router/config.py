@@ -15,12 +15,35 @@ Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}\Z")]
 
 
 class TargetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One node that is known without a directory. `address` is its mesh listener, `host:port`."""
+    """One node that is known without a directory.
+
+    Attributes:
+        name: what it is called here; a node of the mesh must have this name in its certificate.
+        address: `host:port` of its mesh listener; of an OIP server its gRPC listener.
+        role: how far it is: an edge node or a cloud core.
+        domain: targets of one domain fail together; "" = its own.
+        kind: a node of the mesh, or any server of the Open Inference Protocol (MLServer, Triton, …).
+        price: of 1000 answers, in the operator's unit; None = what the node says, 0 for an OIP server.
+        quality: of its answers, in [0, 1]; None = what the node says, 1 for an OIP server.
+        ca: PEM file of the authority that an OIP server's certificate is from; "" = no TLS.
+        models: `name` or `name@version` that an OIP server holds; empty = what its RepositoryIndex lists.
+        slots: model runs that an OIP server carries out at the same time.
+    """
 
     name: Name
     address: str
     role: Literal["edge", "cloud"] = "edge"
     domain: str = ""
+    kind: Literal["nearcast", "oip"] = "nearcast"
+    price: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    quality: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    ca: str = ""
+    models: tuple[str, ...] = ()
+    slots: Annotated[int, msgspec.Meta(ge=1)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind == "nearcast" and (self.ca or self.models or self.slots is not None):
+            raise ValueError('ca, models and slots are for a target with kind = "oip"; a node says them itself')
 
 
 class ProbeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

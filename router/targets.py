@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import Code, MeshError
 from nearcast.identity import Identity
 from nearcast.load import NodeReport, Tier
 from nearcast.telemetry import get_logger
+from nearcast.transport.foreign import SLOTS_DEFAULT, ForeignNode
 from nearcast.transport.grpc import make_channel
 from nearcast.transport.remote import RemoteNode
 from nearcast.transport.seam import Channel
-from router.config import ProbeConfig
+from router.config import ProbeConfig, TargetConfig
 from router.router import Router
 
 _log = get_logger(__name__)
@@ -27,22 +31,35 @@ TIERS: dict[str, Tier] = {"edge": "peer", "cloud": "cloud"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeView:
-    """A node as the directory or the configuration names it. `address` is its mesh listener."""
+    """A node as the directory or the configuration (`TargetConfig`) names it."""
 
     name: str
     role: str
     address: str
     domain: str = ""
+    kind: Literal["nearcast", "oip"] = "nearcast"
+    price: float | None = None
+    quality: float | None = None
+    ca: str = ""
+    models: tuple[str, ...] = ()
+    slots: int | None = None
+
+
+def configured_views(targets: Iterable[TargetConfig]) -> list[NodeView]:
+    """The `[[targets]]` of a configuration."""
+    return [NodeView(**msgspec.structs.asdict(target)) for target in targets]
 
 
 class ChannelFactory:
-    """Makes the channel to a target's mesh listener."""
+    """Makes the channel to a target: with our identity to a node of the mesh, without to any other server."""
 
     def __init__(self, kind: Literal["ngh2", "grpcio"], identity: Identity | None) -> None:
         self._kind = kind
         self._identity = identity
 
     def __call__(self, view: NodeView) -> Channel:
+        if view.kind == "oip":
+            return make_channel(self._kind, view.address, ca=Path(view.ca) if view.ca else None, roles=None)
         return make_channel(self._kind, view.address, identity=self._identity, roles=(view.role,))
 
 
@@ -58,7 +75,7 @@ class Target:
         self._make = make
         self._config = config
         self._now = clock.monotonic
-        self._node = RemoteNode(make(view), view.name)
+        self._node = self._connect()
         self._failures = 0
         self._connecting = True
         self._closing: set[asyncio.Task[None]] = set()
@@ -92,21 +109,37 @@ class Target:
         policy = self._router.policy
         try:
             async with asyncio.timeout(2 * timeout_s):
-                report = await self._node.report(deadline=started + timeout_s)
+                report, round_trip_s = await self._ask(started + timeout_s)
         except (MeshError, TimeoutError) as error:
             self._failed(error)
             return
-        now = self._now()
         if report.node != self.view.name:
             self._failed(MeshError(Code.UNTRUSTED, f"{self.view.address} says that it is {report.node!r}."))
             return
         if self._failures:
             _log.info("target_answers", target=self.view.name)
         self._failures = 0
-        self.last_report = report
-        policy.on_probe(now, self.view.name, now - started, connecting=self._connecting)
+        now = self._now()
+        policy.on_probe(now, self.view.name, round_trip_s, connecting=self._connecting)
         self._connecting = False
-        policy.on_report(now, self.view.name, report)
+        self._take(now, report)
+
+    async def _ask(self, deadline: float) -> tuple[NodeReport, float]:
+        """A report, and how long a small question takes."""
+        if isinstance(self._node, ForeignNode):
+            return await self._node.poll(deadline=deadline)
+        started = self._now()
+        report = await self._node.report(deadline=deadline)
+        return report, self._now() - started
+
+    def _take(self, now: float, report: NodeReport) -> None:
+        """What the configuration says about a target outranks its own word."""
+        view = self.view
+        said = {name: value for name in ("price", "quality") if (value := getattr(view, name)) is not None}
+        if said:
+            report = replace(report, versions=tuple(replace(version, **said) for version in report.versions))
+        self.last_report = report
+        self._router.policy.on_report(now, view.name, report)
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
@@ -123,11 +156,17 @@ class Target:
     def _reconnect(self) -> None:
         """Give the connection up: a peer behind a cut link never says so, and what waits on it can be retried."""
         _log.warning("target_reconnects", target=self.view.name)
-        old, self._node = self._node, RemoteNode(self._make(self.view), self.view.name)
+        old, self._node = self._node, self._connect()
         self.attach()
         task = asyncio.get_running_loop().create_task(old.close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
+
+    def _connect(self) -> RemoteNode:
+        view = self.view
+        if view.kind == "oip":
+            return ForeignNode(self._make(view), view.name, models=view.models, slots=view.slots or SLOTS_DEFAULT)
+        return RemoteNode(self._make(view), view.name)
 
     def _in_flight(self) -> int:
         return sum(target.own for target in self._router.policy.targets if target.name == self.view.name)

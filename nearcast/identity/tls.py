@@ -44,17 +44,22 @@ def server_tls(identity: Identity, *, require_client: bool, alpn: Sequence[str])
     return context
 
 
-def client_tls(identity: Identity | None, *, ca: Path | bytes, alpn: Sequence[str]) -> ssl.SSLContext:
+def client_tls(
+    identity: Identity | None, *, ca: Path | bytes, alpn: Sequence[str], by_host: bool = False
+) -> ssl.SSLContext:
     """The context of a channel. Check the peer with `require_role` once connected: no DNS name is checked.
 
-    `ca` is a PEM file or its content. The context follows `identity.reload()`.
+    `ca` is a PEM file or its content. The context follows `identity.reload()`. With `by_host` the server is none of the
+    mesh: its certificate must name the host that is connected to, and TLS 1.2 is enough.
 
     Raises:
         MeshError: UNAUTHENTICATED if the files cannot be used.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
+    context.check_hostname = by_host
     _harden(context, alpn)
+    if by_host:
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
     _trust(context, ca)
     if identity is not None:
         _show(context, identity)

@@ -64,7 +64,7 @@ def make_channel(
     limits: Limits = DEFAULT_LIMITS,
     identity: Identity | None = None,
     ca: Path | None = None,
-    roles: Collection[str] = ROLES,
+    roles: Collection[str] | None = ROLES,
 ) -> Channel:
     """A channel that connects at its first call. It follows `identity.reload()`.
 
@@ -74,7 +74,8 @@ def make_channel(
         limits: bounds.
         identity: the certificate to show, and by its `ca` whom to trust.
         ca: whom to trust, if there is no identity or another authority. Neither: no TLS.
-        roles: which roles the server may have. grpcio cannot look and believes any certificate of the authority.
+        roles: which roles the server may have; grpcio cannot look and believes any certificate of the authority. None:
+            the server is none of the mesh, its certificate names its host.
 
     Raises:
         MeshError: INVALID_REQUEST for an unknown kind; UNAUTHENTICATED if the identity's files cannot be used.
@@ -85,14 +86,17 @@ def make_channel(
 
         if trusted is None:
             return Ngh2Channel(address, limits=limits)
-        tls = client_tls(identity, ca=trusted, alpn=_ALPN)
+        tls = client_tls(identity, ca=trusted, alpn=_ALPN, by_host=roles is None)
+        if roles is None:
+            return Ngh2Channel(address, limits=limits, tls=tls)
         return Ngh2Channel(address, limits=limits, tls=tls, verify_peer=lambda found: require_role(found, roles))
     if kind == "grpcio":
         from nearcast.transport.grpcio_channel import GrpcioChannel, channel_credentials
 
         if trusted is None:
             return GrpcioChannel(address, limits=limits)
-        channel = GrpcioChannel(address, limits=limits, credentials=channel_credentials(identity, trusted))
+        credentials = channel_credentials(identity, trusted)
+        channel = GrpcioChannel(address, limits=limits, credentials=credentials, by_host=roles is None)
         if identity is not None:
             identity.on_reload(channel, lambda used: used.reconnect(channel_credentials(identity, trusted)))
         return channel

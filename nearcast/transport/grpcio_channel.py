@@ -44,13 +44,20 @@ class GrpcioChannel:
         limits: bounds.
         credentials: TLS material; None connects without TLS. The server's identity URI cannot be checked here: any
             certificate of the same authority is believed.
+        by_host: the server is none of the mesh; its certificate must name the host of `address`.
     """
 
     def __init__(
-        self, address: str, *, limits: Limits = DEFAULT_LIMITS, credentials: grpc.ChannelCredentials | None = None
+        self,
+        address: str,
+        *,
+        limits: Limits = DEFAULT_LIMITS,
+        credentials: grpc.ChannelCredentials | None = None,
+        by_host: bool = False,
     ) -> None:
         self._address = address
         self._limits = limits
+        self._by_host = by_host
         self._channel = self._make_channel(credentials)
         self._methods: dict[str, Any] = {}
         self._retired: set[asyncio.Task[None]] = set()
@@ -175,7 +182,8 @@ class GrpcioChannel:
         ]
         if credentials is None:
             return grpc.aio.insecure_channel(self._address, options=options)
-        options.append(("grpc.ssl_target_name_override", TLS_SERVER_NAME))
+        if not self._by_host:
+            options.append(("grpc.ssl_target_name_override", TLS_SERVER_NAME))
         return grpc.aio.secure_channel(self._address, credentials, options=options)
 
     def _callable(self, method: str) -> Any:

@@ -40,7 +40,7 @@ _CONTENTS = {
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Name, datatype and shape of one tensor on the wire; `contents` if it carries its elements in typed fields."""
+    """Name, datatype and shape of one tensor on the wire; `contents` if it carries elements in typed fields."""
 
     name: str
     datatype: str
@@ -241,7 +241,9 @@ def _parse_header(data: bytes) -> Header:
         raise MeshError(Code.INVALID_REQUEST, f"Tensor '{tensor.name}' has a negative axis in its shape {list(shape)}.")
     if tensor.parameters:
         require_supported(tensor.name, tensor.parameters)
-    return Header(tensor.name, tensor.datatype, shape, tensor.contents if tensor.HasField("contents") else None)
+    # Some servers write an empty `contents` beside raw contents: it carries nothing, so it is none.
+    contents = tensor.contents if tensor.contents.ListFields() else None
+    return Header(tensor.name, tensor.datatype, shape, contents)
 
 
 # The same clients send the same headers again and again; one with contents is remembered too, at most 256 bytes of it.

@@ -123,6 +123,16 @@ def test_raw_and_typed_together_are_refused_in_tritons_words():
     assert refused(message).message == text
 
 
+def test_empty_contents_beside_raw_ones_carry_nothing():
+    message = make(x=("FP32", [2], b"\0" * 8), y=("BYTES", [1], b"\1\0\0\0a"))
+    for tensor in message.inputs:
+        tensor.contents.SetInParent()
+    inputs = WireRequest(message.SerializeToString()).decode()
+    assert (inputs["x"].tolist(), inputs["y"].tolist()) == ([0.0, 0.0], [b"a"])
+    del message.raw_input_contents[1]
+    assert "unable to find data for input tensor 'y'" in refused(message).message
+
+
 @pytest.mark.parametrize("datatype", ["FP16", "BF16"])
 def test_half_floats_have_no_typed_contents(datatype):
     message = make(x=(datatype, [1], None))
