@@ -142,7 +142,7 @@ async def ask_all(
     for image in images:
         answer = await router.infer(TensorRequest(model="small", inputs={"x": image[None]}), RequestContext())
         classes.append(int(answer.decode()["p"].argmax()))
-    counts = {str(key): count for key, count in router.cascade.counts.items()}
+    counts = dict(router.statistics.escalations)
     await router.close()
     for host in hosts:
         await host.close()

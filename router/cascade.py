@@ -7,7 +7,6 @@ that can answer within what is left of the deadline. The first answer is kept in
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -15,9 +14,6 @@ from nearcast.errors import MeshError
 from nearcast.handler import InferRequest, InferResponse, RequestContext
 from nearcast.wire.request import StandInRequest
 from router.policy import Policy, Reject, RequestFacts, Send
-
-Escalation: TypeAlias = Literal["escalated", "kept_late", "kept_failed"]
-"""What became of an uncertain answer: replaced, or kept because the larger model was not in time, or failed."""
 
 _MUST_FIT = 2
 """From this priority on a request is sent only where its 95th percentile fits."""
@@ -33,9 +29,8 @@ class Cascade:
         now: the monotonic clock, in seconds.
         describe: the facts of a request, with the version that its channel chooses.
         run: carries out a decision.
-
-    Attributes:
-        counts: uncertain answers by what became of them.
+        counts: of uncertain answers, by what became of them: "escalated", "kept_late" (the larger model could not
+            answer in time) or "kept_failed" (it broke its word).
     """
 
     def __init__(
@@ -44,12 +39,13 @@ class Cascade:
         now: Callable[[], float],
         describe: Callable[[float, InferRequest, RequestContext], RequestFacts],
         run: Callable[[Send, RequestFacts, InferRequest, RequestContext], Awaitable[InferResponse]],
+        counts: dict[str, int],
     ) -> None:
         self._policy = policy
         self._now = now
         self._describe = describe
         self._run = run
-        self.counts: dict[Escalation, int] = {"escalated": 0, "kept_late": 0, "kept_failed": 0}
+        self._counts = counts
 
     async def follow(self, answer: InferResponse, request: InferRequest, context: RequestContext) -> InferResponse:
         """The larger model's answer, or the one in hand if there can be no better one in time.
@@ -68,12 +64,12 @@ class Cascade:
         facts = self._describe(now, larger, context)
         decision = self._policy.decide(now, facts)
         if isinstance(decision, Reject) or decision.model:
-            self.counts["kept_late"] += 1
+            self._counts["kept_late"] += 1
             return answer
         try:
             better = await self._run(decision, facts, larger, context)
         except MeshError:
-            self.counts["kept_failed"] += 1
+            self._counts["kept_failed"] += 1
             return answer
-        self.counts["escalated"] += 1
+        self._counts["escalated"] += 1
         return better

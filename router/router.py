@@ -90,7 +90,7 @@ class Router:
         self.node = node
         self.splits: SplitSource = splits or NoSplits()
         self.statistics = RouterStatistics()
-        self.cascade = Cascade(policy, clock.monotonic, self._facts, self._carry_out)
+        self._cascade = Cascade(policy, clock.monotonic, self._facts, self._carry_out, self.statistics.escalations)
         self.shadows: Shadows | None = None
         self._local = local
         self._now = clock.monotonic
@@ -122,6 +122,7 @@ class Router:
             policy=self.policy,
             now=self._now,
             call=lambda send, request, context: self._call(send, request, context, named=True),
+            counts=self.statistics.shadows,
             limits=limits,
         )
 
@@ -187,7 +188,7 @@ class Router:
 
         response = await self._carry_out(decision, facts, request, context)
         if response.served.escalate and self._forward:
-            response = await self.cascade.follow(response, request, context)
+            response = await self._cascade.follow(response, request, context)
         if self.shadows is not None:
             self.shadows.offer(request, context, response)
         return response

@@ -20,7 +20,7 @@ from nearcast.wire.request import StandInRequest
 from router.policy import Outcome, Policy, Reject, RequestFacts, Send, assign, sticky_key
 from router.policy.events import ABANDONED
 
-Outcomes: TypeAlias = Literal[
+CopyOutcome: TypeAlias = Literal[
     "answered", "same", "different", "failed", "dropped_full", "dropped_large", "dropped_busy", "dropped_refused"
 ]
 _LOWEST_PRIORITY = 9
@@ -71,13 +71,11 @@ class Shadows:
 
     Args:
         configs: one per model; a later one for the same model replaces the earlier.
-        limits: bounds.
         policy: says where a copy goes, and is told of it, so that the load of targets is known.
         now: the monotonic clock, in seconds.
         call: sends one attempt.
-
-    Attributes:
-        counts: what became of the copies, by model.
+        counts: of requests that were assigned, by model and outcome.
+        limits: bounds.
     """
 
     def __init__(
@@ -87,6 +85,7 @@ class Shadows:
         policy: Policy,
         now: Callable[[], float],
         call: Callable[[Send, InferRequest, RequestContext], Awaitable[InferResponse]],
+        counts: dict[tuple[str, str], int],
         limits: ShadowLimits | None = None,
     ) -> None:
         self._configs = {config.model: config for config in configs}
@@ -96,7 +95,7 @@ class Shadows:
         self._call = call
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting = 0
-        self.counts: dict[tuple[str, Outcomes], int] = {}
+        self._counts = counts
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -178,12 +177,12 @@ class Shadows:
         finally:
             self._policy.on_reply(self._now(), attempt, outcome)
 
-    def _count(self, config: ShadowConfig, outcome: Outcomes) -> None:
+    def _count(self, config: ShadowConfig, outcome: CopyOutcome) -> None:
         key = (config.model, outcome)
-        self.counts[key] = self.counts.get(key, 0) + 1
+        self._counts[key] = self._counts.get(key, 0) + 1
 
 
-def _compare(output: str, answer: InferResponse, copy: InferResponse) -> Outcomes:
+def _compare(output: str, answer: InferResponse, copy: InferResponse) -> CopyOutcome:
     """Whether both say the same: the largest value of `output` at the same place in every row."""
     if not output:
         return "answered"

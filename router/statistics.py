@@ -29,6 +29,8 @@ class RouterStatistics:
         self.retries = 0
         self.missed = 0
         self.forwarded = 0
+        self.escalations: dict[str, int] = {"escalated": 0, "kept_late": 0, "kept_failed": 0}
+        self.shadows: dict[tuple[str, str], int] = {}
 
     def count(self, target: str, code: Code | None) -> None:
         """One attempt ended; `code` None = answered."""
@@ -72,6 +74,17 @@ class RouterCollector(Collector):
             ("nearcast_router_forwarded", "Requests of other routers, served locally", counts.forwarded),
         ):
             yield CounterMetricFamily(name, help_text, value=value)
+        escalations = CounterMetricFamily(
+            "nearcast_router_escalations", "Uncertain answers, by what became of them", labels=["outcome"]
+        )
+        for outcome, count in counts.escalations.items():
+            escalations.add_metric([outcome], count)
+        shadows = CounterMetricFamily(
+            "nearcast_router_shadows", "Requests assigned to a shadow, by outcome", labels=["model", "outcome"]
+        )
+        for (model, outcome), count in list(counts.shadows.items()):
+            shadows.add_metric([model, outcome], count)
+        yield from (escalations, shadows)
         yield from self._collect_targets()
 
     def _collect_targets(self) -> Iterable[Metric]:

@@ -132,7 +132,7 @@ async def test_only_an_uncertain_answer_is_asked_about_again(mesh: Mesh) -> None
     torn = await mesh.ask(TORN, id="2")
     assert (torn.model, torn.id, torn.served.node) == ("large", "2", "core")
     np.testing.assert_allclose(torn.decode()["y"], TORN * 3, rtol=1e-6)
-    assert mesh.router.cascade.counts == {"escalated": 1, "kept_late": 0, "kept_failed": 0}
+    assert mesh.router.statistics.escalations == {"escalated": 1, "kept_late": 0, "kept_failed": 0}
     assert mesh.router.policy.outstanding == 0
 
 
@@ -146,7 +146,7 @@ async def test_without_time_for_the_larger_model_the_answer_in_hand_is_given(mes
     mesh.router.policy.on_probe(time.monotonic(), "core", 0.5)
     answer = await mesh.ask(TORN, deadline_s=0.1)
     assert (answer.model, answer.served.escalate) == ("small", "large")
-    assert mesh.router.cascade.counts["kept_late"] == 1
+    assert mesh.router.statistics.escalations["kept_late"] == 1
 
 
 async def test_a_larger_model_that_hangs_costs_the_deadline_and_no_answer(mesh: Mesh) -> None:
@@ -155,7 +155,7 @@ async def test_a_larger_model_that_hangs_costs_the_deadline_and_no_answer(mesh: 
     answer = await mesh.ask(TORN, deadline_s=0.3)
     assert (answer.model, answer.served.escalate) == ("small", "large")
     assert time.monotonic() - began < 0.3
-    assert mesh.router.cascade.counts["kept_failed"] == 1
+    assert mesh.router.statistics.escalations["kept_failed"] == 1
     await until(lambda: mesh.router.policy.outstanding == 0)
 
 
@@ -163,20 +163,20 @@ async def test_a_larger_model_that_is_gone_costs_nothing(mesh: Mesh) -> None:
     mesh.router.detach("core")
     answer = await mesh.ask(TORN)
     assert (answer.model, answer.served.node) == ("small", "near")
-    assert mesh.router.cascade.counts["kept_late"] == 1
+    assert mesh.router.statistics.escalations["kept_late"] == 1
 
 
 def shadowed(mesh: Mesh) -> dict[str, int]:
-    assert mesh.router.shadows is not None
-    return {outcome: count for (_, outcome), count in mesh.router.shadows.counts.items()}
+    return {outcome: count for (_, outcome), count in mesh.router.statistics.shadows.items()}
 
 
 async def test_a_shadow_compares_and_changes_nothing(mesh: Mesh) -> None:
     mesh.router.shadow([ShadowConfig(model="small", to_model="large", share=1.0, compare="y")])
-    answers = [await mesh.ask(SURE) for _ in range(20)]
-    assert {(answer.model, answer.served.node) for answer in answers} == {("small", "near")}
-    await until(lambda: sum(shadowed(mesh).values()) == 20)
-    assert shadowed(mesh) == {"same": 20}
+    for number in range(10):
+        answer = await mesh.ask(SURE)
+        assert (answer.model, answer.served.node) == ("small", "near")
+        await until(lambda number=number: sum(shadowed(mesh).values()) == number + 1)  # type: ignore[misc]
+    assert shadowed(mesh) == {"same": 10}
     await until(lambda: mesh.router.policy.outstanding == 0)
 
 
@@ -206,15 +206,16 @@ async def test_a_shadow_takes_only_what_is_free_small_and_assigned(mesh: Mesh) -
     await until(lambda: shadowed(mesh) == {"dropped_busy": 1})
     mesh.router.shadow([ShadowConfig(model="small", to_model="large", share=1.0)], ShadowLimits(size_bytes_max=8))
     await mesh.ask(SURE)
-    assert shadowed(mesh) == {"dropped_large": 1}
+    assert shadowed(mesh)["dropped_large"] == 1
     mesh.router.shadow([ShadowConfig(model="small", to_model="unknown", share=1.0)])
     await mesh.ask(SURE)
-    await until(lambda: shadowed(mesh) == {"dropped_refused": 1})
+    await until(lambda: shadowed(mesh).get("dropped_refused") == 1)
     mesh.router.shadow([ShadowConfig(model="small", to_model="large", share=0.3)])
+    before = sum(shadowed(mesh).values())
     for number in range(200):
         await mesh.ask(SURE, id=str(number))
     await until(lambda: mesh.router.policy.outstanding == 0)
-    assert 30 <= sum(shadowed(mesh).values()) <= 90
+    assert 30 <= sum(shadowed(mesh).values()) - before <= 90
 
 
 def test_a_shadow_of_the_same_version_is_no_shadow() -> None:
