@@ -17,6 +17,7 @@ from nearcast.runtime import Shutdown, announce, keep_pages
 from nearcast.store import Store
 from nearcast.transport.grpc import make_server
 from nearcast.transport.health import health_methods
+from nearcast.transport.lease import lease_methods
 from nearcast.transport.mesh import Members, join_methods, mesh_methods
 from nearcast.transport.oip import oip_methods
 from nearcast.transport.reflection import reflection_methods
@@ -28,6 +29,8 @@ from router.config import RouterConfig
 from router.control import ControlLink, find_control
 from router.directory import Announcer, DirectoryReader
 from router.explain import explain_route
+from router.lease import Announced
+from router.lessor import Lessor
 from router.policy import Policy
 from router.renewal import Renewal
 from router.router import Router
@@ -125,7 +128,14 @@ class RouterApp:
         listen, router = self._config.listen, self.router
         shown = self.identity if self._config.tls else None
         counts = Statistics()
+        lessor = Lessor(
+            router,
+            lambda: (Announced(report, address) for report, address in self.targets.reports),
+            config=self._config.lease,
+            registry=self._telemetry.registry,
+        )
         methods = join_methods(
+            lease_methods(lessor.grant),
             oip_methods(
                 router, router, server_name="nearcast", trusted=False, statistics=counts, report=router.catalogue
             ),

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from nearcast.telemetry import TelemetryConfig
+from router.lease import LeaseConfig
 from router.policy import PolicyConfig
 from router.router import RouterLimits
 
@@ -114,5 +115,6 @@ class RouterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     probe: ProbeConfig = ProbeConfig()
     policy: PolicyConfig = PolicyConfig()
     agent: AgentSection = AgentSection()
+    lease: LeaseConfig = LeaseConfig()
     limits: RouterLimits = RouterLimits()
     telemetry: TelemetryConfig = TelemetryConfig()

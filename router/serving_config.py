@@ -9,6 +9,7 @@ import msgspec
 from nearcast.serving.limits import SLOTS, HostLimits
 from nearcast.telemetry import TelemetryConfig
 from router.config import ProbeConfig
+from router.lease import LeaseConfig
 from router.policy import PolicyConfig
 
 
@@ -124,6 +125,7 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     run: RunSettings = RunSettings()
     policy: PolicyConfig = PolicyConfig()
     probe: ProbeConfig = ProbeConfig()
+    lease: LeaseConfig = LeaseConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     seed: int = 0
     drain_s: Annotated[float, msgspec.Meta(gt=0)] = 2.5

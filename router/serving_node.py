@@ -6,15 +6,16 @@ import asyncio
 import json
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from nearcast.clock import SYSTEM_CLOCK
 from nearcast.errors import Code, MeshError
 from nearcast.identity import Identity, join, load_identity, read_token, server_tls
-from nearcast.load import Tier
+from nearcast.load import NodeReport, Tier
 from nearcast.runtime import Shutdown, announce, run_in_daemon
 from nearcast.serving import ModelHost
 from nearcast.serving.control import ControlSocket
@@ -22,6 +23,7 @@ from nearcast.store import Store
 from nearcast.telemetry import Telemetry, get_logger
 from nearcast.transport.grpc import make_server
 from nearcast.transport.health import health_methods
+from nearcast.transport.lease import lease_methods
 from nearcast.transport.mesh import Members, join_methods, mesh_methods
 from nearcast.transport.oip import oip_methods
 from nearcast.transport.reflection import reflection_methods
@@ -32,6 +34,8 @@ from router.child import Child
 from router.control import ControlLink, find_control
 from router.directory import Announcer, DirectoryReader
 from router.explain import explain_route
+from router.lease import Announced
+from router.lessor import Lessor
 from router.policy import Policy
 from router.renewal import Renewal
 from router.router import Router
@@ -128,6 +132,7 @@ class ServingNode:
             registry=registry,
         )
         self._members = Members()
+        self._targets: TargetSet | None = None
         self._link: ControlLink | None = None
         self._agent: Child | None = None
         self._listeners: list[Server | RestServer] = []
@@ -204,7 +209,7 @@ class ServingNode:
     async def _follow_nodes(self, link: ControlLink, identity: Identity) -> None:
         """Learn where the other nodes are, and keep asking how they are."""
         make = ChannelFactory(self.config.listen.transport, identity)
-        targets = TargetSet(self.router, make, config=self.config.probe)
+        self._targets = targets = TargetSet(self.router, make, config=self.config.probe)
         self._closers.push_async_callback(targets.close)
         reader = DirectoryReader(link, targets, interval_s=self.config.probe.directory_ms / 1e3)
         await reader.start()
@@ -215,7 +220,9 @@ class ServingNode:
         shown = self.identity if listen.tls else None
         regions = Regions()
         self._closers.callback(regions.close)
+        lessor = Lessor(router, self._reports, config=self.config.lease, registry=self._telemetry.registry)
         methods = join_methods(
+            lease_methods(lessor.grant),
             oip_methods(
                 router,
                 router,
@@ -248,11 +255,23 @@ class ServingNode:
 
     async def _listen_for_mesh(self, identity: Identity) -> None:
         """For other nodes: requests that are decided already, and the question how this node is."""
-        listen, report = self.config.listen, self.host.report
+        listen, report = self.config.listen, self._report
         inference = oip_methods(self.router, self.host, server_name=self.name, trusted=True, report=report)
         methods = self._members.guard(join_methods(inference, mesh_methods(report)))
         server = make_server(listen.transport, methods, address=listen.mesh, identity=identity, require_client=True)
         await self._open("mesh", server)
+
+    def _report(self) -> NodeReport:
+        """What we say to other nodes: how the host is, and where clients reach it."""
+        return replace(
+            self.host.report(), client_address=self.addresses.get("grpc", ""), client_tls=self.config.listen.tls
+        )
+
+    def _reports(self) -> Iterator[Announced]:
+        """Whom a lease may name: this node and those it knows."""
+        yield Announced(self._report())
+        if self._targets is not None:
+            yield from (Announced(report, address) for report, address in self._targets.reports)
 
     async def _open(self, name: str, server: Server | RestServer) -> None:
         await server.start()

@@ -195,6 +195,12 @@ class TargetSet:
         """The nodes that are targets now."""
         return tuple(target.view for target in self._targets.values())
 
+    @property
+    def reports(self) -> tuple[tuple[NodeReport, str], ...]:
+        """What each of them said last, and where its mesh listener is."""
+        found = ((target.last_report, target.view.address) for target in self._targets.values())
+        return tuple((report, address) for report, address in found if report is not None)
+
     def update(self, views: Iterable[NodeView]) -> None:
         """Add who is new, move who has another address, drop who is gone. Our own name and other roles are skipped."""
         wanted = {
