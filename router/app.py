@@ -62,6 +62,8 @@ class RouterApp:
             registry=self._telemetry.registry,
             limits=config.limits,
         )
+        if config.shadows:
+            self.router.shadow(config.shadows, config.shadow)
         self.targets = TargetSet(self.router, ChannelFactory(config.transport, self.identity), config=config.probe)
         self._members = Members()
         self._listeners: list[Server | RestServer] = []

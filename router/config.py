@@ -10,6 +10,7 @@ from nearcast.telemetry import TelemetryConfig
 from router.lease import LeaseConfig
 from router.policy import PolicyConfig
 from router.router import RouterLimits
+from router.shadow import ShadowConfig, ShadowLimits
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}\Z")]
@@ -101,6 +102,7 @@ class RouterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         transport: of all gRPC listeners and channels.
         tls: serve the client listeners with the identity's certificate (needed beyond loopback).
         seed: of the policy; -1 = drawn at start.
+        shadows: versions or models that get copies of a share of the requests; `shadow` bounds them all.
     """
 
     name: Name = "router"
@@ -117,4 +119,6 @@ class RouterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     agent: AgentSection = AgentSection()
     lease: LeaseConfig = LeaseConfig()
     limits: RouterLimits = RouterLimits()
+    shadows: tuple[ShadowConfig, ...] = ()
+    shadow: ShadowLimits = ShadowLimits()
     telemetry: TelemetryConfig = TelemetryConfig()

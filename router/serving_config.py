@@ -11,6 +11,7 @@ from nearcast.telemetry import TelemetryConfig
 from router.config import ProbeConfig
 from router.lease import LeaseConfig
 from router.policy import PolicyConfig
+from router.shadow import ShadowConfig, ShadowLimits
 
 
 class ListenConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -113,6 +114,7 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         data_dir: identity, models, control socket, inbox, logs of children.
         tenant_keys: folder with the keys of tenants whose versions are sealed; "" = none.
         seed: of the router's choices between near ties; 0 = a different one at each start.
+        shadows: versions or models that get copies of a share of the requests; `shadow` bounds them all.
         drain_s: how long requests may take to finish at the end; on an edge node again as long for devices.
     """
 
@@ -126,6 +128,8 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     policy: PolicyConfig = PolicyConfig()
     probe: ProbeConfig = ProbeConfig()
     lease: LeaseConfig = LeaseConfig()
+    shadows: tuple[ShadowConfig, ...] = ()
+    shadow: ShadowLimits = ShadowLimits()
     telemetry: TelemetryConfig = TelemetryConfig()
     seed: int = 0
     drain_s: Annotated[float, msgspec.Meta(gt=0)] = 2.5

@@ -131,6 +131,8 @@ class ServingNode:
             clock=SYSTEM_CLOCK,
             registry=registry,
         )
+        if config.shadows:
+            self.router.shadow(config.shadows, config.shadow)
         self._members = Members()
         self._targets: TargetSet | None = None
         self._link: ControlLink | None = None
