@@ -51,6 +51,12 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         pushback_ms_max: a target's wish to be left alone counts for at most this long.
         sequences_max: sequences whose target is remembered; the least recently used is forgotten first.
         targets_max: targets that are known at the same time.
+        class_shares: for each class of requests, highest first: the part of the time it could wait that a standing
+            queue may take before it is refused; the default class is the second.
+        burst_share: the same for every class but the highest while the queue is not older than that time.
+        patience_ms: for this long a queue is kept short enough for the least patient request of a higher class.
+        tenant_shares_max: tenants, counted once for each model they use, that are told apart; the rest share one part.
+        tenant_idle_ms: a tenant that asks for nothing for this long leaves its part to the others.
     """
 
     reserve_ms: NonNegative = 1.0
@@ -87,3 +93,8 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     pushback_ms_max: NonNegative = 1000.0
     sequences_max: Count = 10_000
     targets_max: Count = 256
+    class_shares: Annotated[tuple[Fraction, ...], msgspec.Meta(min_length=1, max_length=4)] = (1.0, 0.5, 0.35, 0.2)
+    burst_share: Fraction = 0.8
+    patience_ms: NonNegative = 5000.0
+    tenant_shares_max: Count = 10_000
+    tenant_idle_ms: Positive = 2000.0

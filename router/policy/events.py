@@ -12,6 +12,7 @@ from nearcast.handler import Served
 if TYPE_CHECKING:
     from router.policy.breaker import Breaker
     from router.policy.state import VersionState
+    from router.policy.tenants import Share
 
 FAULTS = frozenset({Code.INTERNAL, Code.UNAVAILABLE, Code.DEADLINE})
 """Codes that speak against the target. OVERLOADED is an honest answer and only pushes back."""
@@ -36,11 +37,11 @@ ABANDONED = Outcome(code=Code.CANCELLED)
 
 
 class Attempt:
-    """One send, open until `Policy.on_reply` has closed it. Only the policy changes it; a recorder sets its `number`."""
+    """One send, open until `Policy.on_reply` has closed it. Only the policy changes it; a recorder numbers it."""
 
     __slots__ = (
-        "kind", "load_at_send", "number", "open", "passed_delay", "remaining_s", "sent_at", "size_bytes", "timed",
-        "trials", "version",
+        "kind", "load_at_send", "number", "open", "passed_delay", "remaining_s", "sent_at", "share", "size_bytes",
+        "timed", "trials", "version",
     )  # fmt: skip
 
     number: int
@@ -53,8 +54,10 @@ class Attempt:
         kind: str,
         load_at_send: int,
         remaining_s: float | None = None,
+        share: Share | None = None,
     ) -> None:
         self.version = version
+        self.share = share
         self.sent_at = sent_at
         self.size_bytes = size_bytes
         self.remaining_s = remaining_s

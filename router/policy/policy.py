@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from nearcast.errors import Code
 from nearcast.load import NodeReport, Tier
 from router.policy import refuse
+from router.policy.admission import Admission
 from router.policy.budget import TokenBudget
 from router.policy.choose import Choice, Chooser, judge
 from router.policy.config import PolicyConfig
@@ -40,7 +41,9 @@ class Policy:
     def __init__(self, config: PolicyConfig, seed: int = 0, *, random: Callable[[], float] | None = None) -> None:
         self.config = config
         self._fleet = Fleet(config)
-        self._chooser = Chooser(config, random or SplitMix(seed).random)
+        draw = random or SplitMix(seed).random
+        self._chooser = Chooser(config, draw)
+        self._admission = Admission(config, draw)
         self._hedger = Hedger(
             share=config.hedge_share,
             burst=config.hedge_burst,
@@ -50,7 +53,6 @@ class Policy:
         self._retries = TokenBudget(share=config.retry_share, burst=config.retry_burst, per_s=config.retry_per_s)
         self._sequences = Sequences(config.sequences_max)
         self._reserve_s = config.reserve_ms / 1e3
-        self._wait_max_s = config.queue_wait_ms_max / 1e3
         self._delay_min_s = config.hedge_delay_ms_min / 1e3
         self._refresh_s = config.refresh_ms / 1e3
         self._refreshed_at: float | None = None
@@ -147,10 +149,12 @@ class Policy:
             version = facts.version or index.newest
             candidates = index.versions.get(version)
             choice = self._chooser.pick(now, candidates, facts.size_bytes, limit) if candidates else None
-            if choice is not None and choice.wait_s <= self._wait_max_s:
+            if choice is not None and choice.wait_s <= 0.0:
+                if self._admission.queues:
+                    self._admission.relax(facts.model)
                 decision = self._send(facts, choice, limit, "best", missed=False)
             else:
-                decision = self._second_best(now, facts, index.versions, version, limit)
+                decision = self._second_best(now, facts, index.versions, version, limit, choice)
         if explain:
             decision = self._explain(now, facts, decision, index.versions, limit)
         return decision
@@ -166,7 +170,9 @@ class Policy:
         if version is None:
             # Forwarded to us, or the report has just changed: count it all the same.
             version = VersionState(target, facts.model, send.version)
-        attempt = Attempt(version, now, facts.size_bytes, kind, target.own, facts.remaining_s)
+        share = self._admission.tenants.share(version.model, facts.tenant)
+        share.enter()
+        attempt = Attempt(version, now, facts.size_bytes, kind, target.own, facts.remaining_s, share)
         target.own += 1
         target.load = target.own + target.others
         self.outstanding += 1
@@ -185,6 +191,8 @@ class Policy:
         if not attempt.open:
             return
         attempt.open = False
+        if attempt.share is not None:
+            attempt.share.leave()
         version = attempt.version
         target = version.target
         self.outstanding -= 1
@@ -265,6 +273,7 @@ class Policy:
         elapsed = 0.0 if self._refreshed_at is None else now - self._refreshed_at
         self._refreshed_at = now
         self._fleet.refresh(now, elapsed)
+        self._admission.sweep(now)
 
     def _candidates(self, model: str, version: str) -> Sequence[VersionState]:
         index = self._fleet.models.get(model)
@@ -295,30 +304,63 @@ class Policy:
         if not held or held[0].obstacle(now)[0] in ("gone", "draining", "connection_lost", "not_resident"):
             return None
         choice = self._chooser.pick_late(now, held, facts.size_bytes, limit, panic=True)
-        if choice is None or choice.wait_s > self._wait_max_s:
+        if choice is None:
             return refuse.nothing_feasible(now, held, facts.size_bytes, limit, facts.remaining_s)
-        return Send(name, release, None, (), "sequence")
+        rationed = self._ration(now, facts, choice, held, limit, late=True)
+        return rationed if isinstance(rationed, Reject) else Send(name, release, None, (), "sequence")
+
+    def _ration(
+        self,
+        now: float,
+        facts: RequestFacts,
+        choice: Choice,
+        candidates: Sequence[VersionState],
+        limit: float,
+        *,
+        late: bool = False,
+    ) -> Choice | Reject:
+        if choice.wait_s <= 0.0:
+            return choice
+        return self._admission.ration(now, facts, choice, candidates, limit, self._chooser, late=late)
 
     def _second_best(
-        self, now: float, facts: RequestFacts, versions: dict[str, list[VersionState]], version: str, limit: float
+        self,
+        now: float,
+        facts: RequestFacts,
+        versions: dict[str, list[VersionState]],
+        version: str,
+        limit: float,
+        choice: Choice | None,
     ) -> Decision:
-        """No candidate fits with its 95th percentile: another version, then the median, then a refusal."""
+        """The best candidate would wait, or none fits with its tail: another version, the median, then a refusal."""
         wanted = [(version, False), *((fallback, True) for fallback in facts.fallbacks if fallback != version)]
-        for name, missed in wanted[1:]:
-            choice = self._chooser.pick(now, versions.get(name, ()), facts.size_bytes, limit)
-            if choice is not None and choice.wait_s <= self._wait_max_s:
-                return self._send(facts, choice, limit, "fallback", missed=missed)
+        refusal: Reject | None = None
+        for name, missed in wanted:
+            held = versions.get(name, ())
+            found = choice if not missed else self._chooser.pick(now, held, facts.size_bytes, limit)
+            if found is not None:
+                rationed = self._ration(now, facts, found, held, limit)
+                if not isinstance(rationed, Reject):
+                    return self._send(facts, rationed, limit, "fallback" if missed else "best", missed=missed)
+                refusal = refusal or rationed
         if facts.priority < _LOW_PRIORITY:
             for panic in (False, True):
                 for name, missed in wanted:
                     held = versions.get(name, ())
-                    choice = self._chooser.pick_late(now, held, facts.size_bytes, limit, panic=panic)
-                    if choice is not None and choice.wait_s <= self._wait_max_s:
-                        return Send(choice.version.target.name, name, None, (), "panic" if panic else "late", missed)
-        every = [v for name, _ in wanted for v in versions.get(name, ())]
-        if not every:
-            return refuse.unknown_version(facts.model, version, self._fleet.models[facts.model])
-        return refuse.nothing_feasible(now, every, facts.size_bytes, limit, facts.remaining_s)
+                    found = self._chooser.pick_late(now, held, facts.size_bytes, limit, panic=panic)
+                    if found is not None:
+                        rationed = self._ration(now, facts, found, held, limit, late=True)
+                        if not isinstance(rationed, Reject):
+                            return Send(
+                                rationed.version.target.name, name, None, (), "panic" if panic else "late", missed
+                            )
+                        refusal = refusal or rationed
+        if refusal is None:
+            every = [v for name, _ in wanted for v in versions.get(name, ())]
+            if not every:
+                return refuse.unknown_version(facts.model, version, self._fleet.models[facts.model])
+            refusal = refuse.nothing_feasible(now, every, facts.size_bytes, limit, facts.remaining_s)
+        return self._admission.spread(facts.model, refusal)
 
     def _explain(
         self, now: float, facts: RequestFacts, decision: Decision, versions: dict[str, list[VersionState]], limit: float

@@ -1,0 +1,155 @@
+"""Who may still join a queue: classes of requests, shed lowest first, and no tenant beyond its share while one stands.
+
+What counts is the queue wait ahead of a request, never the time of its answer (DAGOR, Zhou et al., SoCC 2018): a slow
+model is not overload. A queue that was empty a moment ago is a burst, which may wait; one that has not been empty for
+an interval stands, and is kept short (CoDel, RFC 8289, in the form of Maurer, "Fail at Scale", ACM Queue 2015). The
+interval is the time that the request itself could wait, so deadlines of 20 ms and of 2 s are each judged by their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from nearcast.errors import Code
+from router.policy.choose import Choice, Chooser, wait_s
+from router.policy.config import PolicyConfig
+from router.policy.facts import Reject, RequestFacts
+from router.policy.state import VersionState
+from router.policy.tenants import Tenants
+
+_RANKS = 4
+_SHED_GAIN = 0.02
+_JITTER_MIN, _JITTER_SPAN = 0.8, 0.4
+_HINT_MS_MAX = 30_000
+
+
+class _Queue:
+    """The queue for one model, as decisions see it.
+
+    `since`: none has found a free slot from then on; None = the last one did. `shed` is the smoothed share of requests
+    that were refused. `patience` holds for each rank how long its least patient request of late could wait, and when
+    that was.
+    """
+
+    __slots__ = ("patience", "shed", "since")
+
+    def __init__(self) -> None:
+        self.since: float | None = None
+        self.shed = 0.0
+        self.patience: list[tuple[float, float]] = [(math.inf, 0.0)] * _RANKS
+
+
+class Admission:
+    """Asked only where a request would wait. `random` draws from [0, 1) and comes from a seeded generator."""
+
+    __slots__ = ("_burst_share", "_class_shares", "_memory_s", "_random", "_wait_max_s", "queues", "tenants")
+
+    def __init__(self, config: PolicyConfig, random: Callable[[], float]) -> None:
+        self._random = random
+        self._class_shares = (config.class_shares + config.class_shares[-1:] * _RANKS)[:_RANKS]
+        self._burst_share = config.burst_share
+        self._wait_max_s = config.queue_wait_ms_max / 1e3
+        self._memory_s = config.patience_ms / 1e3
+        self.queues: dict[str, _Queue] = {}
+        self.tenants = Tenants(shares_max=config.tenant_shares_max, idle_s=config.tenant_idle_ms / 1e3)
+
+    def relax(self, model: str) -> None:
+        """A request of this model found a free slot: no queue stands. Only worth a call while `queues` is not empty."""
+        queue = self.queues.get(model)
+        if queue is not None:
+            queue.since = None
+            queue.shed -= _SHED_GAIN * queue.shed
+
+    def ration(
+        self,
+        now: float,
+        facts: RequestFacts,
+        choice: Choice,
+        candidates: Sequence[VersionState],
+        limit_s: float,
+        chooser: Chooser,
+        *,
+        late: bool = False,
+    ) -> Choice | Reject:
+        """The choice, if the request may wait that long; else the best one with a queue it may join; else a refusal.
+
+        `late`: the choice is by its median, and so would be the other one.
+        """
+        slack_s = min(max(limit_s - choice.t95_s + choice.wait_s, 0.0), self._wait_max_s)
+        queue = self.queues.get(facts.model)
+        if queue is None:
+            queue = self.queues[facts.model] = _Queue()
+        allowed_s = self._allowance_s(now, queue, facts, slack_s)
+        other: Choice | None = choice
+        if choice.wait_s > allowed_s:
+            short = [version for version in candidates if wait_s(version) <= allowed_s]
+            scan = partial(chooser.pick_late, panic=False) if late else chooser.pick
+            other = scan(now, short, facts.size_bytes, limit_s)
+        if other is None:
+            return self._refuse(facts, choice.wait_s, allowed_s, slack_s)
+        queue.shed -= _SHED_GAIN * queue.shed
+        if other.wait_s <= 0.0:
+            queue.since = None
+        return other
+
+    def spread(self, model: str, reject: Reject) -> Reject:
+        """The same refusal, with a hint that does not bring the whole crowd back at once.
+
+        The pause grows with the measured excess: where two of three are refused, each waits three times as long.
+        """
+        if reject.retry_after_ms is None:
+            return reject
+        factor = _JITTER_MIN + _JITTER_SPAN * self._random()
+        queue = self.queues.get(model)
+        if queue is not None and reject.code is Code.OVERLOADED:
+            queue.shed += _SHED_GAIN * (1.0 - queue.shed)
+            factor /= 1.0 - queue.shed
+        hint_ms = min(_HINT_MS_MAX, max(1, math.ceil(reject.retry_after_ms * factor)))
+        return Reject(reject.code, reject.message, hint_ms, reject.reason, reject.terms)
+
+    def sweep(self, now: float) -> None:
+        """Forget models and tenants that nobody has asked for; called as often as one likes."""
+        self.tenants.sweep(now)
+        for model in [m for m, q in self.queues.items() if q.since is None and q.shed < _SHED_GAIN / 2]:
+            del self.queues[model]
+
+    def _allowance_s(self, now: float, queue: _Queue, facts: RequestFacts, slack_s: float) -> float:
+        """How long a queue the request may join; `slack_s` is how long it could wait and still be in time."""
+        if queue.since is None:
+            queue.since = now
+        rank = rank_of(facts.priority)
+        least_s, at = queue.patience[rank]
+        if slack_s < least_s or now - at > self._memory_s:
+            queue.patience[rank] = (slack_s, now)
+        if self.tenants.share(facts.model, facts.tenant).exceeded:
+            # Beyond its share a tenant is everybody's lowest class, whatever it says of its requests.
+            return self._class_shares[-1] * self._least_s(now, queue, slack_s, _RANKS)
+        part = self._class_shares[rank]
+        if now - queue.since < slack_s:
+            part = max(part, self._burst_share)
+        return part * self._least_s(now, queue, slack_s, rank)
+
+    def _refuse(self, facts: RequestFacts, wait: float, allowed_s: float, slack_s: float) -> Reject:
+        """The refusal of a request that would be in time, but has to leave its place to others."""
+        if self.tenants.share(facts.model, facts.tenant).exceeded:
+            reason, why = "tenant_share", f"Tenant {facts.tenant!r} has more than its share of {facts.model!r}"
+        else:
+            reason, why = "shed", f"{facts.model!r} is overloaded and serves more important requests"
+        # Within an interval the same request would be judged the same.
+        pause_s = max(wait - allowed_s, slack_s)
+        text = f"{why}; the queue takes {wait * 1e3:.0f} ms."
+        return Reject(Code.OVERLOADED, text, math.ceil(pause_s * 1e3), reason)
+
+    def _least_s(self, now: float, queue: _Queue, slack_s: float, rank: int) -> float:
+        """The least patience of this request and of the ranks above: who has time must not fill their queue."""
+        for least_s, at in queue.patience[:rank]:
+            if least_s < slack_s and now - at <= self._memory_s:
+                slack_s = least_s
+        return slack_s
+
+
+def rank_of(priority: int) -> int:
+    """0 is shed last. Class 1 is the highest; 0 says nothing and comes next; then 2; all others are the lowest."""
+    return (1, 0, 2)[priority] if 0 <= priority <= 2 else _RANKS - 1
