@@ -65,6 +65,7 @@ def make_channel(
     identity: Identity | None = None,
     ca: Path | None = None,
     roles: Collection[str] | None = ROLES,
+    name: str = "",
 ) -> Channel:
     """A channel that connects at its first call. It follows `identity.reload()`.
 
@@ -76,6 +77,7 @@ def make_channel(
         ca: whom to trust, if there is no identity or another authority. Neither: no TLS.
         roles: which roles the server may have; grpcio cannot look and believes any certificate of the authority. None:
             the server is none of the mesh, its certificate names its host.
+        name: which node of the mesh the server must be; "" = any.
 
     Raises:
         MeshError: INVALID_REQUEST for an unknown kind; UNAUTHENTICATED if the identity's files cannot be used.
@@ -89,18 +91,25 @@ def make_channel(
         tls = client_tls(identity, ca=trusted, alpn=_ALPN, by_host=roles is None)
         if roles is None:
             return Ngh2Channel(address, limits=limits, tls=tls)
-        return Ngh2Channel(address, limits=limits, tls=tls, verify_peer=lambda found: require_role(found, roles))
+        return Ngh2Channel(
+            address, limits=limits, tls=tls, verify_peer=lambda found: _require_name(require_role(found, roles)[1], name)
+        )
     if kind == "grpcio":
         from nearcast.transport.grpcio_channel import GrpcioChannel, channel_credentials
 
         if trusted is None:
             return GrpcioChannel(address, limits=limits)
         credentials = channel_credentials(identity, trusted)
-        channel = GrpcioChannel(address, limits=limits, credentials=credentials, by_host=roles is None)
+        channel = GrpcioChannel(address, limits=limits, credentials=credentials, by_host=roles is None, name=name)
         if identity is not None:
             identity.on_reload(channel, lambda used: used.reconnect(channel_credentials(identity, trusted)))
         return channel
     raise _unknown(kind)
+
+
+def _require_name(found: str, name: str) -> None:
+    if name and found != name:
+        raise MeshError(Code.UNAUTHENTICATED, f"It is {found!r} and not {name!r}.")
 
 
 def _unknown(kind: str) -> MeshError:

@@ -45,6 +45,7 @@ class GrpcioChannel:
         credentials: TLS material; None connects without TLS. The server's identity URI cannot be checked here: any
             certificate of the same authority is believed.
         by_host: the server is none of the mesh; its certificate must name the host of `address`.
+        name: of the node that the server must be; "" = any.
     """
 
     def __init__(
@@ -54,10 +55,13 @@ class GrpcioChannel:
         limits: Limits = DEFAULT_LIMITS,
         credentials: grpc.ChannelCredentials | None = None,
         by_host: bool = False,
+        name: str = "",
     ) -> None:
         self._address = address
         self._limits = limits
         self._by_host = by_host
+        # A node's certificate carries its name as a DNS name, too.
+        self._server_name = name or TLS_SERVER_NAME
         self._channel = self._make_channel(credentials)
         self._methods: dict[str, Any] = {}
         self._retired: set[asyncio.Task[None]] = set()
@@ -183,7 +187,7 @@ class GrpcioChannel:
         if credentials is None:
             return grpc.aio.insecure_channel(self._address, options=options)
         if not self._by_host:
-            options.append(("grpc.ssl_target_name_override", TLS_SERVER_NAME))
+            options.append(("grpc.ssl_target_name_override", self._server_name))
         return grpc.aio.secure_channel(self._address, credentials, options=options)
 
     def _callable(self, method: str) -> Any:
