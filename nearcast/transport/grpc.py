@@ -92,7 +92,10 @@ def make_channel(
         if roles is None:
             return Ngh2Channel(address, limits=limits, tls=tls)
         return Ngh2Channel(
-            address, limits=limits, tls=tls, verify_peer=lambda found: _require_name(require_role(found, roles)[1], name)
+            address,
+            limits=limits,
+            tls=tls,
+            verify_peer=lambda found: _require_name(require_role(found, roles)[1], name),
         )
     if kind == "grpcio":
         from nearcast.transport.grpcio_channel import GrpcioChannel, channel_credentials
