@@ -25,7 +25,7 @@ from router.policy.state import TargetState
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
-_RANKS = {"chosen": 0, "feasible": 0, "hot": 1, "late_at_p95": 2}
+_RANKS = {"chosen": 0, "feasible": 0, "hot": 1, "late_at_p95": 2, "infeasible": 3}
 """Candidates that a lease may name, by the policy's verdict: the first rank that has any is drawn from."""
 _WILDCARDS = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with, never bound
 _SIZE_MIN_BYTES = 1024
@@ -164,9 +164,9 @@ def _candidate(terms: Terms, facts: RequestFacts, state: TargetState, announced:
         address=address,
         tls=report.client_tls,
         server_name=terms.target if report.client_tls else "",
-        t50_ms=terms.t50_ms,
-        t95_ms=terms.t95_ms,
-        rtt_ms=min(terms.rtt_ms, terms.t50_ms),
+        t50_ms=terms.t50_ms - terms.wait_ms,
+        t95_ms=terms.t95_ms - terms.wait_ms,
+        rtt_ms=min(terms.rtt_ms, terms.t50_ms - terms.wait_ms),
         bytes_per_ms=facts.size_bytes / terms.transfer_ms if terms.transfer_ms > 0.0 else 0.0,
         load=terms.load,
         slots=state.slots,
@@ -304,24 +304,24 @@ class Leases:
 
     def _extra_ms(self, candidate: Candidate) -> float:
         """Queue wait by load that the policy does not know of yet."""
-        target = candidate.target
-        free = target.slots - 1.0
-        return (max(0.0, self._load(candidate) - free) - max(0.0, target.load - free)) * candidate.drain_ms
+        return self._wait_ms(candidate, self._load(candidate)) - self._wait_ms(candidate, candidate.target.load)
+
+    def _wait_ms(self, candidate: Candidate, load: float) -> float:
+        return max(0.0, load + 1.0 - candidate.target.slots) * candidate.drain_ms
 
     def _named(self, candidate: Candidate) -> LeaseTarget:
-        extra_ms, target = self._extra_ms(candidate), candidate.target
-        return msgspec.structs.replace(
-            target, t50_ms=target.t50_ms + extra_ms, t95_ms=target.t95_ms + extra_ms, load=self._load(candidate)
-        )
+        return msgspec.structs.replace(candidate.target, load=self._load(candidate))
 
     def _hedge_after_ms(self, ordered: Sequence[Candidate], remaining_s: float | None) -> float:
         if len(ordered) < 2:
             return 0.0
-        first = ordered[0].target
-        second = next((c.target for c in ordered[1:] if c.target.domain != first.domain), ordered[1].target)
+        first = ordered[0]
+        away = (c for c in ordered[1:] if c.target.domain != first.target.domain)
+        second = next(away, ordered[1])
         limit_s = float("inf") if remaining_s is None else remaining_s - self._policy.reserve_ms / 1e3
         minimum_s = self._policy.hedge_delay_ms_min / 1e3
-        delay_s = hedge_delay_s(first.t95_ms / 1e3, second.t95_ms / 1e3, limit_s, minimum_s=minimum_s)
+        t95_s, second_t95_s = ((c.target.t95_ms + self._wait_ms(c, self._load(c))) / 1e3 for c in (first, second))
+        delay_s = hedge_delay_s(t95_s, second_t95_s, limit_s, minimum_s=minimum_s)
         return 0.0 if delay_s is None else delay_s * 1e3
 
     def _lead(self, now: float, lease_id: str, name: str) -> None:
