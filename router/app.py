@@ -27,11 +27,11 @@ from nearcast.transport.statistics import Statistics
 from router.child import Child
 from router.config import RouterConfig
 from router.control import ControlLink, find_control
+from router.decision_log import make_policy
 from router.directory import Announcer, DirectoryReader
 from router.explain import explain_route
 from router.lease import Announced
 from router.lessor import Lessor
-from router.policy import Policy
 from router.renewal import Renewal
 from router.router import Router
 from router.splits import StoreSplits
@@ -55,8 +55,12 @@ class RouterApp:
         self._telemetry = telemetry.start(self.name, config.telemetry)
         self._store = Store(self._data / "models")
         seed = config.seed if config.seed >= 0 else secrets.randbits(63)
+        registry = self._telemetry.registry
+        policy, self._decision_log = make_policy(
+            config.policy, seed, config.decisions, data_dir=self._data, node=self.name, registry=registry
+        )
         self.router = Router(
-            Policy(config.policy, seed),
+            policy,
             splits=StoreSplits(self._store),
             node=self.name,
             registry=self._telemetry.registry,
@@ -76,6 +80,8 @@ class RouterApp:
             MeshError: an address in use, or reachable from other machines without certificates.
         """
         self._data.mkdir(parents=True, exist_ok=True)
+        if self._decision_log is not None:
+            self._closers.callback(self._decision_log.close)
         await self.router.start()
         self._closers.push_async_callback(self.router.close)
         self._closers.push_async_callback(self.targets.close)

@@ -8,6 +8,7 @@ import msgspec
 
 from nearcast.telemetry import TelemetryConfig
 from router.lease import LeaseConfig
+from router.decision_log import DecisionLogConfig
 from router.policy import PolicyConfig
 from router.router import RouterLimits
 from router.shadow import ShadowConfig, ShadowLimits
@@ -102,6 +103,7 @@ class RouterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         transport: of all gRPC listeners and channels.
         tls: serve the client listeners with the identity's certificate (needed beyond loopback).
         seed: of the policy; -1 = drawn at start.
+        decisions: whether they are logged, so that `nearcast route replay` can make them again.
         shadows: versions or models that get copies of a share of the requests; `shadow` bounds them all.
     """
 
@@ -112,6 +114,7 @@ class RouterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     transport: Literal["ngh2", "grpcio"] = "ngh2"
     tls: bool = False
     seed: Annotated[int, msgspec.Meta(ge=-1)] = -1
+    decisions: DecisionLogConfig = DecisionLogConfig()
     listen: ListenConfig = ListenConfig()
     targets: tuple[TargetConfig, ...] = ()
     probe: ProbeConfig = ProbeConfig()

@@ -10,6 +10,7 @@ from nearcast.serving.limits import SLOTS, HostLimits
 from nearcast.telemetry import TelemetryConfig
 from router.config import ProbeConfig
 from router.lease import LeaseConfig
+from router.decision_log import DecisionLogConfig
 from router.policy import PolicyConfig
 from router.shadow import ShadowConfig, ShadowLimits
 
@@ -114,6 +115,7 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         data_dir: identity, models, control socket, inbox, logs of children.
         tenant_keys: folder with the keys of tenants whose versions are sealed; "" = none.
         seed: of the router's choices between near ties; 0 = a different one at each start.
+        decisions: whether the router's are logged, so that `nearcast route replay` can make them again.
         shadows: versions or models that get copies of a share of the requests; `shadow` bounds them all.
         drain_s: how long requests may take to finish at the end; on an edge node again as long for devices.
     """
@@ -132,6 +134,7 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     shadow: ShadowLimits = ShadowLimits()
     telemetry: TelemetryConfig = TelemetryConfig()
     seed: int = 0
+    decisions: DecisionLogConfig = DecisionLogConfig()
     drain_s: Annotated[float, msgspec.Meta(gt=0)] = 2.5
 
     def host_limits(self) -> HostLimits:

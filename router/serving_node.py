@@ -32,11 +32,11 @@ from nearcast.transport.seam import UNIX_PREFIX, Server
 from nearcast.transport.shared_memory import Regions
 from router.child import Child
 from router.control import ControlLink, find_control
+from router.decision_log import make_policy
 from router.directory import Announcer, DirectoryReader
 from router.explain import explain_route
 from router.lease import Announced
 from router.lessor import Lessor
-from router.policy import Policy
 from router.renewal import Renewal
 from router.router import Router
 from router.serving_config import ServingConfig
@@ -123,8 +123,11 @@ class ServingNode:
             limits=config.host_limits(),
         )
         seed = config.seed or random.SystemRandom().getrandbits(48)
+        policy, self._decision_log = make_policy(
+            config.policy, seed, config.decisions, data_dir=self.data_dir, node=self.name, registry=registry
+        )
         self.router = Router(
-            Policy(config.policy, seed),
+            policy,
             local=self.host,
             splits=StoreSplits(self.store),
             node=self.name,
@@ -153,6 +156,8 @@ class ServingNode:
         """
         closers = self._closers
         self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self._decision_log is not None:
+            closers.callback(self._decision_log.close)
         await self.host.start()
         closers.push_async_callback(self.host.close)
         self.host.on_refresh = self.router.observe_local

@@ -1,4 +1,4 @@
-"""`nearcast route explain`: where a request would go now, and why."""
+"""`nearcast route`: where a request would go now, and why; and what was decided, once more."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from urllib.request import urlopen
 import click
 
 from nearcast.cli.listing import json_option, print_json, print_table, printable
+from nearcast.cli.route_replay import command as replay
 from nearcast.errors import Code, MeshError
 
 TIMEOUT_S = 5.0
@@ -21,6 +22,9 @@ ANSWER_SIZE_BYTES_MAX = 1024 * 1024
 @click.group(name="route")
 def command() -> None:
     """Explain routing decisions."""
+
+
+command.add_command(replay)
 
 
 @command.command(short_help="Ask a router where a request would go now.")
