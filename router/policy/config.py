@@ -31,6 +31,10 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         bytes_per_s_seed: first guess of a link's rate, bytes per second.
         window_size: samples of the sliding service-time window.
         window_age_ms_max: older samples are dropped.
+        forgive_ms: a target that nobody has asked for this long is believed to get better again, half of the way for
+            each such time, and one request at a time may see.
+        price_weight_ms: what one unit of price for 1000 answers is worth, in milliseconds.
+        quality_weight_ms: what all of the quality is worth, in milliseconds.
         stale_ms: age at which a report's spread counts double and its load is half forgotten.
         stale_widening_max: upper bound of that widening.
         refresh_ms: how often ages, decays and hot bounds are brought up to date.
@@ -51,12 +55,23 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         pushback_ms_max: a target's wish to be left alone counts for at most this long.
         sequences_max: sequences whose target is remembered; the least recently used is forgotten first.
         targets_max: targets that are known at the same time.
+        versions_max: versions that one target may report; the rest of its report is not read.
         class_shares: for each class of requests, highest first: the part of the time it could wait that a standing
             queue may take before it is refused; the default class is the second.
         burst_share: the same for every class but the highest while the queue is not older than that time.
         patience_ms: for this long a queue is kept short enough for the least patient request of a higher class.
         tenant_shares_max: tenants, counted once for each model they use, that are told apart; the rest share one part.
         tenant_idle_ms: a tenant that asks for nothing for this long leaves its part to the others.
+        tier_trip_ms: a tier most of whose answers come to nothing for this long is set aside.
+        tier_open_ms: how long it is set aside the first time; doubles with each relapse.
+        tier_open_ms_max: bound of that doubling.
+        tier_trials: requests at the same time that are to show whether it is back.
+        tier_start_ms: time in which a tier that is back gets from the trials to all requests.
+        slow_score_max: a target whose model time lies more standard deviations than this above its like is set aside.
+        slow_share_max: share of the targets of a model that may be set aside as slow at the same time.
+        slow_ms: how often that is looked at, and for how long one is set aside the first time; doubles with each
+            relapse.
+        slow_ms_max: bound of that doubling.
     """
 
     reserve_ms: NonNegative = 1.0
@@ -74,6 +89,9 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     bytes_per_s_seed: Positive = 50e6
     window_size: Count = 64
     window_age_ms_max: Positive = 5000.0
+    forgive_ms: Positive = 500.0
+    price_weight_ms: NonNegative = 1.0
+    quality_weight_ms: NonNegative = 50.0
     stale_ms: Positive = 2000.0
     stale_widening_max: NonNegative = 4.0
     refresh_ms: Positive = 50.0
@@ -93,8 +111,18 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     pushback_ms_max: NonNegative = 1000.0
     sequences_max: Count = 10_000
     targets_max: Count = 256
+    versions_max: Count = 1024
     class_shares: Annotated[tuple[Fraction, ...], msgspec.Meta(min_length=1, max_length=4)] = (1.0, 0.5, 0.35, 0.2)
     burst_share: Fraction = 0.8
     patience_ms: NonNegative = 5000.0
     tenant_shares_max: Count = 10_000
     tenant_idle_ms: Positive = 2000.0
+    tier_trip_ms: Positive = 1000.0
+    tier_open_ms: Positive = 500.0
+    tier_open_ms_max: Positive = 5000.0
+    tier_trials: Count = 4
+    tier_start_ms: Positive = 1000.0
+    slow_score_max: Positive = 6.0
+    slow_share_max: Fraction = 0.5
+    slow_ms: Positive = 1000.0
+    slow_ms_max: Positive = 30_000.0
