@@ -35,7 +35,8 @@ from router.lessor import Lessor
 from router.renewal import Renewal
 from router.router import Router
 from router.splits import StoreSplits
-from router.targets import ChannelFactory, TargetSet, configured_views
+from router.target import configured_views
+from router.targets import ChannelFactory, TargetSet
 
 DRAIN_S = 5.0
 AGENT_NICE = 10

@@ -55,17 +55,24 @@ class ProbeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     Attributes:
         directory_ms: mean time between looks at the node directory.
         announce_ms: time between words about ourselves to the directory.
-        report_ms: mean time between probes of one target.
+        report_ms: time between reports of one target in which nothing changes, or between polls of one that has no
+            stream of reports.
+        reports_per_s_max: all targets together send reports of a changed load no more often.
+        idle_ms: a target that has answered no request for so long is asked for the round trip, and again after it.
         timeout_ms: a probe that takes longer counts as unanswered.
         failures_max: unanswered probes in a row after which the connection is given up and made anew.
+        connects_max: connections that are being made at the same time.
         drain_ms: how long a connection to a target that left may finish what is in flight.
     """
 
     directory_ms: Positive = 1000.0
     announce_ms: Positive = 5000.0
     report_ms: Positive = 350.0
+    reports_per_s_max: Positive = 500.0
+    idle_ms: Annotated[float, msgspec.Meta(ge=1000)] = 1000.0
     timeout_ms: Positive = 1000.0
     failures_max: Annotated[int, msgspec.Meta(ge=1)] = 3
+    connects_max: Annotated[int, msgspec.Meta(ge=1)] = 32
     drain_ms: Positive = 5000.0
 
 

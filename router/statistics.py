@@ -42,6 +42,10 @@ class RouterStatistics:
             count = 0
         self.sends[key] = count + 1
 
+    def answered(self, target: str) -> int:
+        """Attempts that a target has answered."""
+        return self.sends.get((target, None), 0)
+
     def refuse(self, code: Code) -> None:
         """One request was refused without being sent."""
         self.refused[code] = self.refused.get(code, 0) + 1

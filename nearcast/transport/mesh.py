@@ -2,29 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Collection
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Collection, Sequence
+from contextlib import aclosing
 
 from nearcast.errors import Code, MeshError
 from nearcast.identity.name import parse_uri
-from nearcast.transport.seam import Call, Methods, Reply, StreamMethod, UnaryMethod
+from nearcast.load import NodeReport
+from nearcast.transport.report_feed import WATCHERS_MAX, ReportFeed
+from nearcast.transport.seam import Call, Channel, Methods, Reply, StreamMethod, UnaryMethod
 from nearcast.transport.service import Report
-from nearcast.wire.report import encode_report
+from nearcast.wire.report import Watch, decode_report, decode_watch, encode_report, encode_watch
 
 REPORT = "/nearcast.wire.v1.Mesh/Report"
+WATCH_REPORT = "/nearcast.wire.v1.Mesh/WatchReport"
 
 
 def mesh_methods(report: Report) -> Methods:
     """The methods of `nearcast.wire.v1.Mesh`.
 
     Args:
-        report: what this node says about itself now; called once per probe.
+        report: what this node says about itself now; called once per probe, and many times a second while watched.
     """
+    feed = ReportFeed(report)
 
     async def answer(_: bytes, call: Call) -> Reply:
         parse_uri(call.identity)
         return Reply((encode_report(report()),))
 
-    return Methods(unary={REPORT: answer})
+    async def watch(bodies: AsyncIterator[bytes], call: Call) -> AsyncIterator[Reply]:
+        parse_uri(call.identity)
+        if feed.watchers >= WATCHERS_MAX:
+            raise MeshError(
+                Code.OVERLOADED, f"{WATCHERS_MAX} routers watch this node already; ask for reports one by one."
+            )
+        asked = decode_watch(await anext(bodies, b""))
+        async with aclosing(feed.follow(interval_s=asked.interval_s, gap_s=asked.gap_s)) as reports:
+            async for body in reports:
+                yield Reply((body,))
+
+    return Methods(unary={REPORT: answer}, stream={WATCH_REPORT: watch})
+
+
+async def watch_report(channel: Channel, watch: Watch) -> AsyncGenerator[NodeReport, None]:
+    """The reports of the node behind a channel as they come; ends when the node drains.
+
+    Raises:
+        CallError: UNSUPPORTED by a node that offers no stream of reports; the channel's error.
+        MeshError: INTERNAL if a report is malformed.
+    """
+
+    async def wish() -> AsyncIterator[Sequence[bytes]]:
+        yield (encode_watch(watch),)
+
+    last, report = b"", NodeReport(node="", role="")
+    replies = channel.stream(WATCH_REPORT, wish())
+    async with aclosing(replies):
+        async for body in replies:
+            if body != last:
+                last, report = body, decode_report(body)
+            yield report
 
 
 def join_methods(*parts: Methods) -> Methods:

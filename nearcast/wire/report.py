@@ -42,6 +42,35 @@ _RESIDENCY_NAMES: dict[int, Residency] = {number: name for name, number in _RESI
 _STATEFUL_NAMES: dict[int, Stateful] = {number: name for name, number in _STATEFUL.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """How reports are wished: not further apart than `interval_s`, changes of load not closer than `gap_s`."""
+
+    interval_s: float = 1.0
+    gap_s: float = 0.1
+
+
+def encode_watch(watch: Watch) -> bytes:
+    """The wish as protobuf."""
+    return pb.WatchReportRequest(
+        interval_ms=round(watch.interval_s * 1e3), gap_ms=round(watch.gap_s * 1e3)
+    ).SerializeToString()
+
+
+def decode_watch(body: bytes) -> Watch:
+    """A peer's wish; what it leaves open is our choice.
+
+    Raises:
+        MeshError: INVALID_REQUEST if the bytes are no such message.
+    """
+    try:
+        message = pb.WatchReportRequest.FromString(body)
+    except DecodeError as error:
+        raise MeshError(Code.INVALID_REQUEST, "The message is no WatchReportRequest.") from error
+    default = Watch()
+    return Watch(message.interval_ms / 1e3 or default.interval_s, message.gap_ms / 1e3 or default.gap_s)
+
+
 def encode_report(report: NodeReport) -> bytes:
     """A report as protobuf; counters are clamped into their bounds."""
     return pb.NodeReport(

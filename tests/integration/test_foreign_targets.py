@@ -21,7 +21,8 @@ from nearcast.wire.v1 import oip_pb2 as pb
 from router.config import ProbeConfig, TargetConfig
 from router.policy import Policy, PolicyConfig
 from router.router import Router
-from router.targets import ChannelFactory, TargetSet, configured_views
+from router.target import configured_views
+from router.targets import ChannelFactory, TargetSet
 
 FAST = ProbeConfig(report_ms=20, timeout_ms=500, drain_ms=200)
 

@@ -24,23 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bnearcast/wire/v1/mesh.proto\x12\x10nearcast.wire.v1\"\xba\x02\n\rVersionReport\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12.\n\tresidency\x18\x03 \x01(\x0e\x32\x1b.nearcast.wire.v1.Residency\x12\x0e\n\x06\x65ta_ms\x18\x04 \x01(\x01\x12\x11\n\tin_flight\x18\x05 \x01(\r\x12\x10\n\x08queue_us\x18\x06 \x01(\x01\x12\x16\n\x0eservice_p50_us\x18\x07 \x01(\x01\x12\x16\n\x0eservice_p95_us\x18\x08 \x01(\x01\x12,\n\x08stateful\x18\t \x01(\x0e\x32\x1a.nearcast.wire.v1.Stateful\x12\x0f\n\x07quality\x18\n \x01(\x01\x12\x15\n\rbatch_wait_us\x18\x0b \x01(\x01\x12\r\n\x05price\x18\x0c \x01(\x01\x12\x0f\n\x07smaller\x18\r \x01(\t\"\xbb\x01\n\nNodeReport\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05slots\x18\x03 \x01(\r\x12\x11\n\tin_flight\x18\x04 \x01(\r\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x31\n\x08versions\x18\x06 \x03(\x0b\x32\x1f.nearcast.wire.v1.VersionReport\x12\x16\n\x0e\x63lient_address\x18\x07 \x01(\t\x12\x12\n\nclient_tls\x18\x08 \x01(\x08\"\x0f\n\rReportRequest*d\n\tResidency\x12\x19\n\x15RESIDENCY_UNSPECIFIED\x10\x00\x12\x11\n\rRESIDENCY_HOT\x10\x01\x12\x15\n\x11RESIDENCY_LOADING\x10\x02\x12\x12\n\x0eRESIDENCY_COLD\x10\x03*c\n\x08Stateful\x12\x18\n\x14STATEFUL_UNSPECIFIED\x10\x00\x12\x11\n\rSTATEFUL_NONE\x10\x01\x12\x15\n\x11STATEFUL_EXPLICIT\x10\x02\x12\x13\n\x0fSTATEFUL_HIDDEN\x10\x03\x32O\n\x04Mesh\x12G\n\x06Report\x12\x1f.nearcast.wire.v1.ReportRequest\x1a\x1c.nearcast.wire.v1.NodeReportb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bnearcast/wire/v1/mesh.proto\x12\x10nearcast.wire.v1\"\xba\x02\n\rVersionReport\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12.\n\tresidency\x18\x03 \x01(\x0e\x32\x1b.nearcast.wire.v1.Residency\x12\x0e\n\x06\x65ta_ms\x18\x04 \x01(\x01\x12\x11\n\tin_flight\x18\x05 \x01(\r\x12\x10\n\x08queue_us\x18\x06 \x01(\x01\x12\x16\n\x0eservice_p50_us\x18\x07 \x01(\x01\x12\x16\n\x0eservice_p95_us\x18\x08 \x01(\x01\x12,\n\x08stateful\x18\t \x01(\x0e\x32\x1a.nearcast.wire.v1.Stateful\x12\x0f\n\x07quality\x18\n \x01(\x01\x12\x15\n\rbatch_wait_us\x18\x0b \x01(\x01\x12\r\n\x05price\x18\x0c \x01(\x01\x12\x0f\n\x07smaller\x18\r \x01(\t\"\xbb\x01\n\nNodeReport\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05slots\x18\x03 \x01(\r\x12\x11\n\tin_flight\x18\x04 \x01(\r\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x31\n\x08versions\x18\x06 \x03(\x0b\x32\x1f.nearcast.wire.v1.VersionReport\x12\x16\n\x0e\x63lient_address\x18\x07 \x01(\t\x12\x12\n\nclient_tls\x18\x08 \x01(\x08\"\x0f\n\rReportRequest\"9\n\x12WatchReportRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\r\x12\x0e\n\x06gap_ms\x18\x02 \x01(\r*d\n\tResidency\x12\x19\n\x15RESIDENCY_UNSPECIFIED\x10\x00\x12\x11\n\rRESIDENCY_HOT\x10\x01\x12\x15\n\x11RESIDENCY_LOADING\x10\x02\x12\x12\n\x0eRESIDENCY_COLD\x10\x03*c\n\x08Stateful\x12\x18\n\x14STATEFUL_UNSPECIFIED\x10\x00\x12\x11\n\rSTATEFUL_NONE\x10\x01\x12\x15\n\x11STATEFUL_EXPLICIT\x10\x02\x12\x13\n\x0fSTATEFUL_HIDDEN\x10\x03\x32\xa4\x01\n\x04Mesh\x12G\n\x06Report\x12\x1f.nearcast.wire.v1.ReportRequest\x1a\x1c.nearcast.wire.v1.NodeReport\x12S\n\x0bWatchReport\x12$.nearcast.wire.v1.WatchReportRequest\x1a\x1c.nearcast.wire.v1.NodeReport0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'nearcast.wire.v1.mesh_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RESIDENCY']._serialized_start=573
-  _globals['_RESIDENCY']._serialized_end=673
-  _globals['_STATEFUL']._serialized_start=675
-  _globals['_STATEFUL']._serialized_end=774
+  _globals['_RESIDENCY']._serialized_start=632
+  _globals['_RESIDENCY']._serialized_end=732
+  _globals['_STATEFUL']._serialized_start=734
+  _globals['_STATEFUL']._serialized_end=833
   _globals['_VERSIONREPORT']._serialized_start=50
   _globals['_VERSIONREPORT']._serialized_end=364
   _globals['_NODEREPORT']._serialized_start=367
   _globals['_NODEREPORT']._serialized_end=554
   _globals['_REPORTREQUEST']._serialized_start=556
   _globals['_REPORTREQUEST']._serialized_end=571
-  _globals['_MESH']._serialized_start=776
-  _globals['_MESH']._serialized_end=855
+  _globals['_WATCHREPORTREQUEST']._serialized_start=573
+  _globals['_WATCHREPORTREQUEST']._serialized_end=630
+  _globals['_MESH']._serialized_start=836
+  _globals['_MESH']._serialized_end=1000
 # @@protoc_insertion_point(module_scope)

@@ -82,3 +82,11 @@ class NodeReport(_message.Message):
 class ReportRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class WatchReportRequest(_message.Message):
+    __slots__ = ("interval_ms", "gap_ms")
+    INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
+    GAP_MS_FIELD_NUMBER: _ClassVar[int]
+    interval_ms: int
+    gap_ms: int
+    def __init__(self, interval_ms: _Optional[int] = ..., gap_ms: _Optional[int] = ...) -> None: ...
