@@ -106,7 +106,7 @@ class Exchange:
                 raise
             return winner
         except MeshError as error:
-            self._close(attempt, _outcome(error))
+            self._close(attempt, read_outcome(error))
             if (winner := await self._wait_for_hedge()) is None:
                 raise
             return winner
@@ -164,7 +164,7 @@ class Exchange:
             raise
         except MeshError as error:
             # The first send is still on its way, or has failed and says why itself.
-            self._policy.on_reply(self._now(), attempt, _outcome(error))
+            self._policy.on_reply(self._now(), attempt, read_outcome(error))
             self._statistics.count(copy.target, error.code)
             return
         except Exception:  # noqa: BLE001 - nobody awaits this task; what broke is logged and counted
@@ -193,7 +193,7 @@ class Exchange:
         return self._winner
 
 
-def _outcome(error: MeshError) -> Outcome:
+def read_outcome(error: MeshError) -> Outcome:
     """What the policy learns from an error; a status that names our own code was sent by the target itself."""
     told = isinstance(error, CallError) and any(name == CODE for name, _ in error.trailers)
     return Outcome(error.code, error.sent, error.retry_after_ms, told=told)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 from prometheus_client import CollectorRegistry
@@ -15,9 +15,13 @@ from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import Code, MeshError
 from nearcast.handler import InferenceHandler, InferRequest, InferResponse, ModelMetadata, RequestContext
 from nearcast.load import NodeReport, Tier, VersionReport
+from nearcast.transport.remote import RemoteNode
+from nearcast.transport.seam import PassedCall, Receiver, Responder
+from nearcast.transport.statistics import Statistics
 from nearcast.wire.request import StandInRequest
 from router.cascade import Cascade
 from router.exchange import Exchange
+from router.passage import Passage
 from router.policy import Decision, Outcome, Policy, Reject, RequestFacts, Send, assign, sticky_key
 from router.policy.events import ABANDONED
 from router.policy.refuse import unknown_model
@@ -88,16 +92,18 @@ class Router:
     ) -> None:
         self.policy = policy
         self.node = node
+        self.now = clock.monotonic
         self.splits: SplitSource = splits or NoSplits()
         self.statistics = RouterStatistics()
         self._cascade = Cascade(policy, clock.monotonic, self._facts, self._carry_out, self.statistics.escalations)
         self.shadows: Shadows | None = None
         self._local = local
-        self._now = clock.monotonic
         self._forward = forward
         self._report_s = (limits or RouterLimits()).report_ms / 1e3
         self._nodes: dict[str, Node] = {}
-        self._timers = Timers()
+        self._direct: dict[str, RemoteNode] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.timers = Timers()
         self._nonces = itertools.count(1)
         self._watch: asyncio.Task[None] | None = None
         self._draining = False
@@ -107,7 +113,7 @@ class Router:
             registry.register(self._collector)
         if local is not None:
             self._nodes[node] = local
-            policy.add_target(self._now(), node, "local")
+            policy.add_target(self.now(), node, "local")
 
     async def start(self) -> None:
         """Read the local host's report, and keep reading it."""
@@ -120,7 +126,7 @@ class Router:
         self.shadows = Shadows(
             configs,
             policy=self.policy,
-            now=self._now,
+            now=self.now,
             call=lambda send, request, context: self._call(send, request, context, named=True),
             counts=self.statistics.shadows,
             limits=limits,
@@ -131,7 +137,7 @@ class Router:
         self._draining = True
         if self.shadows is not None:
             await self.shadows.close()
-        self._timers.close()
+        self.timers.close()
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
@@ -150,22 +156,26 @@ class Router:
         """Offer requests to a node from now on. False = the policy knows too many targets."""
         if name == self.node and self._local is not None:
             return False
-        if not self.policy.add_target(self._now(), name, tier, domain):
+        if not self.policy.add_target(self.now(), name, tier, domain):
             return False
         self._nodes[name] = node
+        self._direct.pop(name, None)
+        if isinstance(node, RemoteNode):
+            self._direct[name] = node
         return True
 
     def detach(self, name: str) -> None:
         """Send nothing more to a node; what is on its way goes on."""
         if self._nodes.get(name) is not self._local:
             self._nodes.pop(name, None)
-            self.policy.remove_target(self._now(), name)
+            self._direct.pop(name, None)
+            self.policy.remove_target(self.now(), name)
 
     def observe_local(self, model: str | None = None) -> None:
         """Look at the local host and its pointers now: after a refresh, so that nobody waits for the next look."""
         self.splits.refresh(model)
         if self._local is not None:
-            self.policy.on_report(self._now(), self.node, self._local.report())
+            self.policy.on_report(self.now(), self.node, self._local.report())
 
     # Requests --------------------------------------------------------------------------------------------------------
 
@@ -177,21 +187,36 @@ class Router:
         """
         if context.forwarded:
             return await self._infer_forwarded(request, context)
-        now = self._now()
+        now = self.now()
         facts = self._facts(now, request, context)
-        decision = self.policy.decide(now, facts)
-        if isinstance(decision, Reject):
-            self.statistics.refuse(decision.code)
-            raise MeshError(decision.code, decision.message, retry_after_ms=decision.retry_after_ms)
-        if decision.missed:
-            self.statistics.missed += 1
-
+        decision = self._decide(now, facts)
         response = await self._carry_out(decision, facts, request, context)
         if response.served.escalate and self._forward:
-            response = await self._cascade.follow(response, request, context)
+            response = await self.escalate(response, request, context)
         if self.shadows is not None:
             self.shadows.offer(request, context, response)
         return response
+
+    @property
+    def passes(self) -> bool:
+        """Whether `pass_on` takes calls over: where the answers of nodes go on as bytes."""
+        return self._local is None and self._forward
+
+    def pass_on(
+        self, request: InferRequest, context: RequestContext, responder: Responder, counts: Statistics | None
+    ) -> Passage | None:
+        """As `infer`, without a coroutine: the responder is told of the end. None = `infer` must do it.
+
+        Raises:
+            MeshError: the refusal.
+        """
+        if self.shadows is not None and request.model in self.shadows.models:
+            return None
+        now = self.now()
+        facts = self._facts(now, request, context)
+        passage = Passage(self, request, context, facts, responder, counts, now)
+        passage.go(now, self._decide(now, facts))
+        return passage
 
     async def stream(
         self, requests: AsyncIterator[InferRequest], context: RequestContext
@@ -210,7 +235,7 @@ class Router:
         principal: str = "",
     ) -> tuple[RequestFacts, Decision]:
         """What would be decided for such a request now, with the terms of every candidate. Sends nothing."""
-        now = self._now()
+        now = self.now()
         wanted, fallbacks = self._versions(model, version, "", principal, "", "local")
         facts = RequestFacts(
             model=model,
@@ -280,19 +305,72 @@ class Router:
             return self._local.report()
         return NodeReport(node=self.node, role="router", draining=self._draining)
 
+    # What a request on its way needs ---------------------------------------------------------------------------------
+
+    def pass_to(
+        self,
+        send: Send,
+        request: InferRequest,
+        context: RequestContext,
+        facts: RequestFacts,
+        now: float,
+        receiver: Receiver,
+    ) -> PassedCall | None:
+        """One attempt as a call of the channel itself; None = `ask` must do it.
+
+        Raises:
+            MeshError: the target has left, or a value cannot travel.
+        """
+        node = self._direct.get(send.target)
+        if node is None or send.model:
+            return None
+        return node.pass_on(request, context, send.version if facts.version else "", now, receiver)
+
+    def ask(
+        self, send: Send, request: InferRequest, context: RequestContext, facts: RequestFacts
+    ) -> Awaitable[InferResponse]:
+        """One attempt.
+
+        Raises:
+            MeshError: the target has left, or what it answers.
+        """
+        return self._call(send, request, context, named=bool(facts.version))
+
+    def escalate(
+        self, response: InferResponse, request: InferRequest, context: RequestContext
+    ) -> Awaitable[InferResponse]:
+        """A better answer than an uncertain one, if there can be one."""
+        return self._cascade.follow(response, request, context)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run what is rare in a task, and keep it until it has ended."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
     # Inside ----------------------------------------------------------------------------------------------------------
+
+    def _decide(self, now: float, facts: RequestFacts) -> Send:
+        decision = self.policy.decide(now, facts)
+        if isinstance(decision, Reject):
+            self.statistics.refuse(decision.code)
+            raise MeshError(decision.code, decision.message, retry_after_ms=decision.retry_after_ms)
+        if decision.missed:
+            self.statistics.missed += 1
+        return decision
 
     def _carry_out(
         self, decision: Send, facts: RequestFacts, request: InferRequest, context: RequestContext
     ) -> Awaitable[InferResponse]:
         exchange = Exchange(
             self.policy,
-            self._now,
+            self.now,
             lambda send: self._call(send, request, context, named=bool(facts.version)),
             facts,
             context.deadline,
             self.statistics,
-            self._timers,
+            self.timers,
         )
         return exchange.run(decision)
 
@@ -365,7 +443,7 @@ class Router:
         if self._local is None:
             raise MeshError(Code.MODEL_NOT_FOUND, "This node holds no models; choose another one.")
         facts = RequestFacts(model=request.model, version=context.version, size_bytes=request.size_bytes)
-        attempt = self.policy.on_sent(self._now(), facts, Send(self.node, context.version), "forwarded")
+        attempt = self.policy.on_sent(self.now(), facts, Send(self.node, context.version), "forwarded")
         self.statistics.forwarded += 1
         outcome = ABANDONED
         try:
@@ -380,14 +458,14 @@ class Router:
             outcome = Outcome(Code.INTERNAL)
             raise
         finally:
-            self.policy.on_reply(self._now(), attempt, outcome)
+            self.policy.on_reply(self.now(), attempt, outcome)
         return response
 
     async def _watch_local(self) -> None:
         assert self._local is not None
         while True:
             await asyncio.sleep(self._report_s)
-            self.policy.on_report(self._now(), self.node, self._local.report())
+            self.policy.on_report(self.now(), self.node, self._local.report())
 
     def _unknown(self, model: str) -> MeshError:
         reject = unknown_model(model, self.policy.models)

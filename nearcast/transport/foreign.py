@@ -13,7 +13,7 @@ from nearcast.handler import InferRequest, InferResponse, RequestContext
 from nearcast.load import NodeReport, Residency, VersionReport
 from nearcast.transport.oip import MODEL_INFER, SERVICE
 from nearcast.transport.remote import RemoteNode
-from nearcast.transport.seam import Channel
+from nearcast.transport.seam import Channel, Metadata
 from nearcast.wire import status
 from nearcast.wire.framing import encode_field, encode_text
 from nearcast.wire.report import LIMITS
@@ -56,18 +56,28 @@ class ForeignNode(RemoteNode):
             CallError: the server's error, or the channel's; `sent` says whether the model may have run.
             MeshError: INTERNAL if the answer is malformed, INVALID_REQUEST if a value cannot travel.
         """
-        pieces = request_pieces(request)
-        if context.version and context.version != request.version:
-            # Of two values of a field the last one counts.
-            pieces = (*pieces, encode_field(2, encode_text(context.version)))
-        trace = ((status.TRACE, context.trace),) if context.trace else ()
-        reply = await self._channel.unary(MODEL_INFER, pieces, metadata=trace, deadline=context.deadline)
+        reply = await self._channel.unary(
+            MODEL_INFER,
+            self._write(request, context.version),
+            metadata=self._describe(context),
+            deadline=context.deadline,
+        )
         body = reply.body[0] if len(reply.body) == 1 else b"".join(reply.body)
         response = WireResponse(body, status.served_from_trailers(reply.trailers))
         served = response.served
         if not served.node:
             response.served = msgspec.structs.replace(served, node=self.name, version=response.version)
         return response
+
+    def _describe(self, context: RequestContext) -> Metadata:
+        return ((status.TRACE, context.trace),) if context.trace else ()
+
+    def _write(self, request: InferRequest, version: str) -> Sequence[bytes]:
+        pieces = request_pieces(request)
+        if version and version != request.version:
+            # Of two values of a field the last one counts.
+            pieces = (*pieces, encode_field(2, encode_text(version)))
+        return pieces
 
     def stream(self, requests: AsyncIterator[InferRequest], context: RequestContext) -> AsyncIterator[InferResponse]:
         """As `RemoteNode.stream`, without what only a node of the mesh understands."""

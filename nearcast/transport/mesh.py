@@ -73,7 +73,8 @@ def join_methods(*parts: Methods) -> Methods:
     stream = {path: method for part in parts for path, method in part.stream.items()}
     if len(unary) + len(stream) != sum(len(part.unary) + len(part.stream) for part in parts):
         raise ValueError("two parts offer the same method path")
-    return Methods(unary=unary, stream=stream)
+    passing = {path: method for part in parts for path, method in part.passing.items()}
+    return Methods(unary=unary, stream=stream, passing=passing)
 
 
 class Members:

@@ -1,18 +1,22 @@
-"""One call of an ngh2 channel: what came of it so far. A unary call ends in a future, a stream in an inbox."""
+"""One call of an ngh2 channel: what came of it so far. A unary call ends in a future or tells its receiver, a stream
+ends in an inbox.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import math
 from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ngh2 import NGH2Error
 
 from nearcast.errors import Code, MeshError
-from nearcast.transport.ngh2_framing import MessageReader, frame, whole_message
+from nearcast.transport.call_status import call_error
+from nearcast.transport.ngh2_framing import PREFIX_SIZE_BYTES, MessageReader, frame, is_one_message, whole_message
+from nearcast.transport.ngh2_headers import OK, read_trailers
 from nearcast.transport.ngh2_inbox import Inbox
-from nearcast.transport.seam import CallError, Metadata, Reply
+from nearcast.transport.seam import CallError, Fields, Metadata, Receiver, Reply
 
 if TYPE_CHECKING:
     from nearcast.transport.ngh2_client import ClientConnection
@@ -47,6 +51,16 @@ class ClientCall:
             MeshError: for what is no message, too large or too much.
         """
         raise NotImplementedError
+
+    def conclude(self, fields: Fields) -> None:
+        """The peer's last header fields are here."""
+        number, message, trailers = read_trailers(fields)
+        if number == 0:
+            self.succeed(trailers)
+        elif number is None:
+            self.fail(CallError(Code.INTERNAL, "The peer's answer has no gRPC status.", sent=True))
+        else:
+            self.fail(call_error(number, message, trailers))
 
     def succeed(self, trailers: Metadata) -> None:
         """The peer's status is OK."""
@@ -93,6 +107,46 @@ class UnaryCall(ClientCall):
     def fail(self, error: BaseException) -> None:
         if not self.future.done():
             self.future.set_exception(error)
+
+
+class PassedCall(ClientCall):
+    """A unary call whose answer goes on as it came. It keeps no time of its own, beyond the channel's cap."""
+
+    __slots__ = ("_pieces", "_receiver", "_size_bytes")
+
+    def __init__(self, connection: ClientConnection, stream_id: int, ends_at: float, receiver: Receiver) -> None:
+        super().__init__(connection, stream_id, ends_at)
+        self._receiver: Receiver | None = receiver
+        self._pieces: list[bytes] = []
+        self._size_bytes = 0
+
+    def abandon(self) -> None:
+        """Reset the call; its receiver hears no more of it."""
+        self._receiver = None
+        self.connection.abandon(self)
+
+    def receive(self, data: bytes) -> None:
+        connection = self.connection
+        if data:
+            connection.acknowledge(len(data), self.id)
+            self._pieces.append(data)
+            self._size_bytes += len(data)
+            if self._size_bytes > connection.limits.message_size_bytes_max + PREFIX_SIZE_BYTES:
+                raise MeshError(Code.TOO_LARGE, "it is larger than this side takes.")
+
+    def conclude(self, fields: Fields) -> None:
+        if OK not in fields:
+            super().conclude(fields)
+        elif not is_one_message(self._pieces, self._size_bytes):
+            self.fail(CallError(Code.INTERNAL, "The peer's answer is not one message as it should be.", sent=True))
+        elif self._receiver is not None:
+            receiver, self._receiver = self._receiver, None
+            receiver.on_answer(self._pieces, fields)
+
+    def fail(self, error: BaseException) -> None:
+        if self._receiver is not None:
+            receiver, self._receiver = self._receiver, None
+            receiver.on_error(cast("CallError", error), is_refused=self.is_refused)
 
 
 class StreamCall(ClientCall):

@@ -13,12 +13,22 @@ from ngh2 import NGH2Error
 
 from nearcast.errors import Code, MeshError
 from nearcast.identity import tls_error
-from nearcast.transport.ngh2_call import StreamCall, UnaryCall
+from nearcast.transport.ngh2_call import PassedCall, StreamCall, UnaryCall
 from nearcast.transport.ngh2_client import ClientConnection
 from nearcast.transport.ngh2_connection import require_alpn, split_address, wait_gone
 from nearcast.transport.ngh2_framing import frame
-from nearcast.transport.ngh2_headers import Fields, request_prefix, write_request
-from nearcast.transport.seam import DEFAULT_LIMITS, UNIX_PREFIX, CallError, Limits, Metadata, Reply, ReplyStream
+from nearcast.transport.ngh2_headers import request_prefix, write_request
+from nearcast.transport.seam import (
+    DEFAULT_LIMITS,
+    UNIX_PREFIX,
+    CallError,
+    Fields,
+    Limits,
+    Metadata,
+    Receiver,
+    Reply,
+    ReplyStream,
+)
 from nearcast.transport.tls_stream import TlsStream
 
 VerifyPeer: TypeAlias = Callable[[Mapping[str, Any]], object]
@@ -95,6 +105,19 @@ class Ngh2Channel:
                     pause_s = random.uniform(0, _REFUSED_PAUSE_S * 2**attempt)
                     await asyncio.sleep(min(pause_s, max(0.0, ends_at - time.monotonic())))
         raise self._going_away()
+
+    def write_head(self, method: str, metadata: Metadata) -> Fields:
+        return self._head(method, metadata, None)
+
+    def pass_on(self, head: Fields, body: Sequence[bytes], now: float, receiver: Receiver) -> PassedCall | None:
+        connection = self._connection
+        if connection is None or not connection.is_usable or not connection.slots.is_free:
+            return None
+        try:
+            return connection.pass_on(head, frame(body), now, receiver)
+        except NGH2Error:
+            connection.retire()
+            return None
 
     def stream(
         self,

@@ -22,17 +22,16 @@ from ngh2 import (
 )
 
 from nearcast.errors import Code, MeshError
-from nearcast.transport.call_status import call_error
-from nearcast.transport.ngh2_call import ClientCall, StreamCall, UnaryCall
+from nearcast.transport.ngh2_call import ClientCall, PassedCall, StreamCall, UnaryCall
 from nearcast.transport.ngh2_connection import (
     FRAME_SIZE_BYTES_MAX,
     PULL_SIZE_BYTES,
     STREAM_WINDOW_BYTES,
     Ngh2Connection,
 )
-from nearcast.transport.ngh2_headers import Fields, read_trailers, response_problem
+from nearcast.transport.ngh2_headers import response_problem
 from nearcast.transport.ngh2_slots import Slots
-from nearcast.transport.seam import CallError, Limits
+from nearcast.transport.seam import CallError, Fields, Limits, Receiver
 
 _SECOND_LOOK_S = 0.02
 _CANCEL = 8
@@ -117,11 +116,7 @@ class ClientConnection(Ngh2Connection):
         Raises:
             NGH2Error: if the connection takes no more calls.
         """
-        h2 = self.h2
-        stream_id = h2.send_request(fields)
-        last = len(pieces) - 1
-        for index, piece in enumerate(pieces):
-            h2.send_data(stream_id, piece, end_stream=index == last)
+        stream_id = self._send(fields, pieces)
         now = time.monotonic()
         ends_at = now + self.limits.call_timeout_s_max if deadline is None else deadline
         call = UnaryCall(self, stream_id, ends_at)
@@ -129,6 +124,26 @@ class ClientConnection(Ngh2Connection):
         if deadline is None and self._cap is None:
             self._cap = self.loop.call_later(ends_at - now, self._expire_oldest)
         return call
+
+    def pass_on(self, fields: Fields, pieces: Sequence[bytes], now: float, receiver: Receiver) -> PassedCall:
+        """Queue a unary call for a receiver, who keeps its deadline and abandons it then.
+
+        Raises:
+            NGH2Error: if the connection takes no more calls.
+        """
+        call = PassedCall(self, self._send(fields, pieces), now + self.limits.call_timeout_s_max, receiver)
+        self._follow(call, now, None)
+        if self._cap is None:
+            self._cap = self.loop.call_later(self.limits.call_timeout_s_max, self._expire_oldest)
+        return call
+
+    def _send(self, fields: Fields, pieces: Sequence[bytes]) -> int:
+        h2 = self.h2
+        stream_id = h2.send_request(fields)
+        last = len(pieces) - 1
+        for index, piece in enumerate(pieces):
+            h2.send_data(stream_id, piece, end_stream=index == last)
+        return stream_id
 
     def open(self, fields: Fields, deadline: float | None) -> StreamCall:
         """Queue the headers of a streaming call; `send` its messages, and `close` it in the end.
@@ -297,13 +312,7 @@ class ClientConnection(Ngh2Connection):
         if not call.has_sent_all:
             # The peer needs no more of it.
             self._cancel(stream_id)
-        number, message, trailers = read_trailers(fields)
-        if number == 0:
-            call.succeed(trailers)
-        elif number is None:
-            call.fail(CallError(Code.INTERNAL, "The peer's answer has no gRPC status.", sent=True))
-        else:
-            call.fail(call_error(number, message, trailers))
+        call.conclude(fields)
 
     def _closed(self, stream_id: int, error_code: int) -> None:
         call = self._forget(stream_id)

@@ -38,6 +38,16 @@ def whole_message(data: bytes) -> bytes | None:
     return None
 
 
+def is_one_message(pieces: Sequence[bytes], size_bytes: int) -> bool:
+    """Whether pieces of `size_bytes` in all are exactly one uncompressed framed message."""
+    if size_bytes < PREFIX_SIZE_BYTES:
+        return False
+    first = pieces[0]
+    if len(first) < PREFIX_SIZE_BYTES:
+        first = b"".join(pieces)
+    return first[0] == 0 and int.from_bytes(first[1:5], "big") == size_bytes - PREFIX_SIZE_BYTES
+
+
 class Deflated(bytes):
     """A message that is still compressed, because inflating it may take long."""
 

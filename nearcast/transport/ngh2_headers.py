@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeAlias
 
 from nearcast.errors import Code, MeshError
-from nearcast.transport.seam import CallError, Metadata
+from nearcast.transport.seam import CallError, Fields, Metadata
 from nearcast.wire import status
-
-Fields: TypeAlias = Sequence[tuple[bytes, bytes]]
 
 RESPONSE: Fields = ((b":status", b"200"), (b"content-type", b"application/grpc"))
 _USUAL_RESPONSE = list(RESPONSE)
-OK_TRAILERS: Fields = ((b"grpc-status", b"0"),)
+OK = (b"grpc-status", b"0")
+OK_TRAILERS: Fields = (OK,)
 USER_AGENT = b"grpc-python-nearcast/0.1"
 # RFC 9113 counts 32 bytes for each field.
 FIELD_OVERHEAD_BYTES = 32

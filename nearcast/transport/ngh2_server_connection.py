@@ -32,10 +32,10 @@ from nearcast.transport.ngh2_connection import (
     Ngh2Connection,
 )
 from nearcast.transport.ngh2_framing import MessageReader, whole_message
-from nearcast.transport.ngh2_headers import Fields, RequestHead, read_request, write_error, write_http_error
+from nearcast.transport.ngh2_headers import RequestHead, read_request, write_error, write_http_error
 from nearcast.transport.ngh2_server_state import ServerState
 from nearcast.transport.ngh2_stream import ServerStream
-from nearcast.transport.seam import Call
+from nearcast.transport.seam import Call, Fields
 from nearcast.transport.watch import Seen, Verdict, Watch
 
 _log = logging.getLogger(__name__)
@@ -270,9 +270,14 @@ class ServerConnection(Ngh2Connection):
         if self._waiting or self.h2.queued_body_size() > self.limits.reply_queue_bytes_max:
             self._waiting[stream.id] = stream
             return
-        message = cast("bytes", stream.whole)
-        stream.whole = None
-        stream.task = eager.start(stream.answer(message), self.loop)
+        if not self._hand_over(stream):
+            stream.task = eager.start(stream.answer(stream.take()), self.loop)
+
+    def _hand_over(self, stream: ServerStream) -> bool:
+        """Whether somebody has taken the call over. What is still compressed is not for them."""
+        method = self.server.methods.passing.get(stream.call.method)
+        message = stream.whole
+        return method is not None and type(message) is bytes and stream.hand_over(method, message)
 
     # Answering.
 
@@ -354,9 +359,8 @@ class ServerConnection(Ngh2Connection):
             self.owe(queued_bytes)
         while self._waiting and queued_bytes <= self.limits.reply_queue_bytes_max:
             stream = self._waiting.pop(next(iter(self._waiting)))
-            message = cast("bytes", stream.whole)
-            stream.whole = None
-            stream.task = self.loop.create_task(stream.answer(message))
+            if not self._hand_over(stream):
+                stream.task = self.loop.create_task(stream.answer(stream.take()))
         if self._half_closed and not self._paused:
             answered = [stream_id for stream_id in self._half_closed if not self.h2.queued_body_size(stream_id)]
             for stream_id in answered:

@@ -37,6 +37,10 @@ class ServerState:
 
     def cancel(self, stream: ServerStream) -> None:
         """Cancel a call's method and keep it until it has returned."""
+        passage = stream.passage
+        if passage is not None:
+            stream.passage = None
+            passage.cancel()
         task = stream.task
         if task is not None and not task.done():
             self.cancelled.add(task)

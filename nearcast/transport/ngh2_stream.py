@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, cast
 
@@ -14,7 +14,7 @@ from ngh2 import NGH2Error
 from nearcast.errors import Code, MeshError
 from nearcast.transport.ngh2_framing import Deflated, MessageReader, frame
 from nearcast.transport.ngh2_headers import RESPONSE, write_trailers
-from nearcast.transport.seam import Call, Metadata, StreamMethod, UnaryMethod
+from nearcast.transport.seam import Call, Fields, Metadata, PassMethod, Reply, StreamMethod, Taken, UnaryMethod
 
 if TYPE_CHECKING:
     from nearcast.transport.ngh2_server_connection import ServerConnection
@@ -41,6 +41,7 @@ class ServerStream:
         "inbox_bytes",
         "is_done",
         "opened_at",
+        "passage",
         "reader",
         "received_bytes",
         "stream_method",
@@ -61,6 +62,7 @@ class ServerStream:
         self.unary_method: UnaryMethod | None = None
         self.stream_method: StreamMethod | None = None
         self.task: asyncio.Task[None] | None = None
+        self.passage: Taken | None = None
         self.deadline_timer: asyncio.TimerHandle | None = None
         self.is_done = False
         self.has_ended = False
@@ -76,6 +78,12 @@ class ServerStream:
         self.wake_writer: asyncio.Future[None] | None = None
 
     # Unary.
+
+    def take(self) -> bytes:
+        """The request, which must be complete; it is kept no longer here."""
+        message = cast("bytes", self.whole)
+        self.whole = None
+        return message
 
     async def answer(self, message: bytes) -> None:
         """Run the unary method and send what it returns or raises."""
@@ -93,27 +101,70 @@ class ServerStream:
             _log.exception("the method %s raised", self.call.method)
             connection.fail(self, _internal())
         else:
-            if self.is_done:
-                return
-            connection.finish(self)
-            h2, stream_id = connection.h2, self.id
-            try:
-                pieces = frame(reply.body)
-                h2.send_response(stream_id, RESPONSE)
-                for piece in pieces:
-                    h2.send_data(stream_id, piece)
-                h2.send_trailers(
-                    stream_id, write_trailers(reply.trailers, size_bytes_max=connection.limits.metadata_size_bytes_max)
-                )
-                if len(pieces) > 1:
-                    # A large answer counts at once: many may be made before the next flush.
-                    connection.owe()
-            except NGH2Error:
-                _log.debug("the call %d ended before its answer", stream_id)
-            except Exception:  # noqa: BLE001 - a method may return anything
-                _log.exception("the reply of %s cannot be sent", self.call.method)
-                connection.reset(stream_id, 2)
+            self.reply(reply)
+
+    def reply(self, reply: Reply) -> None:
+        """Send an answer, unless the call has ended."""
+        if self.is_done:
+            return
+        connection = self.connection
+        connection.finish(self)
+        try:
+            pieces = frame(reply.body)
+            trailers = write_trailers(reply.trailers, size_bytes_max=connection.limits.metadata_size_bytes_max)
+        except Exception:  # noqa: BLE001 - a method may return anything
+            _log.exception("the reply of %s cannot be sent", self.call.method)
+            connection.reset(self.id, 2)
             connection.flush_last()
+        else:
+            self._send(pieces, trailers)
+
+    # Taken over: whoever did so answers by one of `pass_back`, `reply` and `refuse`.
+
+    def hand_over(self, method: PassMethod, message: bytes) -> bool:
+        """Let a method take the call over; False = it does not want to."""
+        try:
+            passage = method(message, self.call, self)
+        except MeshError as error:
+            self.refuse(error)
+            return True
+        except Exception:  # noqa: BLE001 - a failing method must not end the connection
+            _log.exception("the method %s raised", self.call.method)
+            self.refuse(_internal())
+            return True
+        if passage is None:
+            return False
+        if not self.is_done:
+            self.passage = passage
+        return True
+
+    def pass_back(self, pieces: Sequence[bytes], trailers: Fields) -> None:
+        """Send an answer as it came: a framed message and its trailers."""
+        if not self.is_done:
+            self.connection.finish(self)
+            self._send(pieces, trailers)
+
+    def refuse(self, error: MeshError) -> None:
+        """Send an error, unless the call has ended."""
+        self.connection.fail(self, error)
+
+    def _send(self, pieces: Sequence[bytes], trailers: Fields) -> None:
+        connection = self.connection
+        h2, stream_id = connection.h2, self.id
+        try:
+            h2.send_response(stream_id, RESPONSE)
+            for piece in pieces:
+                h2.send_data(stream_id, piece)
+            h2.send_trailers(stream_id, trailers)
+            if len(pieces) > 1:
+                # A large answer counts at once: many may be made before the next flush.
+                connection.owe()
+        except NGH2Error:
+            _log.debug("the call %d ended before its answer", stream_id)
+        except Exception:  # noqa: BLE001 - a method may return anything
+            _log.exception("the reply of %s cannot be sent", self.call.method)
+            connection.reset(stream_id, 2)
+        connection.flush_last()
 
     # Streaming.
 

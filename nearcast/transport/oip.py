@@ -13,7 +13,7 @@ from nearcast.transport.context import read_context
 from nearcast.transport.latest import Frame, LatestStream
 from nearcast.transport.oip_extended import encode_extended, read_extended
 from nearcast.transport.oip_models import NOT_OFFERED, QUESTIONS, Answer, refuse
-from nearcast.transport.seam import Call, Methods, Reply, UnaryMethod
+from nearcast.transport.seam import Call, Methods, PassMethod, Reply, Responder, Taken, UnaryMethod
 from nearcast.transport.service import InferenceService, Report
 from nearcast.transport.shared_memory import Regions
 from nearcast.transport.statistics import Statistics
@@ -85,7 +85,20 @@ def oip_methods(
             return LatestStream(lambda body: _frame(service, body, call, trusted=trusted)).run(bodies)
         return _stream(service, bodies, call, trusted=trusted)
 
-    return Methods(unary=unary, stream={MODEL_STREAM_INFER: stream})
+    # What comes from routers is not passed on, and what comes from clients only by routers.
+    passing = {MODEL_INFER: _pass(service)} if service.passes and not trusted else {}
+    return Methods(unary=unary, stream={MODEL_STREAM_INFER: stream}, passing=passing)
+
+
+def _pass(service: InferenceService) -> PassMethod:
+    def pass_on(body: bytes, call: Call, responder: Responder) -> Taken | None:
+        request, context = _read(service, body, call, trusted=False)
+        # Who takes the call over leaves its deadline to the transport, which knows of no other.
+        if request.is_extended or context.deadline != call.deadline:
+            return None
+        return service.pass_on(request, context, responder)
+
+    return pass_on
 
 
 def _infer(service: InferenceService, *, trusted: bool) -> UnaryMethod:

@@ -15,13 +15,16 @@ from nearcast.load import NodeReport
 from nearcast.transport.mesh import REPORT
 from nearcast.transport.oip import MODEL_INFER, MODEL_METADATA, MODEL_READY, MODEL_STREAM_INFER, SERVER_READY
 from nearcast.transport.oip_models import decode_metadata
-from nearcast.transport.seam import Channel, Metadata
+from nearcast.transport.seam import Channel, DirectChannel, Fields, Metadata, PassedCall, Receiver
 from nearcast.transport.stream_answers import decode_answer
 from nearcast.wire import status
 from nearcast.wire.report import decode_report
 from nearcast.wire.request import request_pieces
 from nearcast.wire.response import WireResponse
 from nearcast.wire.v1 import oip_pb2 as pb
+
+_HEADS_MAX = 256
+"""Header blocks remembered, by version, tenant and priority."""
 
 
 class RemoteNode:
@@ -34,6 +37,8 @@ class RemoteNode:
     def __init__(self, channel: Channel, name: str = "") -> None:
         self.name = name
         self._channel = channel
+        self._direct: DirectChannel | None = channel if isinstance(channel, DirectChannel) else None
+        self._heads: dict[tuple[str, str, int], Fields] = {}
 
     async def infer(self, request: InferRequest, context: RequestContext) -> InferResponse:
         """Send the request and wait for the answer.
@@ -49,6 +54,41 @@ class RemoteNode:
         if not served.node:
             served = msgspec.structs.replace(served, node=self.name)
         return WireResponse(_whole(reply.body), served)
+
+    def pass_on(
+        self, request: InferRequest, context: RequestContext, version: str, now: float, receiver: Receiver
+    ) -> PassedCall | None:
+        """Forward a request as `infer` would for `context.forward(version)`, without a coroutine.
+
+        The receiver keeps the deadline, and hears what comes back. None: not now, `infer` has to wait; or never.
+
+        Raises:
+            MeshError: INVALID_REQUEST if a value cannot travel.
+        """
+        channel = self._direct
+        if channel is None:
+            return None
+        # What differs from call to call is not worth remembering.
+        is_usual = not (context.idempotency_key or context.trace)
+        key = (version, context.tenant, context.priority)
+        head = self._heads.get(key) if is_usual else None
+        if head is None:
+            head = tuple(channel.write_head(MODEL_INFER, self._describe(context.forward(version))))
+            if is_usual:
+                if len(self._heads) >= _HEADS_MAX:
+                    self._heads.clear()
+                self._heads[key] = head
+        if context.deadline is not None:
+            head = (*head, (b"grpc-timeout", status.format_timeout(context.deadline - now).encode()))
+        return channel.pass_on(head, self._write(request, version), now, receiver)
+
+    def _describe(self, context: RequestContext) -> Metadata:
+        """What the call says beside its message."""
+        return _metadata(context)
+
+    def _write(self, request: InferRequest, version: str) -> Sequence[bytes]:
+        """The message, for the version that was chosen."""
+        return request_pieces(request)
 
     async def stream(
         self, requests: AsyncIterator[InferRequest], context: RequestContext

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import msgspec
 
 from nearcast.errors import MeshError
 
+Fields: TypeAlias = Sequence[tuple[bytes, bytes]]
+"""Header fields as they travel."""
 Metadata: TypeAlias = Sequence[tuple[str, str]]
 """Names to values. A value whose name ends in `-bin` is base64, padded or not, as on the wire."""
 UNIX_PREFIX = "unix:"
@@ -101,12 +103,45 @@ UnaryMethod: TypeAlias = Callable[[bytes, Call], Awaitable[Reply]]
 StreamMethod: TypeAlias = Callable[[AsyncIterator[bytes], Call], AsyncIterator[Reply]]
 
 
+class Responder(Protocol):
+    """A unary call whose answer is given later, by whoever took it over. The first word counts, later ones are lost."""
+
+    def pass_back(self, pieces: Sequence[bytes], trailers: Fields) -> None:
+        """The peer's answer as it came: one framed message in any number of pieces, and trailers that may travel."""
+        ...
+
+    def reply(self, reply: Reply) -> None:
+        """An answer that was made or decoded here."""
+        ...
+
+    def refuse(self, error: MeshError) -> None:
+        """A status other than OK."""
+        ...
+
+
+class Taken(Protocol):
+    """A call that was taken over."""
+
+    def cancel(self) -> None:
+        """Nobody waits for the answer any more, or its deadline has passed."""
+        ...
+
+
+PassMethod: TypeAlias = Callable[[bytes, Call, Responder], Taken | None]
+"""Takes a call over without a coroutine of its own; None = the unary method of the same path answers it. Raises
+`MeshError` as that would. May be called back at once."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Methods:
-    """What a server answers, by full path such as `/inference.GRPCInferenceService/ModelInfer`."""
+    """What a server answers, by full path such as `/inference.GRPCInferenceService/ModelInfer`.
+
+    A path of `passing` is also one of `unary`; servers that cannot be answered later leave `passing` aside.
+    """
 
     unary: Mapping[str, UnaryMethod] = field(default_factory=dict)
     stream: Mapping[str, StreamMethod] = field(default_factory=dict)
+    passing: Mapping[str, PassMethod] = field(default_factory=dict)
 
 
 class ReplyStream:
@@ -147,6 +182,53 @@ class Server(Protocol):
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new calls, finish those in flight, close."""
+        ...
+
+
+class Receiver(Protocol):
+    """Who waits for a passed call; told once, from the turn of the loop in which its last bytes came."""
+
+    def on_answer(self, pieces: Sequence[bytes], trailers: Fields) -> None:
+        """One framed message as it came, and the peer's trailers, with a status of OK."""
+        ...
+
+    def on_error(self, error: CallError, *, is_refused: bool) -> None:
+        """The peer's status, or why the call was lost. `is_refused`: the peer did not look at it."""
+        ...
+
+
+class PassedCall(Protocol):
+    """A call whose answer goes on as it comes."""
+
+    def abandon(self) -> None:
+        """Reset the call; its receiver hears no more of it."""
+        ...
+
+
+@runtime_checkable
+class DirectChannel(Protocol):
+    """A channel that can send without a coroutine."""
+
+    def write_head(self, method: str, metadata: Metadata) -> Fields:
+        """The header fields of calls without a deadline, for `pass_on`.
+
+        Raises:
+            MeshError: INVALID_REQUEST for a name or value that may not travel.
+        """
+        ...
+
+    def pass_on(self, head: Fields, body: Sequence[bytes], now: float, receiver: Receiver) -> PassedCall | None:
+        """Send a unary call at once; its receiver is told what came of it. None = it would have to wait.
+
+        Args:
+            head: from `write_head`, and the deadline if there is one. The receiver keeps that.
+            body: the message in pieces.
+            now: monotonic instant.
+            receiver: told once, unless it abandons the call.
+
+        Raises:
+            MeshError: TOO_LARGE for a message that gRPC cannot frame.
+        """
         ...
 
 

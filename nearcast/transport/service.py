@@ -23,7 +23,7 @@ from nearcast.handler import (
 )
 from nearcast.load import NodeReport
 from nearcast.transport.peer import is_operator, peer_uid, require_operator
-from nearcast.transport.seam import Call
+from nearcast.transport.seam import Call, Responder, Taken
 from nearcast.transport.shared_memory import Regions
 from nearcast.transport.statistics import Statistics
 from nearcast.wire.response import TensorResponse
@@ -41,6 +41,32 @@ class Reporting(Protocol):
 
     def report(self) -> NodeReport:
         """What the node says about itself now."""
+        ...
+
+
+@runtime_checkable
+class PassingHandler(Protocol):
+    """A handler that can take a call over and answer it later, such as a router without models of its own."""
+
+    @property
+    def passes(self) -> bool:
+        """Whether it ever does."""
+        ...
+
+    def pass_on(
+        self, request: InferRequest, context: RequestContext, responder: Responder, counts: Statistics | None
+    ) -> Taken | None:
+        """Take a call over; None = `infer` answers it.
+
+        Args:
+            request: what to answer.
+            context: its surroundings; the transport keeps the deadline and cancels.
+            responder: told of the end.
+            counts: where the request is counted.
+
+        Raises:
+            MeshError: as `infer`.
+        """
         ...
 
 
@@ -88,6 +114,7 @@ class InferenceService:
         self.clock = clock
         self.regions = regions or Regions()
         self._handler = handler
+        self._passing = handler if isinstance(handler, PassingHandler) and handler.passes else None
         self._described: dict[tuple[str, str], ModelMetadata] = {}
         self._counting = directory if counting is None and isinstance(directory, Counting) else counting
         self._statistics = None
@@ -149,6 +176,23 @@ class InferenceService:
         if response.id != request.id and isinstance(response, TensorResponse):
             return response.with_id(request.id)
         return response
+
+    @property
+    def passes(self) -> bool:
+        """Whether calls may be taken over by `pass_on`."""
+        return self._passing is not None
+
+    def pass_on(self, request: InferRequest, context: RequestContext, responder: Responder) -> Taken | None:
+        """Let the handler take a call over; None = `infer` answers it. The transport keeps the deadline.
+
+        Raises:
+            MeshError: as `infer`.
+        """
+        if self._passing is None or not request.model:
+            return None
+        if context.deadline is not None:
+            context.require_time(self.clock.monotonic())
+        return self._passing.pass_on(request, context, responder, self._statistics)
 
     async def _within(self, request: InferRequest, context: RequestContext, seconds: float) -> InferResponse:
         timer = asyncio.timeout(seconds)

@@ -7,7 +7,7 @@ import pytest
 from nearcast.errors import Code, MeshError
 from nearcast.transport.call_status import call_error
 from nearcast.transport.seam import CallError
-from router.exchange import _outcome
+from router.exchange import read_outcome
 
 
 @pytest.mark.parametrize(
@@ -20,5 +20,5 @@ from router.exchange import _outcome
     ],
 )
 def test_who_tells(error: MeshError, told: bool) -> None:
-    outcome = _outcome(error)
+    outcome = read_outcome(error)
     assert (outcome.code, outcome.sent, outcome.told) == (error.code, error.sent, told)
