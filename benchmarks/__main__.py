@@ -27,6 +27,7 @@ NAMES = (
     "serving",
     "router",
     "policy",
+    "accounting",
     "cascade",
     "wire",
     "coldstart",

@@ -32,7 +32,9 @@ class Fleet:
     def add(self, now: float, name: str, tier: Tier, domain: str) -> bool:
         """Know a target. A target that came back keeps its open attempts; False if there are too many targets."""
         known = self.targets.get(name)
-        if known is not None and known.tier == tier:
+        if known is not None:
+            # Also if it came back as another kind of node: requests of before are still open there.
+            known.tier, known.domain = tier, domain or name
             if known.gone:
                 known.gone = False
                 self.settle(now, known)

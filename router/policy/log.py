@@ -190,7 +190,7 @@ def decode(data: bytes) -> Iterator[Record]:
     while at + _HEAD.size <= len(view):
         size, checksum = _HEAD.unpack_from(view, at)
         body = view[at + _HEAD.size : at + _HEAD.size + size]
-        if size > FRAME_SIZE_BYTES_MAX:
+        if size > FRAME_SIZE_BYTES_MAX or (len(body) < size and at == 0):
             raise MeshError(Code.INVALID_REQUEST, f"No decision log, or damaged at byte {at}: use another file.")
         if len(body) < size:
             return
