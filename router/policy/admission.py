@@ -9,14 +9,13 @@ interval is the time that the request itself could wait, so deadlines of 20 ms a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 
 from nearcast.errors import Code
+from router.policy.candidates import Candidates
 from router.policy.choose import Choice, Chooser, wait_s
 from router.policy.config import PolicyConfig
 from router.policy.facts import Reject, RequestFacts
-from router.policy.state import VersionState
 from router.policy.tenants import Tenants
 
 _RANKS = 4
@@ -67,7 +66,7 @@ class Admission:
         now: float,
         facts: RequestFacts,
         choice: Choice,
-        candidates: Sequence[VersionState],
+        table: Candidates,
         limit_s: float,
         chooser: Chooser,
         *,
@@ -84,9 +83,8 @@ class Admission:
         allowed_s = self._allowance_s(now, queue, facts, slack_s)
         other: Choice | None = choice
         if choice.wait_s > allowed_s:
-            short = [version for version in candidates if wait_s(version) <= allowed_s]
-            scan = partial(chooser.pick_late, panic=False) if late else chooser.pick
-            other = scan(now, short, facts.size_bytes, limit_s)
+            scan = chooser.pick_late if late else chooser.pick
+            other = scan(now, table, facts, limit_s, lambda version: wait_s(version) <= allowed_s)
         if other is None:
             return self._refuse(facts, choice.wait_s, allowed_s, slack_s)
         queue.shed -= _SHED_GAIN * queue.shed

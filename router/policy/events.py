@@ -52,7 +52,7 @@ class Attempt:
         sent_at: float,
         size_bytes: int,
         kind: str,
-        load_at_send: int,
+        load_at_send: float,
         remaining_s: float | None = None,
         share: Share | None = None,
     ) -> None:

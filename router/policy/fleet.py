@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from nearcast.load import NodeReport, Tier
+from router.policy.candidates import Candidates
 from router.policy.config import PolicyConfig
 from router.policy.state import TargetState, VersionState
 
 _TIER_MIN = 3
 _IN_FLIGHT_MAX = 100_000
+_INFINITY = float("inf")
 
 
 class ModelIndex:
@@ -15,9 +17,11 @@ class ModelIndex:
 
     __slots__ = ("newest", "versions")
 
-    def __init__(self) -> None:
-        self.versions: dict[str, list[VersionState]] = {}
-        self.newest = ""
+    def __init__(self, versions: dict[str, Candidates]) -> None:
+        self.versions = versions
+        held = [version for table in versions.values() for version in table.versions]
+        usable = [v for v in held if v.residency == "hot"] or [v for v in held if v.load_s]
+        self.newest = max(usable, key=lambda v: (v.number, v.version)).version if usable else ""
 
 
 class Fleet:
@@ -28,6 +32,8 @@ class Fleet:
         self._stale_s = config.stale_ms / 1e3
         self.targets: dict[str, TargetState] = {}
         self.models: dict[str, ModelIndex] = {}
+        self._queues: list[float] = []
+        self._free_places: list[int] = []
 
     def add(self, now: float, name: str, tier: Tier, domain: str) -> bool:
         """Know a target. A target that came back keeps its open attempts; False if there are too many targets."""
@@ -37,12 +43,16 @@ class Fleet:
             known.tier, known.domain = tier, domain or name
             if known.gone:
                 known.gone = False
-                self.settle(now, known)
-                self.index()
+                self.index(now, {version.model for version in known.versions.values()})
             return True
         if len(self.targets) >= self._config.targets_max:
             return False
-        self.targets[name] = TargetState(name, tier, domain, self._config)
+        if self._free_places:
+            place = self._free_places.pop()
+        else:
+            place = len(self._queues)
+            self._queues.append(0.0)
+        self.targets[name] = TargetState(name, tier, domain, self._config, self._queues, place)
         return True
 
     def remove(self, now: float, name: str) -> None:
@@ -51,58 +61,62 @@ class Fleet:
         if target is None:
             return
         target.gone = True
-        if target.own == 0:
-            del self.targets[name]
-        self.settle(now, target)
-        self.index()
+        self.release(target)
+        self.index(now, {version.model for version in target.versions.values()})
+
+    def release(self, target: TargetState) -> None:
+        """Forget a target that is gone and has no open attempts any more."""
+        if target.gone and target.own == 0 and self.targets.get(target.name) is target:
+            del self.targets[target.name]
+            self._free_places.append(target.place)
 
     def report(self, now: float, target: TargetState, report: NodeReport) -> None:
-        """Take a report. Only what changes the set of candidates rebuilds the index."""
+        """Take a report. Only what changes the set of candidates rebuilds the tables of a model."""
         target.slots = max(1, min(report.slots, _IN_FLIGHT_MAX))
         target.draining = report.draining
-        claimed = float(max(0, min(report.in_flight, _IN_FLIGHT_MAX)))
-        target.others = max(0.0, claimed - target.own) if target.reported_at is None else target.others
+        others = max(0, min(report.in_flight, _IN_FLIGHT_MAX)) - target.present
+        if target.reported_at is None:
+            target.others = others
         target.reported_at = now
-        target.observe_others(max(0.0, claimed - target.own))
+        target.observe_others(others)
+        target.weigh()
         seen: set[tuple[str, str]] = set()
-        changed = False
-        for claim in report.versions:
+        changed: set[str] = set()
+        for claim in report.versions[: self._config.versions_max]:
             key = (claim.model, claim.version)
             seen.add(key)
             version = target.versions.get(key)
             if version is None:
                 version = target.versions[key] = VersionState(target, claim.model, claim.version)
-                changed = True
-            changed = changed or version.residency != claim.residency
+                changed.add(claim.model)
+            elif version.residency != claim.residency:
+                changed.add(claim.model)
             version.claim(now, claim)
         for key in [key for key in target.versions if key not in seen]:
             del target.versions[key]
-            changed = True
-        self.settle(now, target)
+            changed.add(key[0])
         if changed:
-            self.index()
+            self.index(now, changed)
+        self.settle(now, target)
 
     def settle(self, now: float, target: TargetState) -> None:
-        """Bring the sums of one target up to date."""
+        """Bring the rows of one target up to date."""
         for version in target.versions.values():
             version.settle(now)
 
-    def index(self) -> None:
-        """Rebuild the lists of candidates."""
-        models: dict[str, ModelIndex] = {}
+    def index(self, now: float, models: set[str]) -> None:
+        """Rebuild the tables of some models."""
+        held: dict[str, dict[str, list[VersionState]]] = {model: {} for model in models}
         for target in self.targets.values():
-            if target.gone:
-                continue
             for version in target.versions.values():
-                index = models.get(version.model)
-                if index is None:
-                    index = models[version.model] = ModelIndex()
-                index.versions.setdefault(version.version, []).append(version)
-        for index in models.values():
-            held = [v for versions in index.versions.values() for v in versions]
-            usable = [v for v in held if v.residency == "hot"] or [v for v in held if v.load_s]
-            index.newest = max(usable, key=lambda v: (v.number, v.version)).version if usable else ""
-        self.models = models
+                if version.model in models and not target.gone:
+                    held[version.model].setdefault(version.version, []).append(version)
+        for model in sorted(models):
+            if held[model]:
+                tables = {name: Candidates(self._queues, rows, now) for name, rows in held[model].items()}
+                self.models[model] = ModelIndex(tables)
+            else:
+                self.models.pop(model, None)
 
     def refresh(self, now: float, elapsed_s: float) -> None:
         """Apply what changes without events: ages, forgiveness, hot bounds; stale loads drift to the fleet's mean."""
@@ -111,25 +125,25 @@ class Fleet:
         mean = sum(target.others for target in live) / len(live) if live else 0.0
         for target in live:
             age_s = self._stale_s if target.reported_at is None else now - target.reported_at
-            if age_s > self._stale_s and target.others > 0.0:
+            if age_s > self._stale_s:
                 keep = 0.5 ** (elapsed_s / self._stale_s)
                 target.others = target.others * keep + mean * (1.0 - keep)
-                target.load = target.own + target.others
-            for version in target.versions.values():
-                version.error *= forgive
-                version.window.prune(now)
-                version.settle(now)
+            if elapsed_s > 0.0:
+                target.count_rate(elapsed_s)
         self._mark_hot(live)
+        for index in self.models.values():
+            for table in index.versions.values():
+                table.refresh(now, forgive)
 
     def _mark_hot(self, live: list[TargetState]) -> None:
         tiers: dict[str, list[TargetState]] = {}
         for target in live:
             tiers.setdefault(target.tier, []).append(target)
         for members in tiers.values():
-            bound = float("inf")
+            bound = _INFINITY
             if len(members) >= _TIER_MIN:
-                loads = sorted(target.load for target in members)
-                bound = loads[min(len(loads) - 1, int(self._config.hot_quantile * len(loads)))]
+                busy = sorted((target.queue + target.slots - 1.0) / target.slots for target in members)
+                bound = busy[min(len(busy) - 1, int(self._config.hot_quantile * len(busy)))]
             for target in members:
                 # A target with a free slot is never hot.
-                target.hot_above = max(bound, float(target.slots))
+                target.hot_above = max(bound * target.slots + 1.0 - target.slots, 1.0)

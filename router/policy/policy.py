@@ -9,6 +9,7 @@ from nearcast.load import NodeReport, Tier
 from router.policy import refuse
 from router.policy.admission import Admission
 from router.policy.budget import TokenBudget
+from router.policy.candidates import Candidates
 from router.policy.choose import Choice, Chooser, judge
 from router.policy.config import PolicyConfig
 from router.policy.events import FAULTS, Attempt, Outcome
@@ -19,7 +20,7 @@ from router.policy.hedge import Hedger, hedge_delay_s
 from router.policy.sequences import Sequences
 from router.policy.state import TargetState, VersionState
 
-_INFINITY = float("inf")
+_FOREVER_S = 1e9
 _LOW_PRIORITY = 2
 _PUSHBACK_DEFAULT_MS = 20
 _MISPLACED = frozenset({Code.MODEL_NOT_FOUND, Code.VERSION_MISMATCH})
@@ -85,13 +86,13 @@ class Policy:
         index = self._fleet.models.get(model)
         if index is None:
             return ()
-        lists = index.versions.values() if not version else [index.versions.get(version, [])]
-        return tuple(v.target.name for versions in lists for v in versions if v.residency == "hot" or v.load_s)
+        lists = index.versions.values() if not version else [index.versions.get(version)]
+        return tuple(v.target.name for held in lists if held for v in held.versions if v.residency == "hot" or v.load_s)
 
     def utilisation(self, name: str) -> float:
         """Requests believed to be on a target, per slot; infinite for one that is not known."""
         target = self._fleet.targets.get(name)
-        return _INFINITY if target is None else target.load / target.slots
+        return _FOREVER_S if target is None else target.load / target.slots
 
     # Targets come, go and speak --------------------------------------------------------------------------------------
 
@@ -121,7 +122,7 @@ class Policy:
             target.breaker.open(now)
         else:
             if not connecting:
-                target.observe_rtt(rtt_s)
+                target.observe_probe(now, rtt_s)
             target.breaker.probe_succeeded()
         self._fleet.settle(now, target)
 
@@ -141,14 +142,14 @@ class Policy:
         if index is None:
             return refuse.unknown_model(facts.model, self._fleet.models)
         remaining = facts.remaining_s
-        limit = _INFINITY if remaining is None else remaining - self._reserve_s
+        limit = _FOREVER_S if remaining is None else remaining - self._reserve_s
         decision: Decision | None = None
         if facts.sequence:
             decision = self._bound(now, facts, index.versions, limit)
         if decision is None:
             version = facts.version or index.newest
-            candidates = index.versions.get(version)
-            choice = self._chooser.pick(now, candidates, facts.size_bytes, limit) if candidates else None
+            table = index.versions.get(version)
+            choice = self._chooser.pick(now, table, facts, limit) if table is not None else None
             if choice is not None and choice.wait_s <= 0.0:
                 if self._admission.queues:
                     self._admission.relax(facts.model)
@@ -172,10 +173,12 @@ class Policy:
             version = VersionState(target, facts.model, send.version)
         share = self._admission.tenants.share(version.model, facts.tenant)
         share.enter()
-        attempt = Attempt(version, now, facts.size_bytes, kind, target.own, facts.remaining_s, share)
+        attempt = Attempt(version, now, facts.size_bytes, kind, target.present, facts.remaining_s, share)
         target.own += 1
-        target.load = target.own + target.others
+        target.weigh()
         self.outstanding += 1
+        if version.forgiven:
+            version.settle(now)
         if not version.plain:
             attempt.trials = tuple(b for b in (target.breaker, version.breaker) if b.start_trial())
         if kind == "first":
@@ -197,11 +200,12 @@ class Policy:
         target = version.target
         self.outstanding -= 1
         target.own -= 1
-        target.load = target.own + target.others
+        target.answered += 1
+        target.weigh()
         for breaker in attempt.trials:
             breaker.end_trial()
-        if target.gone and target.own == 0 and self._fleet.targets.get(target.name) is target:
-            del self._fleet.targets[target.name]
+        if target.gone:
+            self._fleet.release(target)
         if attempt.timed and not attempt.passed_delay:
             self._hedger.gate(target.tier).note(passed=False)
         self._learn(now, attempt, outcome)
@@ -221,15 +225,20 @@ class Policy:
             self._hedger.gate(attempt.version.target.tier).note(passed=True)
         if self._keeps_state(facts, attempt.version) or not facts.idempotent:
             return None
-        limit = _INFINITY if facts.remaining_s is None else facts.remaining_s - self._reserve_s
+        limit = _FOREVER_S if facts.remaining_s is None else facts.remaining_s - self._reserve_s
         own = attempt.version.target
-        free = [
-            v
-            for v in self._candidates(facts.model, attempt.release)
-            if v.target is not own and v.target.name not in tried and v.target.load < v.target.slots
-        ]
-        away = [v for v in free if v.target.domain != own.domain]
-        choice = self._chooser.pick(now, away or free, facts.size_bytes, limit)
+        table = self._table(facts.model, attempt.release)
+        if table is None:
+            return None
+
+        def free(v: VersionState) -> bool:
+            return v.target is not own and v.target.queue <= 0.0 and v.target.name not in tried
+
+        def away(v: VersionState) -> bool:
+            return v.target.domain != own.domain and free(v)
+
+        pick = self._chooser.pick
+        choice = pick(now, table, facts, limit, away) or pick(now, table, facts, limit, free)
         if choice is None or not self._hedger.take(now, own.tier):
             return None
         return Send(choice.version.target.name, attempt.release, None, (), "hedge")
@@ -252,14 +261,19 @@ class Policy:
                 return None
             if code is not Code.OVERLOADED and not facts.idempotent:
                 return None
-        limit = _INFINITY if facts.remaining_s is None else facts.remaining_s - self._reserve_s
+        limit = _FOREVER_S if facts.remaining_s is None else facts.remaining_s - self._reserve_s
         for version in (attempt.release, *facts.fallbacks):
             # Who does not serve this version may serve the fallback.
             here_too = code in _MISPLACED and version != attempt.release
-            held = self._candidates(facts.model, version)
-            candidates = held if here_too else [v for v in held if v.target.name not in tried]
-            choice = self._chooser.pick(now, candidates, facts.size_bytes, limit) or self._chooser.pick_late(
-                now, candidates, facts.size_bytes, limit, panic=False
+            table = self._table(facts.model, version)
+            if table is None:
+                continue
+
+            def keep(v: VersionState, here_too: bool = here_too) -> bool:  # noqa: FBT001
+                return here_too or v.target.name not in tried
+
+            choice = self._chooser.pick(now, table, facts, limit, keep) or self._chooser.pick_late(
+                now, table, facts, limit, keep
             )
             if choice is not None:
                 if not refused and not self._retries.spend(now):
@@ -275,9 +289,9 @@ class Policy:
         self._fleet.refresh(now, elapsed)
         self._admission.sweep(now)
 
-    def _candidates(self, model: str, version: str) -> Sequence[VersionState]:
+    def _table(self, model: str, version: str) -> Candidates | None:
         index = self._fleet.models.get(model)
-        return index.versions.get(version, ()) if index is not None else ()
+        return index.versions.get(version) if index is not None else None
 
     def _keeps_state(self, facts: RequestFacts, version: VersionState) -> bool:
         return facts.stateful or version.stateful
@@ -292,21 +306,24 @@ class Policy:
             delay = hedge_delay_s(choice.t95_s, choice.second_t95_s, limit, minimum_s=self._delay_min_s)
         return Send(version.target.name, version.version, delay, (second.target.name,), reason, missed)
 
-    def _bound(
-        self, now: float, facts: RequestFacts, versions: dict[str, list[VersionState]], limit: float
-    ) -> Decision | None:
+    def _bound(self, now: float, facts: RequestFacts, versions: dict[str, Candidates], limit: float) -> Decision | None:
         """A known sequence goes to the target that holds its state, as the version that it began with."""
         binding = self._sequences.get(facts.tenant, facts.model, facts.sequence)
         if binding is None or (facts.pinned and facts.version != binding[1]):
             return None
         name, release = binding
-        held = [v for v in versions.get(release, ()) if v.target.name == name]
-        if not held or held[0].obstacle(now)[0] in ("gone", "draining", "connection_lost", "not_resident"):
+        table = versions.get(release)
+        held = [v for v in table.versions if v.target.name == name] if table is not None else []
+        if (
+            table is None
+            or not held
+            or held[0].obstacle(now)[0] in ("gone", "draining", "connection_lost", "not_resident")
+        ):
             return None
-        choice = self._chooser.pick_late(now, held, facts.size_bytes, limit, panic=True)
+        choice = self._chooser.pick_late(now, table, facts, limit, lambda v: v is held[0], panic=True)
         if choice is None:
             return refuse.nothing_feasible(now, held, facts.size_bytes, limit, facts.remaining_s)
-        rationed = self._ration(now, facts, choice, held, limit, late=True)
+        rationed = self._ration(now, facts, choice, table, limit, late=True)
         return rationed if isinstance(rationed, Reject) else Send(name, release, None, (), "sequence")
 
     def _ration(
@@ -314,63 +331,63 @@ class Policy:
         now: float,
         facts: RequestFacts,
         choice: Choice,
-        candidates: Sequence[VersionState],
+        table: Candidates,
         limit: float,
         *,
         late: bool = False,
     ) -> Choice | Reject:
         if choice.wait_s <= 0.0:
             return choice
-        return self._admission.ration(now, facts, choice, candidates, limit, self._chooser, late=late)
+        return self._admission.ration(now, facts, choice, table, limit, self._chooser, late=late)
 
     def _second_best(
         self,
         now: float,
         facts: RequestFacts,
-        versions: dict[str, list[VersionState]],
+        versions: dict[str, Candidates],
         version: str,
         limit: float,
         choice: Choice | None,
     ) -> Decision:
         """The best candidate would wait, or none fits with its tail: another version, the median, then a refusal."""
         wanted = [(version, False), *((fallback, True) for fallback in facts.fallbacks if fallback != version)]
+        tables = [(versions[name], missed) for name, missed in wanted if name in versions]
         refusal: Reject | None = None
-        for name, missed in wanted:
-            held = versions.get(name, ())
-            found = choice if not missed else self._chooser.pick(now, held, facts.size_bytes, limit)
+        for table, missed in tables:
+            found = choice if not missed else self._chooser.pick(now, table, facts, limit)
             if found is not None:
-                rationed = self._ration(now, facts, found, held, limit)
+                rationed = self._ration(now, facts, found, table, limit)
                 if not isinstance(rationed, Reject):
                     return self._send(facts, rationed, limit, "fallback" if missed else "best", missed=missed)
                 refusal = refusal or rationed
         if facts.priority < _LOW_PRIORITY:
             for panic in (False, True):
-                for name, missed in wanted:
-                    held = versions.get(name, ())
-                    found = self._chooser.pick_late(now, held, facts.size_bytes, limit, panic=panic)
+                for table, missed in tables:
+                    found = self._chooser.pick_late(now, table, facts, limit, panic=panic)
                     if found is not None:
-                        rationed = self._ration(now, facts, found, held, limit, late=True)
+                        rationed = self._ration(now, facts, found, table, limit, late=True)
                         if not isinstance(rationed, Reject):
-                            return Send(
-                                rationed.version.target.name, name, None, (), "panic" if panic else "late", missed
-                            )
+                            late = rationed.version
+                            reason = "panic" if panic else "late"
+                            return Send(late.target.name, late.version, None, (), reason, missed)
                         refusal = refusal or rationed
         if refusal is None:
-            every = [v for name, _ in wanted for v in versions.get(name, ())]
+            every = [v for table, _ in tables for v in table.versions]
             if not every:
                 return refuse.unknown_version(facts.model, version, self._fleet.models[facts.model])
             refusal = refuse.nothing_feasible(now, every, facts.size_bytes, limit, facts.remaining_s)
         return self._admission.spread(facts.model, refusal)
 
     def _explain(
-        self, now: float, facts: RequestFacts, decision: Decision, versions: dict[str, list[VersionState]], limit: float
+        self, now: float, facts: RequestFacts, decision: Decision, versions: dict[str, Candidates], limit: float
     ) -> Decision:
         names = dict.fromkeys((facts.version or self.newest(facts.model), *facts.fallbacks))
         chosen = (decision.target, decision.version) if isinstance(decision, Send) else ("", "")
         terms: tuple[Terms, ...] = tuple(
             judge(now, v, facts.size_bytes, limit, chosen[0] if v.version == chosen[1] else "")
             for name in names
-            for v in versions.get(name, ())
+            if name in versions
+            for v in versions[name].versions
         )
         if isinstance(decision, Send):
             return Send(
@@ -392,7 +409,7 @@ class Policy:
         if code is Code.CANCELLED:
             if attempt.passed_delay:
                 # The loser of a hedge took at least this long; without it a slow target would never look slow.
-                version.window.add(now, max(0.0, latency - target.rtt_s))
+                version.sample(now, latency - target.rtt_s, attempt.size_bytes, free=True)
             return
         if code not in FAULTS:
             target.breaker.succeed()

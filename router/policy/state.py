@@ -1,16 +1,22 @@
 """What a router believes about its targets. Claims come from reports; own measurements outrank them.
 
-Times are seconds here. `VersionState` keeps its part of the sums ready (`base50`, `base95`, `cost`), so that a decision
-only adds what depends on the request and on the present load.
+Times are seconds here. What is believed ends up in the columns of `Candidates`, one row per version and target.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from nearcast.handler import Served
 from nearcast.load import Tier, VersionReport
 from router.policy.breaker import Breaker
+from router.policy.candidates import size_class
 from router.policy.config import PolicyConfig
-from router.policy.window import Window
+from router.policy.score import INFINITY
+from router.policy.service import Service
+
+if TYPE_CHECKING:
+    from router.policy.candidates import Candidates, Columns
 
 _LARGE_BYTES = 64 * 1024
 _RTT_GAIN_UP = 0.125
@@ -19,30 +25,39 @@ _JITTER_GAIN = 0.25
 _LOAD_GAIN = 0.3
 _ERROR_GAIN = 0.3
 _RATE_GAIN = 0.2
-_SAMPLES_MIN = 8
+_DRAIN_GAIN = 0.1
+_DRAIN_FACTOR_MAX = 10.0
 _SAMPLE_PAUSE_S = 0.0005
 _CLOUD_RTT_FACTOR = 10.0
 _CLAIM_MAX_S = 60.0
+_CLAIM_TRUST = 0.5
 _FLOOR_S = 1e-6
+_TAIL_FACTOR = 2.0
+_ONE_CLASS: tuple[tuple[int, Columns | None], ...] = ((0, None),)
 
 
 class TargetState:
     """One target: its link, its load, its connection.
 
-    `own` counts open attempts of this router; `others` estimates the requests of everyone else; `load` is their sum.
+    `own` counts open attempts of this router, `others` estimates the requests of everyone else. `travelling` is how
+    many of its own are on the way there or back and so in nobody's queue: Little's law on the round trip.
     """
 
     __slots__ = (
-        "breaker", "breakers", "config", "domain", "draining", "gone", "hot_above", "jitter_s", "load", "name",
-        "others", "own", "penalty_s", "pushed_back_until", "reported_at", "rtt_measured", "rtt_s", "s_per_byte",
-        "slots", "tier", "versions",
+        "answered", "breaker", "breakers", "config", "domain", "draining", "gone", "hot_above", "jitter_s", "name",
+        "others", "own", "penalty_s", "place", "probed_at", "pushed_back_until", "queues", "rate_per_s", "reported_at",
+        "rtt_measured", "rtt_s", "s_per_byte", "slots", "tier", "travelling", "versions",
     )  # fmt: skip
 
-    def __init__(self, name: str, tier: Tier, domain: str, config: PolicyConfig) -> None:
+    def __init__(
+        self, name: str, tier: Tier, domain: str, config: PolicyConfig, queues: list[float], place: int
+    ) -> None:
         self.name = name
         self.tier: Tier = tier
         self.domain = domain or name
         self.config = config
+        self.queues = queues
+        self.place = place
         self.rtt_s = 0.0
         self.s_per_byte = 0.0
         self.penalty_s = 0.0
@@ -52,11 +67,14 @@ class TargetState:
             self.penalty_s = (config.cloud_penalty_ms if tier == "cloud" else config.peer_penalty_ms) / 1e3
         self.jitter_s = self.rtt_s / 4.0
         self.rtt_measured = False
+        self.probed_at = -INFINITY
         self.slots = 1
         self.own = 0
         self.others = 0.0
-        self.load = 0.0
-        self.hot_above = float("inf")
+        self.answered = 0
+        self.rate_per_s = 0.0
+        self.travelling = 0.0
+        self.hot_above = INFINITY
         self.draining = False
         self.gone = False
         self.reported_at: float | None = None
@@ -64,6 +82,43 @@ class TargetState:
         self.breaker = make_breaker(config, failures_max=2**31)
         self.breakers: dict[str, Breaker] = {}
         self.versions: dict[tuple[str, str], VersionState] = {}
+        self.weigh()
+
+    @property
+    def load(self) -> float:
+        """Requests believed to be on this target or on the way to and from it."""
+        return self.own + max(0.0, self.others)
+
+    @property
+    def present(self) -> float:
+        """Own requests believed to be at the target itself."""
+        return max(0.0, self.own - self.travelling)
+
+    @property
+    def queue(self) -> float:
+        """How many more requests than slots there are, one more included; negative = free slots."""
+        return self.queues[self.place]
+
+    def weigh(self) -> None:
+        """Bring `queue` up to date: a request was sent or is over, or the load was seen."""
+        load = self.own - self.travelling
+        if load < 0.0:
+            load = 0.0
+        if self.others > 0.0:
+            load += self.others
+        self.queues[self.place] = load + 1.0 - self.slots
+
+    def count_rate(self, elapsed_s: float) -> None:
+        """See how many answers came per second, and so how many of our requests are travelling."""
+        self.rate_per_s += 0.5 * (self.answered / elapsed_s - self.rate_per_s)
+        self.answered = 0
+        self.travelling = self.rate_per_s * self.rtt_s
+        self.weigh()
+
+    def observe_probe(self, now: float, sample_s: float) -> None:
+        """Take the round trip of a probe."""
+        self.probed_at = now
+        self.observe_rtt(sample_s)
 
     def observe_rtt(self, sample_s: float) -> None:
         """Take a round trip of a small message (Jacobson's mean and mean deviation)."""
@@ -76,22 +131,23 @@ class TargetState:
         self.rtt_s += (_RTT_GAIN_UP if error > 0.0 else _RTT_GAIN_DOWN) * error
         self.jitter_s += _JITTER_GAIN * (abs(error) - self.jitter_s)
 
-    def observe_transfer(self, sample_s: float, size_bytes: int) -> None:
+    def observe_transfer(self, now: float, sample_s: float, size_bytes: int) -> None:
         """Take the network time of one exchange: a small one tells the round trip, a large one the rate.
 
-        The first word belongs to a probe: the first requests may have waited for the connection to be made.
+        The first word belongs to a probe, because the first requests may have waited for the connection to be made;
+        and where probes answer, a longer round trip is believed from them alone: who says less than its true model
+        time must not pass it off as distance.
         """
-        if not self.rtt_measured and self.tier != "local":
+        if self.tier == "local" or not self.rtt_measured:
             return
-        if size_bytes < _LARGE_BYTES:
-            self.observe_rtt(sample_s)
-        elif self.tier != "local":
+        if size_bytes >= _LARGE_BYTES:
             self.s_per_byte += _RATE_GAIN * (max(0.0, sample_s - self.rtt_s) / size_bytes - self.s_per_byte)
+        elif sample_s < self.rtt_s or now - self.probed_at > self.config.stale_ms / 1e3:
+            self.observe_rtt(sample_s)
 
     def observe_others(self, sample: float) -> None:
         """Take the load that others put on this target."""
         self.others += _LOAD_GAIN * (sample - self.others)
-        self.load = self.own + self.others
 
     def spread_factor(self, now: float) -> float:
         """How much wider the spread is taken because the report is old; 1 = fresh. Never ends dispatch."""
@@ -112,13 +168,13 @@ class VersionState:
     """One version of a model on one target."""
 
     __slots__ = (
-        "base50", "base95", "breaker", "cost", "drain_s", "error", "load_s", "model", "number", "p50_claim_s",
-        "p95_claim_s", "plain", "ready_at", "residency", "sampled_at", "settled_at", "stateful", "target",
-        "unserved_until", "version", "window",
+        "base50", "base95", "breaker", "candidates", "cost", "crowding_s", "delay_s", "drain_factor", "drain_s",
+        "error", "forgiven", "load_s", "model", "number", "p50_claim_s", "p95_claim_s", "plain", "price", "quality",
+        "ready_at", "residency", "row", "sampled_at", "services", "settled_at", "smaller", "stateful", "target", "unserved_until",
+        "version", "wait_claim_s",
     )  # fmt: skip
 
     def __init__(self, target: TargetState, model: str, version: str) -> None:
-        config = target.config
         self.target = target
         self.model = model
         self.version = version
@@ -130,73 +186,125 @@ class VersionState:
         self.stateful = False
         self.p50_claim_s = 0.0
         self.p95_claim_s = 0.0
+        self.wait_claim_s = 0.0
+        self.price = 0.0
+        self.quality = 1.0
+        self.smaller = ""
         self.drain_s = 0.0
+        self.drain_factor = 1.0
+        self.crowding_s = 0.0
         self.error = 0.0
-        self.window = Window(size=config.window_size, age_max_s=config.window_age_ms_max / 1e3)
+        self.services: dict[int, Service] = {}
         self.breaker = target.breaker_of(model)
         self.plain = True
-        self.sampled_at = self.settled_at = float("-inf")
+        self.delay_s = 0.0
+        self.forgiven = False
+        self.sampled_at = self.settled_at = -INFINITY
         self.base50 = self.base95 = self.cost = 0.0
+        self.candidates: Candidates | None = None
+        self.row = -1
 
     def claim(self, now: float, report: VersionReport) -> None:
         """Take what the target says; values are bounded, whatever it says."""
         self.residency = report.residency
-        eta_s = min(max(report.eta_ms, 0.0) / 1e3, _CLAIM_MAX_S)
+        eta_s = _claimed_s(report.eta_ms * 1e3)
         self.ready_at = now + eta_s
         # A cold version that says how long it takes is loaded by the first request, whenever that comes.
         self.load_s = eta_s if report.residency == "cold" else 0.0
         self.stateful = report.stateful == "hidden"
-        self.p50_claim_s = min(max(report.service_p50_us, 0.0) / 1e6, _CLAIM_MAX_S)
-        self.p95_claim_s = min(max(report.service_p95_us, 0.0) / 1e6, _CLAIM_MAX_S)
+        self.p50_claim_s = _claimed_s(report.service_p50_us)
+        self.p95_claim_s = _claimed_s(report.service_p95_us)
+        self.wait_claim_s = _claimed_s(report.batch_wait_us)
+        self.price = max(0.0, report.price)
+        self.quality = min(1.0, max(0.0, report.quality))
+        self.smaller = report.smaller
         if self.residency == "hot":
             self.unserved_until = 0.0
 
-    def observe(self, now: float, latency_s: float, served: Served | None, size_bytes: int, load_at_send: int) -> None:
-        """Take an answered request: service time, queue, network time and the load of others."""
+    def observe(self, now: float, latency_s: float, served: Served | None, size_bytes: int, present: float) -> None:
+        """Take an answered request, sent when `present` of ours were believed to be there.
+
+        The sample is the whole latency less the way and the queue, not what the target says it took.
+        """
         target = self.target
+        away_s = target.rtt_s + size_bytes * target.s_per_byte
         if served is None or not (served.compute_us or served.queue_us):
-            self.sample(now, max(latency_s - target.rtt_s, _FLOOR_S))
+            waited = present + max(0.0, target.others) + 1.0 - target.slots
+            free = waited <= 0.0
+            self.sample(now, latency_s - away_s - (0.0 if free else waited * self.drain_s), size_bytes, free=free)
         else:
-            self.sample(now, min(served.compute_us / 1e6, latency_s))
-            target.observe_transfer(max(latency_s - (served.queue_us + served.compute_us) / 1e6, _FLOOR_S), size_bytes)
-            target.observe_others(max(0.0, float(served.in_flight - load_at_send)))
+            queued_s = served.queue_us / 1e6
             waiting = served.in_flight + 1 - target.slots
-            if waiting > 0:
+            free = waiting <= 0
+            if target.rtt_measured or target.tier == "local":
+                self.sample(now, latency_s - away_s - (0.0 if free else queued_s), size_bytes, free=free)
+            else:
+                # The first requests may have waited for the connection to be made.
+                self.sample(now, min(served.compute_us / 1e6, latency_s), size_bytes, free=free)
+            target.observe_transfer(now, max(latency_s - queued_s - served.compute_us / 1e6, _FLOOR_S), size_bytes)
+            target.observe_others(served.in_flight - present)
+            if not free and self.drain_s > 0.0:
                 # How fast the queue really moves: batching and other models' runs are in here.
-                self.drain_s += _RATE_GAIN * (served.queue_us / 1e6 / waiting - self.drain_s)
+                seen = self.drain_factor * queued_s / waiting / self.drain_s
+                factor = self.drain_factor + _DRAIN_GAIN * (min(seen, _DRAIN_FACTOR_MAX) - self.drain_factor)
+                self.drain_factor = max(1.0 / _DRAIN_FACTOR_MAX, factor)
         self.error *= 1.0 - _ERROR_GAIN
 
-    def sample(self, now: float, service_s: float) -> None:
+    def sample(self, now: float, service_s: float, size_bytes: int, *, free: bool) -> None:
         """Take one service time; at high rates a full window takes only some of them."""
-        if now - self.sampled_at >= _SAMPLE_PAUSE_S or len(self.window) < self.target.config.window_size:
-            self.sampled_at = now
-            self.window.add(now, service_s)
+        if now - self.sampled_at < _SAMPLE_PAUSE_S:
+            return
+        kind = size_class(size_bytes)
+        service = self.services.get(kind)
+        if service is None:
+            service = self.services[kind] = Service(self.target.config)
+        if service.add(now, max(service_s, _FLOOR_S), free=free):
+            self.settled_at = -INFINITY
+        self.sampled_at = now
 
     def observe_fault(self) -> None:
         """Take a failure. Latencies of failures are not samples: who fails fast must not look fast."""
         self.error += _ERROR_GAIN * (1.0 - self.error)
 
-    def service(self) -> tuple[float, float]:
-        """Median and 95th percentile of the model time in seconds: measured here, else claimed, else a guess."""
-        if len(self.window) >= _SAMPLES_MIN:
-            return self.window.quantile(0.5), self.window.quantile(0.95)
-        seed_s = self.target.config.service_seed_ms / 1e3
-        p50 = self.p50_claim_s or self.window.quantile(0.5) or seed_s
-        return p50, max(self.p95_claim_s, p50 * 2.0)
+    def prune(self, now: float) -> None:
+        """Forget samples that are too old."""
+        for service in self.services.values():
+            service.free.prune(now)
+            service.busy.prune(now)
+
+    def estimate(self, now: float, kind: int, prior_s: float, elapsed_s: float) -> tuple[float, float]:
+        """Median and 95th percentile of the model time: measured here, else claimed, else the fleet's, else a guess."""
+        service = self.services.get(kind) or self._similar(kind)
+        if service is None or not service.estimate(now, elapsed_s):
+            p50 = self.p50_claim_s
+            if p50 > 0.0:
+                # Nobody is believed to be more than twice as fast as what others were measured at.
+                p50 = max(p50, prior_s * _CLAIM_TRUST)
+            else:
+                p50 = prior_s or self.target.config.service_seed_ms / 1e3
+            p95 = max(self.p95_claim_s, p50 * _TAIL_FACTOR)
+            return p50 + self.wait_claim_s / 2.0, p95 + self.wait_claim_s + 2.0 * self.target.jitter_s
+        p50, p95 = service.p50_s, service.p95_s
+        idle_s = now - self.sampled_at
+        forgive_s = self.target.config.forgive_ms / 1e3
+        if idle_s > forgive_s and p50 > service.floor_s and self.target.own == 0:
+            # Nobody has seen it for a while: let one request see whether it is still that slow.
+            keep = 0.5 ** (idle_s / forgive_s - 1.0)
+            forgiven = service.floor_s + (p50 - service.floor_s) * keep
+            p50, p95 = forgiven, p95 * forgiven / p50
+            self.forgiven = True
+        return p50, p95
+
+    def _similar(self, kind: int) -> Service | None:
+        """What was measured for the nearest size; None = nothing."""
+        near = min(self.services, key=lambda other: (abs(other - kind), other), default=None)
+        return None if near is None else self.services[near]
 
     def settle(self, now: float) -> None:
-        """Bring the prepared sums up to date."""
+        """Bring this row up to date."""
+        elapsed_s = min(1.0, now - self.settled_at)
         self.settled_at = now
-        target, config = self.target, self.target.config
-        p50, p95 = self.service()
-        if self.drain_s <= 0.0:
-            self.drain_s = p50 / target.slots
-        spread = (p95 - p50 + 2.0 * target.jitter_s) * target.spread_factor(now)
-        self.base50 = target.rtt_s + p50
-        self.base95 = self.base50 + spread
-        self.cost = (
-            self.base50 + config.tail_weight * spread + target.penalty_s + self.error * config.error_penalty_ms / 1e3
-        )
+        target, config, row = self.target, self.target.config, self.row
         self.plain = (
             not target.draining
             and not target.gone
@@ -206,6 +314,42 @@ class VersionState:
             and self.breaker.state == "closed"
             and target.breaker.state == "closed"
         )
+        self.delay_s = delay_s = 0.0 if self.plain else self.delay(now)
+        handicap_s = (
+            target.penalty_s
+            + self.error * config.error_penalty_ms / 1e3
+            + self.price * config.price_weight_ms / 1e3
+            + (1.0 - self.quality) * config.quality_weight_ms / 1e3
+        )
+        widening = target.spread_factor(now)
+        table = self.candidates
+        self.forgiven = False
+        for kind, columns in _ONE_CLASS if table is None else table.classes.items():
+            p50, p95 = self.estimate(now, kind, columns.prior_s if columns is not None else 0.0, elapsed_s)
+            base50 = target.rtt_s + p50
+            spread_s = (p95 - p50) * widening
+            cost = base50 + config.tail_weight * spread_s + handicap_s
+            if kind == 0:
+                self.base50, self.base95, self.cost = base50, base50 + spread_s, cost
+                self.drain_s = p50 / target.slots * self.drain_factor
+            if columns is not None:
+                columns.base50[row] = base50 + delay_s
+                columns.base95[row] = base50 + spread_s + delay_s
+                columns.cost[row] = cost + delay_s
+        service = self.services.get(0)
+        self.crowding_s = service.crowding_s() if service is not None else 0.0
+        if table is not None:
+            table.take(self)
+
+    def delay(self, now: float) -> float:
+        """Seconds until a request could begin here; infinite if none may be sent now."""
+        obstacle, delay_s = self.obstacle(now)
+        return INFINITY if obstacle else delay_s
+
+    def is_stale(self, now: float) -> bool:
+        """Whether neither a report nor an answer has told anything for a while."""
+        heard_at = max(self.sampled_at, -INFINITY if self.target.reported_at is None else self.target.reported_at)
+        return now - heard_at > self.target.config.stale_ms / 1e3
 
     def obstacle(self, now: float) -> tuple[str, float]:
         """Why this is no ordinary candidate: a reason code and seconds to wait; ("", wait) = usable after `wait`."""
@@ -234,3 +378,7 @@ def make_breaker(config: PolicyConfig, *, failures_max: int) -> Breaker:
         open_max_s=config.breaker_open_ms_max / 1e3,
         trials_max=config.breaker_trials,
     )
+
+
+def _claimed_s(claim_us: float) -> float:
+    return min(max(claim_us, 0.0) / 1e6, _CLAIM_MAX_S)

@@ -1,0 +1,58 @@
+"""How long a model runs on a target, by the size of the request and by the load that it met there."""
+
+from __future__ import annotations
+
+from router.policy.config import PolicyConfig
+from router.policy.window import Window
+
+_SAMPLES_MIN = 8
+_SAMPLES_FEW = 4
+_FLOOR_RISE_PER_S = 0.02
+_TAIL_FACTOR = 2.0
+
+
+class Service:
+    """How long one version runs for one size of request, seen from here: from the last byte there to the answer.
+
+    Two windows, as Prequal does by load at arrival: with a slot free then, waiting for a batch included; and without,
+    less the queue. `floor_s` is the best it has been; that memory fades in about a minute.
+    """
+
+    __slots__ = ("busy", "floor_s", "free", "p50_s", "p95_s")
+
+    def __init__(self, config: PolicyConfig) -> None:
+        age_s, pause_s = config.window_age_ms_max / 1e3, config.forgive_ms / 1e3
+        self.free = Window(size=config.window_size, age_max_s=age_s, pause_s=pause_s)
+        self.busy = Window(size=config.window_size, age_max_s=age_s, pause_s=pause_s)
+        self.p50_s = self.p95_s = self.floor_s = 0.0
+
+    def add(self, now: float, value_s: float, *, free: bool) -> bool:
+        """Take a sample; True if it ended what was known before."""
+        mine, other = (self.free, self.busy) if free else (self.busy, self.free)
+        changed = mine.add(now, value_s)
+        if changed:
+            other.clear()
+        return changed
+
+    def estimate(self, now: float, elapsed_s: float) -> bool:
+        """Renew median and 95th percentile; False if nothing has ever been measured."""
+        window = self.free if len(self.free) >= _SAMPLES_MIN or len(self.free) >= len(self.busy) else self.busy
+        count = len(window)
+        if count >= _SAMPLES_MIN:
+            self.p50_s, self.p95_s = window.quantile(0.5), window.quantile(0.95)
+        elif count:
+            ratio = self.p95_s / self.p50_s if self.p50_s > 0.0 else _TAIL_FACTOR
+            # Of very few the smallest: the first may have waited for what is made only once.
+            self.p50_s = window.quantile(0.5 if count >= _SAMPLES_FEW else 0.0)
+            self.p95_s = max(window.quantile(0.95), self.p50_s * ratio)
+        if count:
+            rise = min(1.0, _FLOOR_RISE_PER_S * elapsed_s)
+            floor = self.floor_s or self.p50_s
+            self.floor_s = min(self.p50_s, floor + rise * (self.p50_s - floor))
+        return self.p50_s > 0.0
+
+    def crowding_s(self) -> float:
+        """What a run takes longer when every slot is busy."""
+        if len(self.busy) < _SAMPLES_MIN or len(self.free) < _SAMPLES_MIN:
+            return 0.0
+        return max(0.0, self.busy.quantile(0.5) - self.free.quantile(0.5))
