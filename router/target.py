@@ -115,6 +115,17 @@ class Target:
         """Offer requests to it."""
         return self._router.attach(self.view.name, self._node, TIERS[self.view.role], self.view.domain)
 
+    def revise(self, view: NodeView) -> bool:
+        """Take a new price and quality at once. False = something else has changed, too."""
+        if view == self.view:
+            return True
+        if replace(view, price=self.view.price, quality=self.view.quality) != self.view:
+            return False
+        self.view = view
+        if self.last_report is not None:
+            self._tell(self._now(), self.last_report)
+        return True
+
     async def close(self) -> None:
         """Stop asking; the connection ends when nothing is in flight any more, or after the drain time."""
         for task in self._tasks:
@@ -146,14 +157,17 @@ class Target:
             self._heard_at = None
 
     def _take(self, now: float, report: NodeReport) -> None:
+        if report.node != self.view.name:
+            raise MeshError(Code.UNTRUSTED, f"{self.view.address} says that it is {report.node!r}.")
+        self.last_report = report
+        self._tell(now, report)
+
+    def _tell(self, now: float, report: NodeReport) -> None:
         """What the configuration says about a target outranks its own word."""
         view = self.view
-        if report.node != view.name:
-            raise MeshError(Code.UNTRUSTED, f"{view.address} says that it is {report.node!r}.")
         said = {name: value for name in ("price", "quality") if (value := getattr(view, name)) is not None}
         if said:
             report = replace(report, versions=tuple(replace(version, **said) for version in report.versions))
-        self.last_report = report
         self._router.policy.on_report(now, view.name, report)
 
     # Questions -------------------------------------------------------------------------------------------------------

@@ -59,6 +59,11 @@ class TargetSet:
         return tuple(target.view for target in self._targets.values())
 
     @property
+    def targets(self) -> tuple[Target, ...]:
+        """How each of them is doing. For reading only."""
+        return tuple(self._targets.values())
+
+    @property
     def reports(self) -> tuple[tuple[NodeReport, str], ...]:
         """What each of them said last, and where its mesh listener is."""
         found = ((target.last_report, target.view.address) for target in self._targets.values())
@@ -69,8 +74,9 @@ class TargetSet:
         wanted = {
             view.name: view for view in views if view.role in TIERS and view.address and view.name != self._router.node
         }
-        for name in [name for name, target in self._targets.items() if wanted.get(name) != target.view]:
-            self._drop(name)
+        for name, target in list(self._targets.items()):
+            if name not in wanted or not target.revise(wanted[name]):
+                self._drop(name)
         for name, view in wanted.items():
             if name not in self._targets:
                 self._add(view)
