@@ -170,8 +170,8 @@ class VersionState:
     __slots__ = (
         "base50", "base95", "breaker", "candidates", "cost", "crowding_s", "delay_s", "drain_factor", "drain_s",
         "error", "forgiven", "load_s", "model", "number", "p50_claim_s", "p95_claim_s", "plain", "price", "quality",
-        "ready_at", "residency", "row", "sampled_at", "services", "settled_at", "smaller", "stateful", "target", "unserved_until",
-        "version", "wait_claim_s",
+        "ready_at", "residency", "row", "sampled_at", "services", "settled_at", "smaller", "stateful", "target",
+        "unserved_until", "version", "wait_claim_s",
     )  # fmt: skip
 
     def __init__(self, target: TargetState, model: str, version: str) -> None:
