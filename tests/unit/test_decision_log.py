@@ -15,7 +15,7 @@ from router.policy import Policy, PolicyConfig
 from router.policy.log import Start, decode
 from simulations.replay import ReplayResult, read, replay
 
-FAST = DecisionLogConfig(enabled=True, flush_ms=0.2, retry_ms=0.0, file_bytes_max=128 * 1024, files_max=3)
+FAST = DecisionLogConfig(enabled=True, flush_ms=0.2, retry_ms=0.0, file_bytes_max=512 * 1024, files_max=3)
 STEPS_MAX = 200
 
 
@@ -78,7 +78,7 @@ def test_files_turn_and_each_can_be_replayed(tmp_path: Path) -> None:
     kept = files(tmp_path)
     assert len(kept) == FAST.files_max
     assert number(kept[0]) > 0
-    assert all(path.stat().st_size <= 2 * FAST.file_bytes_max + 512 * 1024 for path in kept)
+    assert all(path.stat().st_size <= 2 * FAST.file_bytes_max + 256 * 1024 for path in kept)
     whole = replay_files(kept)
     assert (whole.gaps, whole.skipped, log.lost) == ([], 0, 0)
     assert sum(replay_files([path]).records for path in kept) == whole.records
@@ -86,7 +86,7 @@ def test_files_turn_and_each_can_be_replayed(tmp_path: Path) -> None:
     assert [lost for _, lost in result.gaps] == [0]
     # With other settings the policy begins with the targets alone.
     other = replay(read(kept), lambda config: msgspec.structs.replace(config, queue_wait_ms_max=1e-3))
-    assert other.decisions == whole.decisions
+    assert other.decisions["decide"] == whole.decisions["decide"]
     assert other.changes
 
 
