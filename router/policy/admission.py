@@ -16,9 +16,8 @@ from router.policy.candidates import Candidates
 from router.policy.choose import Choice, Chooser, wait_s
 from router.policy.config import PolicyConfig
 from router.policy.facts import Reject, RequestFacts
-from router.policy.tenants import Tenants
+from router.policy.tenants import RANKS, Tenants
 
-_RANKS = 4
 _SHED_GAIN = 0.02
 _JITTER_MIN, _JITTER_SPAN = 0.8, 0.4
 _HINT_MS_MAX = 30_000
@@ -37,7 +36,7 @@ class _Queue:
     def __init__(self) -> None:
         self.since: float | None = None
         self.shed = 0.0
-        self.patience: list[tuple[float, float]] = [(math.inf, 0.0)] * _RANKS
+        self.patience: list[tuple[float, float]] = [(math.inf, 0.0)] * RANKS
 
 
 class Admission:
@@ -47,7 +46,7 @@ class Admission:
 
     def __init__(self, config: PolicyConfig, random: Callable[[], float]) -> None:
         self._random = random
-        self._class_shares = (config.class_shares + config.class_shares[-1:] * _RANKS)[:_RANKS]
+        self._class_shares = (config.class_shares + config.class_shares[-1:] * RANKS)[:RANKS]
         self._burst_share = config.burst_share
         self._wait_max_s = config.queue_wait_ms_max / 1e3
         self._memory_s = config.patience_ms / 1e3
@@ -121,17 +120,18 @@ class Admission:
         least_s, at = queue.patience[rank]
         if slack_s < least_s or now - at > self._memory_s:
             queue.patience[rank] = (slack_s, now)
-        if self.tenants.share(facts.model, facts.tenant).exceeded:
-            # Beyond its share a tenant is everybody's lowest class, whatever it says of its requests.
-            return self._class_shares[-1] * self._least_s(now, queue, slack_s, _RANKS)
+        share = self.tenants.share(facts.model, facts.tenant)
         part = self._class_shares[rank]
         if now - queue.since < slack_s:
             part = max(part, self._burst_share)
+        elif share.exceeded(rank):
+            # Beyond its share a tenant is everybody's lowest class, whatever it says of its requests.
+            part, rank = self._class_shares[-1], RANKS
         return part * self._least_s(now, queue, slack_s, rank)
 
     def _refuse(self, facts: RequestFacts, wait: float, allowed_s: float, slack_s: float) -> Reject:
         """The refusal of a request that would be in time, but has to leave its place to others."""
-        if self.tenants.share(facts.model, facts.tenant).exceeded:
+        if self.tenants.share(facts.model, facts.tenant).exceeded(rank_of(facts.priority)):
             reason, why = "tenant_share", f"Tenant {facts.tenant!r} has more than its share of {facts.model!r}"
         else:
             reason, why = "shed", f"{facts.model!r} is overloaded and serves more important requests"
@@ -150,4 +150,4 @@ class Admission:
 
 def rank_of(priority: int) -> int:
     """0 is shed last. Class 1 is the highest; 0 says nothing and comes next; then 2; all others are the lowest."""
-    return (1, 0, 2)[priority] if 0 <= priority <= 2 else _RANKS - 1
+    return (1, 0, 2)[priority] if 0 <= priority <= 2 else RANKS - 1

@@ -12,7 +12,7 @@ from nearcast.handler import Served
 if TYPE_CHECKING:
     from router.policy.breaker import Breaker
     from router.policy.state import VersionState
-    from router.policy.tenants import Share
+    from router.policy.tenants import Part
 
 FAULTS = frozenset({Code.INTERNAL, Code.UNAVAILABLE, Code.DEADLINE})
 """Codes that speak against the target. OVERLOADED is an honest answer and only pushes back."""
@@ -54,7 +54,7 @@ class Attempt:
         kind: str,
         load_at_send: float,
         remaining_s: float | None = None,
-        share: Share | None = None,
+        share: Part | None = None,
     ) -> None:
         self.version = version
         self.share = share

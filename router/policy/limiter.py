@@ -14,17 +14,19 @@ _SAMPLES_MIN = 10
 _GRADIENT_MIN = 0.5
 _SMOOTHING = 0.2
 _BASE_GAIN = 0.1
+_FLOOR_S = 1e-6
 LIMIT_MAX = 100_000.0
 
 
 class Limiter:
-    """The limit of one target. Times are seconds."""
+    """The limit of one target. Times are seconds; `base_s` is the first guess of a run that finds a free slot."""
 
     __slots__ = ("_base_s", "_count", "_slack_s", "_used", "_wait_s", "limit")
 
-    def __init__(self) -> None:
+    def __init__(self, base_s: float) -> None:
         self.limit = LIMIT_MAX
-        self._base_s = self._wait_s = self._slack_s = 0.0
+        self._base_s = max(_FLOOR_S, base_s)
+        self._wait_s = self._slack_s = 0.0
         self._count = self._used = 0
 
     def observe(self, *, queued_s: float, ran_s: float, slack_s: float, in_flight: int, slots: int) -> None:
@@ -33,16 +35,15 @@ class Limiter:
         `in_flight` holds the requests of everybody.
         """
         if in_flight < slots:
-            self._base_s += (_BASE_GAIN if self._base_s else 1.0) * (ran_s - self._base_s)
+            self._base_s = max(_FLOOR_S, self._base_s + _BASE_GAIN * (ran_s - self._base_s))
         self._count += 1
         self._wait_s += queued_s
         self._slack_s += slack_s
-        if in_flight + 1 > self._used:
-            self._used = in_flight + 1
+        self._used = max(self._used, in_flight + 1)
 
     def adapt(self, slots: int) -> None:
         """Take one step if enough was seen since the last. The limit is never below `slots`."""
-        if self._count < _SAMPLES_MIN or not self._base_s:
+        if self._count < _SAMPLES_MIN:
             return
         wait_s, slack_s = self._wait_s / self._count, self._slack_s / self._count
         gradient = min(1.0, (self._base_s + slack_s) / (self._base_s + wait_s))

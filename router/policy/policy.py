@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from nearcast.errors import Code
 from nearcast.load import NodeReport, Tier
 from router.policy import refuse
-from router.policy.admission import Admission
+from router.policy.admission import Admission, rank_of
 from router.policy.budget import TokenBudget
 from router.policy.candidates import Candidates
 from router.policy.choose import Choice, Chooser, judge
@@ -171,7 +171,7 @@ class Policy:
         if version is None:
             # Forwarded to us, or the report has just changed: count it all the same.
             version = VersionState(target, facts.model, send.version)
-        share = self._admission.tenants.share(version.model, facts.tenant)
+        share = self._admission.tenants.share(version.model, facts.tenant).parts[rank_of(facts.priority)]
         share.enter()
         attempt = Attempt(version, now, facts.size_bytes, kind, target.present, facts.remaining_s, share)
         target.own += 1

@@ -6,6 +6,8 @@ queue stands: who is alone may use everything.
 
 from __future__ import annotations
 
+RANKS = 4
+"""How many classes of requests are told apart."""
 _NAMELESS = "\0"
 
 
@@ -20,30 +22,48 @@ class Crowd:
 
 
 class Share:
-    """What one tenant has of one model. `wanted` is a clock bit: something was asked for since the last sweep."""
+    """What one tenant has of one model, by rank of request. `wanted`: something was asked for since the last sweep."""
 
-    __slots__ = ("crowd", "in_flight", "wanted")
+    __slots__ = ("crowd", "parts", "wanted")
 
     def __init__(self, crowd: Crowd) -> None:
         self.crowd = crowd
-        self.in_flight = 0
+        self.parts = tuple(Part(self) for _ in range(RANKS))
         self.wanted = True
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is open."""
+        return not any(part.in_flight for part in self.parts)
+
+    def exceeded(self, rank: int) -> bool:
+        """Whether the requests of this rank and above are more than the tenant's part, while others want something too.
+
+        A tenant that floods with its lowest class does not lose the places of its highest.
+        """
+        crowd = self.crowd
+        mine = sum(part.in_flight for part in self.parts[: rank + 1])
+        return mine * len(crowd.tenants) > crowd.in_flight + 1
+
+
+class Part:
+    """The open attempts of one rank of a share."""
+
+    __slots__ = ("in_flight", "share")
+
+    def __init__(self, share: Share) -> None:
+        self.share = share
+        self.in_flight = 0
 
     def enter(self) -> None:
         """One more attempt is open."""
         self.in_flight += 1
-        self.crowd.in_flight += 1
+        self.share.crowd.in_flight += 1
 
     def leave(self) -> None:
         """One attempt less."""
         self.in_flight -= 1
-        self.crowd.in_flight -= 1
-
-    @property
-    def exceeded(self) -> bool:
-        """Whether one more request would be more than this tenant's part, while others want something, too."""
-        crowd = self.crowd
-        return self.in_flight * len(crowd.tenants) > crowd.in_flight + 1
+        self.share.crowd.in_flight -= 1
 
 
 class Tenants:
@@ -78,7 +98,7 @@ class Tenants:
         self._swept_at = now
         for model, crowd in list(self._crowds.items()):
             for tenant, share in list(crowd.tenants.items()):
-                if share.in_flight == 0 and not share.wanted:
+                if share.is_idle and not share.wanted:
                     del crowd.tenants[tenant]
                     self._count -= 1
                 share.wanted = False

@@ -10,7 +10,7 @@ from router.policy import PolicyConfig
 from router.policy.limiter import LIMIT_MAX, Limiter
 from router.policy.outliers import Pace, scores, slow
 from router.policy.panic import tiers_in_panic
-from router.policy.tenants import Tenants
+from router.policy.tenants import Share, Tenants
 from router.policy.tiers import TierGate
 
 CONFIG = PolicyConfig(tier_trip_ms=1000, tier_open_ms=500, tier_open_ms_max=2000, tier_trials=2, tier_start_ms=800)
@@ -19,6 +19,11 @@ CONFIG = PolicyConfig(tier_trip_ms=1000, tier_open_ms=500, tier_open_ms_max=2000
 def note(gate: TierGate, *, until: float, useless: bool, since: float = 0.0, per_s: int = 200) -> None:
     count = int((until - since) * per_s)
     assert [gate.note(since + i / per_s, useless=useless) for i in range(count)]
+
+
+def enter(share: Share, count: int, *, rank: int = 1) -> None:
+    for _ in range(count):
+        share.parts[rank].enter()
 
 
 def tripped() -> TierGate:
@@ -135,21 +140,21 @@ class TestPanic:
 
 class TestLimiter:
     def test_queues_that_eat_the_time_lower_it_to_the_slots(self) -> None:
-        limiter = Limiter()
+        limiter = Limiter(0.02)
         for i in range(2000):
             limiter.observe(queued_s=0.5, ran_s=0.02, slack_s=0.05, in_flight=40 if i % 9 else 0, slots=4)
             limiter.adapt(4)
         assert limiter.limit == 4.0
 
     def test_queues_that_requests_can_afford_never_lower_it(self) -> None:
-        limiter = Limiter()
+        limiter = Limiter(0.02)
         for i in range(200):
             limiter.observe(queued_s=0.04, ran_s=0.02, slack_s=0.05, in_flight=i % 20, slots=4)
             limiter.adapt(4)
         assert limiter.limit == LIMIT_MAX
 
     def test_it_grows_again_only_while_it_is_used(self) -> None:
-        limiter = Limiter()
+        limiter = Limiter(0.02)
         for _ in range(300):
             limiter.observe(queued_s=0.5, ran_s=0.02, slack_s=0.05, in_flight=40, slots=4)
             limiter.observe(queued_s=0.0, ran_s=0.02, slack_s=0.05, in_flight=0, slots=4)
@@ -169,7 +174,7 @@ class TestLimiter:
         st.integers(1, 64),
     )
     def test_it_stays_within_its_bounds(self, seen: list[tuple[float, float, float, int]], slots: int) -> None:
-        limiter = Limiter()
+        limiter = Limiter(0.02)
         for queued_s, ran_s, slack_s, in_flight in seen:
             limiter.observe(queued_s=queued_s, ran_s=ran_s, slack_s=slack_s, in_flight=in_flight, slots=slots)
             limiter.adapt(slots)
@@ -179,35 +184,43 @@ class TestLimiter:
 class TestTenants:
     def test_who_is_alone_may_use_everything(self) -> None:
         share = Tenants(shares_max=8, idle_s=1.0).share("m", "a")
-        assert [share.enter() for _ in range(50)]
-        assert not share.exceeded
+        enter(share, 50)
+        assert not share.exceeded(1)
 
     def test_a_flood_is_beyond_its_share_as_soon_as_somebody_else_wants_something(self) -> None:
         tenants = Tenants(shares_max=8, idle_s=1.0)
         flood = tenants.share("m", "a")
-        assert [flood.enter() for _ in range(50)]
+        enter(flood, 50)
         quiet = tenants.share("m", "b")
-        assert flood.exceeded
-        assert not quiet.exceeded
-        assert not tenants.share("other", "a").exceeded
+        assert flood.exceeded(1)
+        assert not quiet.exceeded(1)
+        assert not tenants.share("other", "a").exceeded(1)
+
+    def test_a_flood_of_the_lowest_class_leaves_the_highest_of_the_same_tenant_alone(self) -> None:
+        tenants = Tenants(shares_max=8, idle_s=1.0)
+        flood = tenants.share("m", "a")
+        enter(flood, 50, rank=3)
+        enter(flood, 3, rank=0)
+        tenants.share("m", "b")
+        assert [flood.exceeded(rank) for rank in range(4)] == [False, False, False, True]
 
     def test_who_wants_nothing_leaves_its_part(self) -> None:
         tenants = Tenants(shares_max=8, idle_s=1.0)
         flood, _ = tenants.share("m", "a"), tenants.share("m", "b")
-        assert [flood.enter() for _ in range(5)]
+        enter(flood, 5)
         tenants.sweep(1.0)
-        assert flood.exceeded
+        assert flood.exceeded(1)
         tenants.sweep(2.0)
-        assert not flood.exceeded
+        assert not flood.exceeded(1)
 
     @pytest.mark.parametrize("models", [1, 100_000])
     def test_a_flood_of_names_is_bounded(self, models: int) -> None:
         tenants = Tenants(shares_max=100, idle_s=1.0)
-        shares = [tenants.share(f"m{i % models}", f"t{i}") for i in range(100_000)]
+        parts = [tenants.share(f"m{i % models}", f"t{i}").parts[1] for i in range(100_000)]
         assert len(tenants) <= 202
-        for share in shares:
-            share.enter()
-            share.leave()
+        for part in parts:
+            part.enter()
+            part.leave()
         tenants.sweep(1.0)
         tenants.sweep(2.0)
         assert len(tenants) == 0
