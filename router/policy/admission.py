@@ -16,6 +16,7 @@ from router.policy.candidates import Candidates
 from router.policy.choose import Choice, Chooser, wait_s
 from router.policy.config import PolicyConfig
 from router.policy.facts import Reject, RequestFacts
+from router.policy.state import VersionState
 from router.policy.tenants import RANKS, Tenants
 
 _SHED_GAIN = 0.02
@@ -40,12 +41,19 @@ class _Queue:
 
 
 class Admission:
-    """Asked only where a request would wait. `random` draws from [0, 1) and comes from a seeded generator."""
+    """Asked only where a request would wait.
 
-    __slots__ = ("_burst_share", "_class_shares", "_memory_s", "_random", "_wait_max_s", "queues", "tenants")
+    Args:
+        config: all parameters.
+        random: draws from [0, 1) and comes from a seeded generator.
+        full: whether a target takes no more than it has.
+    """
 
-    def __init__(self, config: PolicyConfig, random: Callable[[], float]) -> None:
+    __slots__ = ("_burst_share", "_class_shares", "_full", "_memory_s", "_random", "_wait_max_s", "queues", "tenants")
+
+    def __init__(self, config: PolicyConfig, random: Callable[[], float], full: Callable[[VersionState], bool]) -> None:
         self._random = random
+        self._full = full
         self._class_shares = (config.class_shares + config.class_shares[-1:] * RANKS)[:RANKS]
         self._burst_share = config.burst_share
         self._wait_max_s = config.queue_wait_ms_max / 1e3
@@ -81,9 +89,10 @@ class Admission:
             queue = self.queues[facts.model] = _Queue()
         allowed_s = self._allowance_s(now, queue, facts, slack_s)
         other: Choice | None = choice
-        if choice.wait_s > allowed_s:
+        full = self._full
+        if choice.wait_s > allowed_s or full(choice.version):
             scan = chooser.pick_late if late else chooser.pick
-            other = scan(now, table, facts, limit_s, lambda version: wait_s(version) <= allowed_s)
+            other = scan(now, table, facts, limit_s, lambda version: wait_s(version) <= allowed_s and not full(version))
         if other is None:
             return self._refuse(facts, choice.wait_s, allowed_s, slack_s)
         queue.shed -= _SHED_GAIN * queue.shed

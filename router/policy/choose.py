@@ -12,7 +12,7 @@ from router.policy.candidates import Candidates, size_class
 from router.policy.config import PolicyConfig
 from router.policy.facts import RequestFacts, Terms
 from router.policy.score import INFINITY, draw, score
-from router.policy.state import VersionState
+from router.policy.state import EJECTIONS, VersionState
 
 
 class Choice(NamedTuple):
@@ -97,7 +97,7 @@ class Chooser:
     ) -> Choice | None:
         """The candidate with the smallest median whose median fits `limit_s`: better than refusing.
 
-        With `panic` an open model breaker is ignored: it exists to choose another target, and there is none.
+        With `panic` who was set aside counts, too: that exists to choose another target, and there is none.
         """
         kind = size_class(facts.size_bytes)
         columns = table.classes.get(kind) or table.columns(now, kind)
@@ -106,7 +106,7 @@ class Chooser:
         base50 = table.without(columns.base50, keep)
         if panic:
             for row, version in table.special.items():
-                if keep(version) and version.obstacle(now)[0] == "breaker_open":
+                if keep(version) and version.obstacle(now)[0] in EJECTIONS:
                     base50[row] = version.base50
         best, _, _ = score(
             facts.size_bytes, limit_s, table.queues, table.places, base50, base50, table.drain, table.crowding,

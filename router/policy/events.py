@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from router.policy.breaker import Breaker
     from router.policy.state import VersionState
     from router.policy.tenants import Part
+    from router.policy.tiers import TierGate
 
 FAULTS = frozenset({Code.INTERNAL, Code.UNAVAILABLE, Code.DEADLINE})
 """Codes that speak against the target. OVERLOADED is an honest answer and only pushes back."""
@@ -64,7 +65,7 @@ class Attempt:
         self.kind = kind
         self.load_at_send = load_at_send
         self.open = True
-        self.trials: tuple[Breaker, ...] = ()
+        self.trials: tuple[Breaker | TierGate, ...] = ()
         self.timed = False
         self.passed_delay = False
 

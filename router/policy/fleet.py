@@ -6,6 +6,7 @@ from nearcast.load import NodeReport, Tier
 from router.policy.candidates import Candidates
 from router.policy.config import PolicyConfig
 from router.policy.state import TargetState, VersionState
+from router.policy.tiers import TierGate
 
 _TIER_MIN = 3
 _IN_FLIGHT_MAX = 100_000
@@ -32,6 +33,7 @@ class Fleet:
         self._stale_s = config.stale_ms / 1e3
         self.targets: dict[str, TargetState] = {}
         self.models: dict[str, ModelIndex] = {}
+        self.gates: dict[str, TierGate] = {"cloud": TierGate(config)}
         self._queues: list[float] = []
         self._free_places: list[int] = []
 
@@ -40,7 +42,7 @@ class Fleet:
         known = self.targets.get(name)
         if known is not None:
             # Also if it came back as another kind of node: requests of before are still open there.
-            known.tier, known.domain = tier, domain or name
+            known.tier, known.domain, known.gate = tier, domain or name, self.gates.get(tier)
             if known.gone:
                 known.gone = False
                 self.index(now, {version.model for version in known.versions.values()})
@@ -52,7 +54,8 @@ class Fleet:
         else:
             place = len(self._queues)
             self._queues.append(0.0)
-        self.targets[name] = TargetState(name, tier, domain, self._config, self._queues, place)
+        target = self.targets[name] = TargetState(name, tier, domain, self._config, self._queues, place)
+        target.gate = self.gates.get(tier)
         return True
 
     def remove(self, now: float, name: str) -> None:
@@ -103,6 +106,12 @@ class Fleet:
         """Bring the rows of one target up to date."""
         for version in target.versions.values():
             version.settle(now)
+
+    def settle_tier(self, now: float, tier: str) -> None:
+        """Bring the rows of all targets of a tier up to date."""
+        for target in self.targets.values():
+            if target.tier == tier:
+                self.settle(now, target)
 
     def index(self, now: float, models: set[str]) -> None:
         """Rebuild the tables of some models."""

@@ -16,6 +16,7 @@ from router.policy.events import FAULTS, Attempt, Outcome
 from router.policy.facts import Decision, Reject, RequestFacts, Send, Terms
 from router.policy.fleet import Fleet
 from router.policy.generator import SplitMix
+from router.policy.health import Health
 from router.policy.hedge import Hedger, hedge_delay_s
 from router.policy.sequences import Sequences
 from router.policy.state import TargetState, VersionState
@@ -44,7 +45,8 @@ class Policy:
         self._fleet = Fleet(config)
         draw = random or SplitMix(seed).random
         self._chooser = Chooser(config, draw)
-        self._admission = Admission(config, draw)
+        self._health = Health(config, self._fleet)
+        self._admission = Admission(config, draw, self._health.full)
         self._hedger = Hedger(
             share=config.hedge_share,
             burst=config.hedge_burst,
@@ -75,6 +77,11 @@ class Policy:
     def hedger(self) -> Hedger:
         """Budget and brown-out gates. For reading only."""
         return self._hedger
+
+    @property
+    def retries(self) -> TokenBudget:
+        """The budget of retries. For reading only."""
+        return self._retries
 
     def newest(self, model: str) -> str:
         """The largest release of a model that is hot on some target; "" = none."""
@@ -167,10 +174,10 @@ class Policy:
             KeyError: if the target is not known any more; decide again.
         """
         target = self._fleet.targets[send.target]
-        version = target.versions.get((facts.model, send.version))
+        version = target.versions.get((send.model or facts.model, send.version))
         if version is None:
             # Forwarded to us, or the report has just changed: count it all the same.
-            version = VersionState(target, facts.model, send.version)
+            version = VersionState(target, send.model or facts.model, send.version)
         share = self._admission.tenants.share(version.model, facts.tenant).parts[rank_of(facts.priority)]
         share.enter()
         attempt = Attempt(version, now, facts.size_bytes, kind, target.present, facts.remaining_s, share)
@@ -180,7 +187,8 @@ class Policy:
         if version.forgiven:
             version.settle(now)
         if not version.plain:
-            attempt.trials = tuple(b for b in (target.breaker, version.breaker) if b.start_trial())
+            gates = (target.breaker, version.breaker, target.gate)
+            attempt.trials = tuple(gate for gate in gates if gate is not None and gate.start_trial())
         if kind == "first":
             attempt.timed = send.hedge_after_s is not None
             self._hedger.budget.earn()
@@ -239,7 +247,10 @@ class Policy:
 
         pick = self._chooser.pick
         choice = pick(now, table, facts, limit, away) or pick(now, table, facts, limit, free)
-        if choice is None or not self._hedger.take(now, own.tier):
+        if choice is None:
+            self._hedger.denied["nowhere"] += 1
+            return None
+        if not self._hedger.take(now, own.tier):
             return None
         return Send(choice.version.target.name, attempt.release, None, (), "hedge")
 
@@ -287,6 +298,7 @@ class Policy:
         elapsed = 0.0 if self._refreshed_at is None else now - self._refreshed_at
         self._refreshed_at = now
         self._fleet.refresh(now, elapsed)
+        self._health.refresh(now)
         self._admission.sweep(now)
 
     def _table(self, model: str, version: str) -> Candidates | None:
@@ -431,5 +443,7 @@ class Policy:
         elif code is Code.UNAVAILABLE or code is Code.INTERNAL or (code is Code.DEADLINE and latency > version.base95):
             version.observe_fault()
             version.breaker.fail(now)
+        if code is None or code in FAULTS:
+            self._health.note(now, attempt, outcome, failed=code is not None)
         if version.breaker.state != "closed" or attempt.trials:
             self._fleet.settle(now, target)

@@ -14,10 +14,13 @@ from router.policy.candidates import size_class
 from router.policy.config import PolicyConfig
 from router.policy.score import INFINITY
 from router.policy.service import Service
+from router.policy.tiers import TierGate
 
 if TYPE_CHECKING:
     from router.policy.candidates import Candidates, Columns
 
+EJECTIONS = frozenset({"breaker_open", "slow", "tier_open", "tier_starting"})
+"""Obstacles that exist to choose another target, and do not count where there is none."""
 _LARGE_BYTES = 64 * 1024
 _RTT_GAIN_UP = 0.125
 _RTT_GAIN_DOWN = 0.3
@@ -44,8 +47,8 @@ class TargetState:
     """
 
     __slots__ = (
-        "answered", "breaker", "breakers", "config", "domain", "draining", "gone", "hot_above", "jitter_s", "name",
-        "others", "own", "penalty_s", "place", "probed_at", "pushed_back_until", "queues", "rate_per_s", "reported_at",
+        "answered", "breaker", "breakers", "config", "domain", "draining", "gate", "gone", "hot_above", "jitter_s",
+        "name", "others", "own", "penalty_s", "place", "probed_at", "pushed_back_until", "queues", "rate_per_s", "reported_at",
         "rtt_measured", "rtt_s", "s_per_byte", "slots", "tier", "travelling", "versions",
     )  # fmt: skip
 
@@ -79,6 +82,7 @@ class TargetState:
         self.gone = False
         self.reported_at: float | None = None
         self.pushed_back_until = 0.0
+        self.gate: TierGate | None = None
         self.breaker = make_breaker(config, failures_max=2**31)
         self.breakers: dict[str, Breaker] = {}
         self.versions: dict[tuple[str, str], VersionState] = {}
@@ -169,9 +173,9 @@ class VersionState:
 
     __slots__ = (
         "base50", "base95", "breaker", "candidates", "cost", "crowding_s", "delay_s", "drain_factor", "drain_s",
-        "error", "forgiven", "load_s", "model", "number", "p50_claim_s", "p95_claim_s", "plain", "price", "quality",
-        "ready_at", "residency", "row", "sampled_at", "services", "settled_at", "smaller", "stateful", "target",
-        "unserved_until", "version", "wait_claim_s",
+        "error", "forgiven", "load_s", "model", "number", "p50_claim_s", "p95_claim_s", "panic", "plain", "price",
+        "quality", "ready_at", "relapses", "residency", "row", "sampled_at", "services", "settled_at", "slow_until",
+        "smaller", "stateful", "target", "unserved_until", "version", "wait_claim_s",
     )  # fmt: skip
 
     def __init__(self, target: TargetState, model: str, version: str) -> None:
@@ -197,6 +201,9 @@ class VersionState:
         self.services: dict[int, Service] = {}
         self.breaker = target.breaker_of(model)
         self.plain = True
+        self.panic = False
+        self.slow_until = 0.0
+        self.relapses = 0
         self.delay_s = 0.0
         self.forgiven = False
         self.sampled_at = self.settled_at = -INFINITY
@@ -313,6 +320,8 @@ class VersionState:
             and now >= self.unserved_until
             and self.breaker.state == "closed"
             and target.breaker.state == "closed"
+            and now >= self.slow_until
+            and (target.gate is None or target.gate.quiet)
         )
         self.delay_s = delay_s = 0.0 if self.plain else self.delay(now)
         handicap_s = (
@@ -365,8 +374,13 @@ class VersionState:
         delay_s = 0.0 if self.residency == "hot" else self.load_s or max(0.0, self.ready_at - now)
         if self.residency != "hot" and not delay_s:
             return "not_resident", 0.0
-        if not self.breaker.admits(now):
-            return "breaker_open", max(0.0, self.breaker.until - now)
+        if not self.panic:
+            if not self.breaker.admits(now):
+                return "breaker_open", max(0.0, self.breaker.until - now)
+            if now < self.slow_until:
+                return "slow", self.slow_until - now
+        if target.gate is not None and (closed := target.gate.obstacle(now)):
+            return closed, max(0.0, target.gate.until - now)
         return "", delay_s
 
 
