@@ -107,7 +107,7 @@ class Router:
         self._nonces = itertools.count(1)
         self._watch: asyncio.Task[None] | None = None
         self._draining = False
-        self._collector = RouterCollector(self.statistics, policy)
+        self._collector = RouterCollector(self.statistics, policy, self.now)
         self._registry = registry
         if registry is not None:
             registry.register(self._collector)
@@ -354,10 +354,11 @@ class Router:
     def _decide(self, now: float, facts: RequestFacts) -> Send:
         decision = self.policy.decide(now, facts)
         if isinstance(decision, Reject):
-            self.statistics.refuse(decision.code)
+            self.statistics.refuse(decision, facts.priority)
             raise MeshError(decision.code, decision.message, retry_after_ms=decision.retry_after_ms)
         if decision.missed:
             self.statistics.missed += 1
+        self.statistics.decisions[decision.reason] += 1
         return decision
 
     def _carry_out(

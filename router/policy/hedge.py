@@ -32,31 +32,33 @@ class BrownOut:
 class Hedger:
     """The budget and the brown-out gates of one router."""
 
-    __slots__ = ("_gates", "_share_max", "_smoothing", "budget", "denied", "fired")
+    __slots__ = ("_share_max", "_smoothing", "budget", "denied", "fired", "gates")
 
     def __init__(self, *, share: float, burst: float, brownout_share: float, brownout_smoothing: float) -> None:
         self.budget = TokenBudget(share=share, burst=burst)
         self._share_max = brownout_share
         self._smoothing = brownout_smoothing
-        self._gates: dict[str, BrownOut] = {}
+        self.gates: dict[str, BrownOut] = {}
         self.fired = 0
-        self.denied = 0
+        self.denied = {"frozen": 0, "budget": 0, "nowhere": 0}
 
     def gate(self, tier: str) -> BrownOut:
         """The gate of one tier."""
-        gate = self._gates.get(tier)
+        gate = self.gates.get(tier)
         if gate is None:
-            gate = self._gates[tier] = BrownOut(share_max=self._share_max, smoothing=self._smoothing)
+            gate = self.gates[tier] = BrownOut(share_max=self._share_max, smoothing=self._smoothing)
         return gate
 
     def take(self, now: float, tier: str) -> bool:
         """Whether a request that waits on `tier` may be copied now; spends a token if so."""
-        allowed = not self.gate(tier).frozen and self.budget.spend(now)
-        if allowed:
+        if self.gate(tier).frozen:
+            self.denied["frozen"] += 1
+        elif self.budget.spend(now):
             self.fired += 1
+            return True
         else:
-            self.denied += 1
-        return allowed
+            self.denied["budget"] += 1
+        return False
 
 
 def hedge_delay_s(t95_s: float, second_t95_s: float, limit_s: float, *, minimum_s: float) -> float | None:
