@@ -48,8 +48,8 @@ class TargetState:
 
     __slots__ = (
         "answered", "breaker", "breakers", "config", "domain", "draining", "gate", "gone", "hot_above", "jitter_s",
-        "name", "others", "own", "penalty_s", "place", "probed_at", "pushed_back_until", "queues", "rate_per_s", "reported_at",
-        "rtt_measured", "rtt_s", "s_per_byte", "slots", "tier", "travelling", "versions",
+        "name", "others", "own", "penalty_s", "place", "probed_at", "pushed_back_until", "queues", "rate_per_s",
+        "reported_at", "rtt_measured", "rtt_s", "s_per_byte", "slots", "tier", "travelling", "versions",
     )  # fmt: skip
 
     def __init__(
