@@ -110,7 +110,7 @@ class Network:
             moved = min(left, rate * STEP_S)
             self.sent_bytes[source] += moved
             if left <= rate * STEP_S:
-                self._world.after(left / rate, lambda n=number: self._finish(n))  # type: ignore[misc]
+                self._world.after(left / rate, lambda n=number: self._finish(n))
             flows[number] = (source, sink, left - moved, done)
         self._world.after(STEP_S, self._tick)
 

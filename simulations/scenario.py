@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.resources import files
 from typing import Annotated, Literal, TypeAlias
 
@@ -50,6 +51,18 @@ class NodeSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     foreign_rps: NonNegative = 0.0
     queue_max: Count = 256
     memoryless: bool = False
+
+    @property
+    def service_s(self) -> float:
+        """Median of one run in seconds."""
+        return self.service_ms / 1e3
+
+    @property
+    def service_mean_s(self) -> float:
+        """Mean of one run in seconds, stalls included."""
+        if self.memoryless:
+            return self.service_s
+        return self.service_s * math.exp(self.service_sigma**2 / 2.0) + self.stall_share * self.stall_ms / 1e3
 
 
 class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -101,7 +101,7 @@ class Fleet:
         for index, node in enumerate(self.nodes.values()):
             waits = index < self.spec.hint_waiters_max
             delay_s = self._answer_at() + self.spec.rtt_s / 2 if waits else 2 * self.spec.poll_s * self._random.random()
-            self.world.after(delay_s, lambda node=node: self._check(node, payload, trips))  # type: ignore[misc]
+            self.world.after(delay_s, lambda node=node: self._check(node, payload, trips))
 
     def _answer_at(self) -> float:
         """Seconds until the origin has answered one more request; it works through them one by one."""

@@ -117,7 +117,7 @@ class SyncNode:
                 self._world.after(self._costs.load_s, lambda: self.send(Loaded(job)))
             case Watch(job, _):
                 for tick in range(1, 12):
-                    self._world.after(0.5 * tick, lambda job=job: self.send(Sampled(job, 10)))  # type: ignore[misc]
+                    self._world.after(0.5 * tick, lambda job=job: self.send(Sampled(job, 10)))
             case WritePointer(pointer):
                 self.active_at = self._world.now
                 self._world.record(self.name, "pointer", pointer.stable, pointer.candidate)

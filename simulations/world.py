@@ -6,9 +6,9 @@ import hashlib
 import heapq
 from collections.abc import Callable
 from random import Random
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-Action: TypeAlias = Callable[[], None]
+Action: TypeAlias = Callable[..., None]
 
 EVENTS_MAX = 50_000_000
 """A run that needs more events has a loop in it."""
@@ -20,7 +20,7 @@ class World:
     def __init__(self, seed: int) -> None:
         self.now = 0.0
         self._seed = seed
-        self._heap: list[tuple[float, int, Action]] = []
+        self._heap: list[tuple[float, int, Action, tuple[Any, ...]]] = []
         self._count = 0
         self._trace = hashlib.sha256()
 
@@ -28,8 +28,8 @@ class World:
         """A generator of its own for one purpose: runs of two policies see the same arrivals and faults."""
         return Random(f"{self._seed}/{name}")
 
-    def at(self, time_s: float, action: Action) -> None:
-        """Run `action` at the virtual instant `time_s`; equal instants run in the order they were scheduled.
+    def at(self, time_s: float, action: Action, *arguments: Any) -> None:
+        """Run `action(*arguments)` at the virtual instant `time_s`; equal instants run in the order of scheduling.
 
         Raises:
             ValueError: if the instant has passed.
@@ -37,11 +37,12 @@ class World:
         if time_s < self.now:
             raise ValueError(f"cannot schedule at {time_s} when it is {self.now}")
         self._count += 1
-        heapq.heappush(self._heap, (time_s, self._count, action))
+        heapq.heappush(self._heap, (time_s, self._count, action, arguments))
 
-    def after(self, delay_s: float, action: Action) -> None:
-        """Run `action` `delay_s` seconds from now."""
-        self.at(self.now + delay_s, action)
+    def after(self, delay_s: float, action: Action, *arguments: Any) -> None:
+        """Run `action(*arguments)` `delay_s` seconds from now."""
+        self._count += 1
+        heapq.heappush(self._heap, (self.now + delay_s, self._count, action, arguments))
 
     def record(self, *facts: object) -> None:
         """Add to the trace; two runs are the same if and only if their hashes are."""
@@ -55,8 +56,8 @@ class World:
         """
         events = 0
         while self._heap and self._heap[0][0] <= until_s:
-            self.now, _, action = heapq.heappop(self._heap)
-            action()
+            self.now, _, action, arguments = heapq.heappop(self._heap)
+            action(*arguments)
             events += 1
             if events > EVENTS_MAX:
                 raise RuntimeError(f"more than {EVENTS_MAX} events before {until_s} s")
