@@ -117,6 +117,7 @@ class LatestFrames:
         self._facts = facts
         self._metadata = [*metadata, (LATEST, "1")]
         self._newest: tuple[Tensors, int] | None = None
+        self._in_work: tuple[Tensors, int] | None = None
         self._is_over = False
         self._changed = asyncio.Event()
         self._sent_at: dict[str, tuple[int, float]] = {}
@@ -142,6 +143,7 @@ class LatestFrames:
                     is_movable = error.code in _MOVING and not self._facts.sequence
                     if not is_movable or failures >= self._policy.config.attempts_max:
                         raise
+                    self._newest = self._newest or self._in_work
                     await asyncio.sleep(_PAUSE_S * 2.0**failures * random.uniform(0.5, 1.0))
             await reader
         finally:
@@ -168,7 +170,8 @@ class LatestFrames:
                 await self._changed.wait()
             if self._newest is None:
                 return
-            (frame, index), self._newest = self._newest, None
+            frame, index = self._in_work = self._newest
+            self._newest = None
             request = self._make(frame)
             if len(self._sent_at) >= _SENT_MAX:
                 del self._sent_at[next(iter(self._sent_at))]
@@ -194,6 +197,8 @@ class LatestFrames:
                             raise
                         self.dropped += 1
                         continue
+                    if self._in_work is not None and self._in_work[1] == index:
+                        self._in_work = None
                     yield answer
         except MeshError as error:
             outcome = Outcome(error.code, error.sent, error.retry_after_ms)
