@@ -13,7 +13,11 @@ from router.policy import Outcome, Policy, PolicyConfig, RequestFacts, Send
 
 def make_policy(targets: int, *, seed: int = 1) -> Policy:
     """One local target, a quarter peers, the rest cloud; all hold the model."""
-    policy = Policy(PolicyConfig(targets_max=max(256, targets)), seed)
+    return fill(Policy(PolicyConfig(targets_max=max(256, targets)), seed), targets)
+
+
+def fill(policy: Policy, targets: int) -> Policy:
+    """Have a new policy know so many targets."""
     for i in range(targets):
         tier: Tier = "local" if i == 0 else "peer" if i % 4 == 0 else "cloud"
         policy.add_target(0.0, f"node-{i}", tier)

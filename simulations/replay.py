@@ -52,6 +52,7 @@ class ReplayResult:
 
     Attributes:
         records: replayed.
+        sends: by kind: first, hedge, retry, forwarded.
         decisions: answers compared, by call: `decide`, `hedge`, `retry`, `add_target`.
         different: how many of them are others.
         first: the first of those.
@@ -61,6 +62,7 @@ class ReplayResult:
     """
 
     records: int = 0
+    sends: Counter[str] = field(default_factory=Counter)
     decisions: Counter[str] = field(default_factory=Counter)
     different: Counter[str] = field(default_factory=Counter)
     first: Difference | None = None
@@ -184,6 +186,7 @@ class _Player:
 
     def _send(self, policy: Policy, record: Sent) -> None:
         number, self._sent = self._sent, self._sent + 1
+        self.result.sends[record.kind] += 1
         facts, send = record.facts, record.send
         if self._last is not None:
             facts = facts or self._last[0]
