@@ -16,7 +16,7 @@ DECAY_S = 10.0
 DEFAULT_RTT_S = 0.030
 FLOOR_S = 0.001
 PENALTY_S = 5.0
-PENALISED = frozenset({Code.OVERLOADED, Code.UNAVAILABLE, Code.INTERNAL, Code.DEADLINE})
+PENALISED = frozenset({Code.OVERLOADED, Code.UNAVAILABLE, Code.INTERNAL})
 
 
 class Estimate:
@@ -46,7 +46,8 @@ class PeakEwma(Baseline):
 
     Source: Finagle's `PeakEwma` and tower's `load::PeakEwma` as linkerd2-proxy sets it: decay 10 s, first guess 30 ms,
     floor 1 ms. Failures: linkerd's load biaser, which takes a failed or refused request for a round trip of 5 s where
-    the server names no other time, so that a node that fails fast does not look fast.
+    the server names no other time, so that a node that fails fast does not look fast. A request that the client gave
+    up counts with the time it took, as in tower.
     """
 
     name = "p2c-peak-ewma"

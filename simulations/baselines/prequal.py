@@ -36,17 +36,19 @@ class Prequal(Baseline):
     probe is added, since 60 ms of way are part of what a request waits for. Its probe timeout of 1 to 3 ms would lose
     every answer from afar: an answer is dated half a round trip back, so the age limit of 1 s (16 round trips of
     60 ms) is the timeout. The latency at a load is kept here instead of at the server, from the pair of both that
-    every answer carries. Servers' usual reports count as answers to probes. The paper's treatment of failing servers
-    is not published; outlier detection stands in.
+    every answer carries; so it follows when a request of ours raises the load of a probe that is used again. Servers'
+    usual reports count as answers to probes. The paper's treatment of failing servers is not published; outlier
+    detection stands in.
     """
 
     name = "prequal"
-    home = "steady"
+    home = "reconnect-storm"
 
     def __init__(self, random: Random) -> None:
         super().__init__(random)
         self._pool = ProbePool()
         self._latencies: dict[str, RifLatency] = {}
+        self._rtt_s: dict[str, float] = {}
         self._spread: deque[int] = deque(maxlen=SPREAD_SAMPLES)
         self._outliers = Outliers()
 
@@ -60,6 +62,7 @@ class Prequal(Baseline):
             probe = best(probes, bound)
             chosen = probe.node
             self._pool.use(probe)
+            probe.latency_s = self._latency_s(now, probe.node, probe.in_flight) or probe.latency_s
         for _ in range(REMOVALS_PER_REQUEST):
             self._pool.remove(bound)
         return chosen
@@ -68,21 +71,26 @@ class Prequal(Baseline):
         return self.random.sample(nodes, min(PROBES_PER_REQUEST, len(nodes)))
 
     def on_report(self, now: float, node: str, report: NodeReport, rtt_s: float) -> None:
-        latencies = self._latencies.setdefault(node, RifLatency())
-        latency_s = latencies.at(now, report.in_flight)
+        self._rtt_s[node] = rtt_s
+        latency_s = self._latency_s(now, node, report.in_flight)
         if latency_s is None:
             if not report.versions:
                 return
-            latency_s = (report.versions[0].queue_us + report.versions[0].service_p50_us) / 1e6
-        uses = self._round(reuse(len(self._latencies)))
+            latency_s = (report.versions[0].queue_us + report.versions[0].service_p50_us) / 1e6 + rtt_s
+        uses = self._round(reuse(len(self._rtt_s)))
         self._spread.append(report.in_flight)
-        self._pool.add(Probe(node, now - rtt_s / 2, report.in_flight, latency_s + rtt_s, uses))
+        self._pool.add(Probe(node, now - rtt_s / 2, report.in_flight, latency_s, uses))
 
     def on_reply(self, now: float, node: str, latency_s: float, served: Served | None, code: Code | None) -> None:
         self._outliers.observe(now, node, code)
         if served is not None and code is None:
             at_server_s = (served.queue_us + served.compute_us) / 1e6
             self._latencies.setdefault(node, RifLatency()).observe(now, served.in_flight, at_server_s)
+
+    def _latency_s(self, now: float, node: str, in_flight: int) -> float | None:
+        latencies = self._latencies.get(node)
+        at_server_s = latencies.at(now, in_flight) if latencies is not None else None
+        return None if at_server_s is None else at_server_s + self._rtt_s.get(node, 0.0)
 
     def _round(self, uses: float) -> float:
         if uses == inf:

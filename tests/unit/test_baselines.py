@@ -215,11 +215,11 @@ def test_peak_ewma_prefers_the_lesser_product():
 
 def test_peak_ewma_takes_a_failure_for_five_seconds_but_not_a_giving_up():
     baseline = PeakEwma(Random(1))
-    for node, code in (("a", Code.INTERNAL), ("b", Code.CANCELLED)):
+    for node, code, latency_s in (("a", Code.INTERNAL, 0.001), ("b", Code.DEADLINE, 0.5)):
         baseline.on_sent(0.0, node)
-        baseline.on_reply(0.0, node, 0.001, None, code)
+        baseline.on_reply(0.0, node, latency_s, None, code)
     assert baseline.cost_s(0.0, "a") == 5.0
-    assert baseline.cost_s(0.0, "b") == pytest.approx(0.030)
+    assert baseline.cost_s(0.0, "b") == 0.5
 
 
 # C3.
@@ -373,6 +373,16 @@ def test_prequal_probes_three_adds_the_way_and_is_random_without_answers():
         for node, rtt_s in (("near", 0.001), ("far", 0.060), ("mid", 0.020)):
             baseline.on_report(1.0, node, report(node, in_flight=2, p50_us=10_000.0), rtt_s)
         assert baseline.choose(1.0, FACTS, nodes) == "near"
+
+
+def test_a_request_of_ours_raises_load_and_latency_of_the_answer_it_used():
+    baseline, nodes = Prequal(Random(2)), ["old", "a", "b"]
+    for node, in_flight, compute_us in (("a", 0, 10_000), ("a", 1, 40_000), ("b", 0, 20_000)):
+        baseline.on_reply(0.9, node, 0.05, Served(compute_us=compute_us, in_flight=in_flight), None)
+    baseline.on_report(0.9, "old", report("old", in_flight=9, p50_us=90_000.0), 0.005)  # and so one more is not hot
+    baseline.on_report(1.0, "a", report("a"), 0.005)
+    baseline.on_report(1.0, "b", report("b"), 0.005)
+    assert [baseline.choose(1.0, FACTS, nodes) for _ in range(2)] == ["a", "b"]
 
 
 def test_prequal_leaves_a_server_that_fails():
