@@ -28,6 +28,7 @@ NAMES = (
     "router",
     "policy",
     "accounting",
+    "replay",
     "cascade",
     "wire",
     "coldstart",
