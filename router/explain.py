@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
 from nearcast.errors import CATALOGUE, Code, MeshError
-from router.policy import Reject
+from router.policy import Reject, RequestFacts
+from router.policy.reasons import REASONS
 from router.router import Router
 
 if TYPE_CHECKING:
@@ -31,34 +31,55 @@ def explain_route(router: Router) -> web.RouteDef:
     return web.get(PATH, answer)
 
 
+class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The query: a request as the policy would see it."""
+
+    model: Annotated[str, msgspec.Meta(min_length=1)]
+    version: str = ""
+    size: Annotated[int, msgspec.Meta(ge=0)] = 0
+    deadline_ms: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    priority: Annotated[int, msgspec.Meta(ge=0)] = 0
+    tenant: str = "local"
+    principal: str = ""
+    sequence: str = ""
+    quality_min: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    price_max: Annotated[float, msgspec.Meta(ge=0)] | None = None
+
+
 def explain(router: Router, query: dict[str, str]) -> dict[str, Any]:
-    """The decision for `model`, and optionally `version`, `size` (bytes), `deadline_ms` and `principal`, as JSON.
+    """The decision for the request that a `Question` describes, as JSON.
 
     Raises:
         MeshError: INVALID_REQUEST for a query that makes no sense.
     """
-    if unknown := set(query) - {"model", "version", "size", "deadline_ms", "principal"}:
-        raise MeshError(
-            Code.INVALID_REQUEST, f"Unknown parameter {min(unknown)!r}; use model, version, size, deadline_ms."
-        )
-    model = query.get("model", "")
-    if not model:
-        raise MeshError(Code.INVALID_REQUEST, "Say which model: ?model=NAME.")
-    deadline_ms = _number(query, "deadline_ms")
+    try:
+        asked = msgspec.convert(query, Question, strict=False)
+    except msgspec.ValidationError as error:
+        names = ", ".join(Question.__struct_fields__)
+        raise MeshError(Code.INVALID_REQUEST, f"{error}; the parameters are {names}.") from error
     facts, decision = router.explain(
-        model,
-        version=query.get("version", ""),
-        size_bytes=int(_number(query, "size") or 0),
-        deadline_s=None if deadline_ms is None else deadline_ms / 1e3,
-        principal=query.get("principal", ""),
+        RequestFacts(
+            model=asked.model,
+            version=asked.version,
+            size_bytes=asked.size,
+            remaining_s=None if asked.deadline_ms is None else asked.deadline_ms / 1e3,
+            priority=asked.priority,
+            tenant=asked.tenant,
+            sequence=asked.sequence,
+            quality_min=asked.quality_min,
+            price_max=asked.price_max,
+        ),
+        principal=asked.principal,
     )
+    codes = {decision.reason, *(terms.verdict for terms in decision.terms)}
     described: dict[str, Any] = {
         "node": router.node,
-        "model": model,
+        "model": asked.model,
         "version": facts.version,
         "fallbacks": facts.fallbacks,
         "reason": decision.reason,
         "candidates": [msgspec.to_builtins(terms) for terms in decision.terms],
+        "meanings": {code: REASONS[code] for code in sorted(codes) if code in REASONS},
     }
     if isinstance(decision, Reject):
         refusal = {"code": decision.code.value, "message": decision.message, "retry_after_ms": decision.retry_after_ms}
@@ -68,19 +89,7 @@ def explain(router: Router, query: dict[str, str]) -> dict[str, Any]:
         "decision": "send",
         "target": decision.target,
         "answers_as": decision.version,
+        "stand_in": decision.model,
         "hedge_after_ms": hedge_ms,
         "alternatives": decision.alternatives,
     }
-
-
-def _number(query: dict[str, str], name: str) -> float | None:
-    text = query.get(name, "")
-    if not text:
-        return None
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not (math.isfinite(number) and number >= 0):
-        raise MeshError(Code.INVALID_REQUEST, f"{name} must be a number from 0 up, not {text!r}.")
-    return number

@@ -225,27 +225,14 @@ class Router:
         async for request in requests:
             yield await self.infer(request, context)
 
-    def explain(
-        self,
-        model: str,
-        *,
-        version: str = "",
-        size_bytes: int = 0,
-        deadline_s: float | None = None,
-        principal: str = "",
-    ) -> tuple[RequestFacts, Decision]:
-        """What would be decided for such a request now, with the terms of every candidate. Sends nothing."""
-        now = self.now()
-        wanted, fallbacks = self._versions(model, version, "", principal, "", "local")
-        facts = RequestFacts(
-            model=model,
-            version=wanted,
-            pinned=bool(version),
-            fallbacks=fallbacks,
-            size_bytes=size_bytes,
-            remaining_s=deadline_s,
-        )
-        return facts, self.policy.decide(now, facts, explain=True)
+    def explain(self, facts: RequestFacts, *, principal: str = "") -> tuple[RequestFacts, Decision]:
+        """What would be decided for such a request now, with the terms of every candidate. Sends nothing.
+
+        `facts.version` is what the client would name; the facts that come back hold what that stands for.
+        """
+        wanted, fallbacks = self._versions(facts.model, facts.version, facts.sequence, principal, "", facts.tenant)
+        facts = msgspec.structs.replace(facts, version=wanted, pinned=bool(facts.version), fallbacks=fallbacks)
+        return facts, self.policy.decide(self.now(), facts, explain=True)
 
     # The directory of models -----------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ CHANGES_SHOWN_MAX = 20
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--set", "settings", multiple=True, metavar="policy.NAME=VALUE", help="What if the policy had this?")
 @json_option
-def command(files: tuple[Path, ...], settings: tuple[str, ...], as_json: bool) -> None:
+def replay(files: tuple[Path, ...], settings: tuple[str, ...], as_json: bool) -> None:
     """Make the decisions of FILES (or of all logs in a folder) once more and compare them.
 
     A router writes them to DATA/decisions if its configuration says `[decisions] enabled = true`. Without --set the

@@ -180,4 +180,10 @@ def judge(now: float, version: VersionState, size_bytes: int, limit_s: float, ch
         cost_ms=total(columns.cost, columns.cost, INFINITY, table.never) * 1e3,
         load=target.load,
         verdict="chosen" if target.name == chosen else verdict,
+        in_flight=target.own,
+        slots=target.slots,
+        error=version.error,
+        price=version.price,
+        quality=version.quality,
+        report_age_ms=None if target.reported_at is None else max(0.0, now - target.reported_at) * 1e3,
     )

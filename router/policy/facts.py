@@ -47,7 +47,11 @@ class RequestFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
-    """How one candidate was judged. Times in milliseconds; `verdict` is a reason code."""
+    """How one candidate was judged. Times in milliseconds; `verdict` is a reason code.
+
+    `load` requests are believed to be there, `in_flight` of them our own, on `slots` model runs; `error` is the
+    smoothed share of failures, `report_age_ms` the time since its last report (None = it has sent none).
+    """
 
     target: str
     tier: str
@@ -61,6 +65,12 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     cost_ms: float
     load: float
     verdict: str
+    in_flight: int = 0
+    slots: int = 1
+    error: float = 0.0
+    price: float = 0.0
+    quality: float = 1.0
+    report_age_ms: float | None = None
 
 
 class Send(msgspec.Struct, frozen=True, omit_defaults=True):
