@@ -42,7 +42,8 @@ class LeaseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         lessees_max: clients whose first target is remembered; the one that was silent longest is forgotten first.
         lessee_load_min: requests in flight that a client stands for, if the loads of the targets suggest less.
         lessee_load_max: and if they suggest more.
-        keep_fraction: a client keeps its first target while no other is better by more than this fraction.
+        keep_fraction: a client keeps its first target while no other is better by more than this fraction;
+        move_share: beyond that, this share of those that ask moves at a time.
         ranking_ms: how long one judgement of the policy serves clients with the same question.
         rankings_max: questions whose judgement is remembered.
     """
@@ -54,6 +55,7 @@ class LeaseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     lessee_load_min: Positive = 0.01
     lessee_load_max: Positive = 64.0
     keep_fraction: Annotated[float, msgspec.Meta(ge=0)] = 0.25
+    move_share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
     ranking_ms: Annotated[float, msgspec.Meta(ge=0)] = 50.0
     rankings_max: Count = 256
 
@@ -273,7 +275,8 @@ class Leases:
         """Candidates as one more client should try them; `former` is the first one that it was given before.
 
         The first one is the cheapest, as the policy reckons cost, with the clients that were sent there before; among
-        near ties two are drawn and the emptier one is taken, so that nobody herds on a stale minimum.
+        near ties two are drawn and the emptier one is taken, so that nobody herds on a stale minimum. A client leaves a
+        target that has become slower, but is still in time, by a draw: one report must not move everybody.
         """
         if not candidates:
             return []
@@ -283,7 +286,7 @@ class Leases:
         peers = [c for c in ordered if c.rank == ordered[0].rank]
         first = next((c for c in peers if c.target.name == former), None)
         keep = best * (1.0 + self._config.keep_fraction) + self._policy.tie_ms
-        if first is None or costs[former] > keep:
+        if first is None or (costs[former] > keep and self._draw() < self._config.move_share):
             bound = best * (1.0 + self._policy.tie_fraction) + self._policy.tie_ms
             first = self._drawn([c for c in peers if costs[c.target.name] <= bound])
         return [first, *(c for c in ordered if c is not first)][: self._config.targets_max]

@@ -30,6 +30,8 @@ class TinyHost:
         self.in_flight = self.most_in_flight = self.answered = self.cancelled = 0
         self.seen: list[tuple[str, RequestContext]] = []
         self.fail: MeshError | None = None
+        self.client_address = ""
+        self.client_tls = False
 
     async def infer(self, request: InferRequest, context: RequestContext) -> TensorResponse:
         version = context.version or request.version or self.versions[0]
@@ -84,6 +86,8 @@ class TinyHost:
             role="edge",
             slots=64,
             in_flight=self.in_flight,
+            client_address=self.client_address,
+            client_tls=self.client_tls,
             versions=tuple(
                 VersionReport(model="digits", version=v, service_p50_us=us, service_p95_us=1.5 * us)
                 for v in self.versions
@@ -102,14 +106,16 @@ def make_node_server(
 
 
 async def serve(shutdown: Shutdown) -> int:
-    """Serve until told to end."""
+    """Serve until told to end: clients, or with an identity the mesh and clients."""
     name, delay_ms, versions, *folder = sys.argv[1:]
     host = TinyHost(name, delay_s=float(delay_ms) / 1e3, versions=tuple(versions.split(",")))
-    server = make_node_server(host, load_identity(Path(folder[0])) if folder else None)
-    await server.start()
-    announce(name, grpc=server.address)
+    servers = [make_node_server(host, identity) for identity in [*(load_identity(Path(f)) for f in folder), None]]
+    for server in servers:
+        await server.start()
+    host.client_address = servers[-1].address
+    announce(name, grpc=servers[0].address, client=host.client_address)
     await shutdown.wait()
-    await server.drain(1.0)
+    await asyncio.gather(*(server.drain(1.0) for server in servers))
     return 0
 
 
