@@ -27,6 +27,7 @@ NAMES = (
     "serving",
     "router",
     "policy",
+    "overload",
     "accounting",
     "replay",
     "cascade",

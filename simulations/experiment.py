@@ -16,12 +16,13 @@ from simulations.faults import schedule_faults
 from simulations.mesh import Mesh
 from simulations.oracles import FullOracle, QueueOracle
 from simulations.scenario import Scenario
-from simulations.workload import draw_workload
+from simulations.workload import Request, draw_workload
 from simulations.world import World
 
 LIVE = "nearcast"
 ORACLES: Mapping[str, Callable[[Mesh], Driver]] = {"queue-oracle": QueueOracle, "full-oracle": FullOracle}
 _DRAIN_S = 30.0
+"""Longer than any deadline, and than any pushback."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,7 @@ class Run:
     seed: int
     at_s: NDArray[np.float64]
     latency_s: NDArray[np.float64]
+    priority: NDArray[np.int64]
     codes: dict[str, int]
     sends: tuple[tuple[float, str, str], ...]
     trace_hash: str
@@ -82,42 +84,61 @@ def run(scenario: Scenario, policy: str, seed: int) -> Run:
     schedule_faults(mesh)
     world.run(0.0)
     driver = make_driver(mesh, policy)
-    mesh.watch(driver, scenario.duration_s)
-    requests = workload.requests
-    latency_s = np.full(len(requests), np.inf)
-    codes: dict[str, int] = {}
-
-    def come(index: int) -> None:
-        if index + 1 < len(requests):
-            world.at(requests[index + 1].at, come, index + 1)
-        request = requests[index]
-
-        def done(code: Code | None, _retry_ms: int | None) -> None:
-            if code is None:
-                latency_s[index] = world.now - request.at
-            else:
-                codes[code] = codes.get(code, 0) + 1
-            world.record("done", index, code)
-
-        driver.request(request, done)
-
-    if requests:
-        world.at(requests[0].at, come, 0)
-    world.run(scenario.duration_s + _DRAIN_S)
+    ends_s = scenario.duration_s + _DRAIN_S * (1 + 2 * scenario.retries)
+    mesh.watch(driver, ends_s if scenario.retries else scenario.duration_s)
+    users = _Users(scenario, driver, workload.requests)
+    users.come(0)
+    world.run(ends_s)
     for node in mesh.nodes.values():
         node.check()
-    ended = sum(codes.values()) + int(np.isfinite(latency_s).sum())
-    if ended != len(requests):
-        raise RuntimeError(f"{len(requests)} requests came and {ended} ended")
-    at_s = np.array([request.at for request in requests])
+    ended = sum(users.codes.values()) + int(np.isfinite(users.latency_s).sum())
+    if ended != len(workload.requests):
+        raise RuntimeError(f"{len(workload.requests)} requests came and {ended} ended")
+    at_s = np.array([request.at for request in workload.requests])
     counted = at_s >= scenario.warmup_s
     return Run(
         scenario=scenario.name,
         policy=policy,
         seed=seed,
         at_s=at_s[counted],
-        latency_s=latency_s[counted],
-        codes=codes,
+        latency_s=users.latency_s[counted],
+        priority=np.array([request.facts.priority for request in workload.requests])[counted],
+        codes=users.codes,
         sends=tuple(mesh.sends),
         trace_hash=world.trace_hash,
     )
+
+
+class _Users:
+    """Send the requests of a workload and remember what came of each."""
+
+    def __init__(self, scenario: Scenario, driver: Driver, requests: list[Request]) -> None:
+        self._scenario = scenario
+        self._driver = driver
+        self._world = driver.world
+        self._requests = requests
+        self._random = driver.world.stream("users")
+        self.latency_s = np.full(len(requests), np.inf)
+        self.codes: dict[str, int] = {}
+
+    def come(self, number: int) -> None:
+        """Schedule a request; each schedules the next, so that few are ever pending."""
+        if number < len(self._requests):
+            self._world.at(self._requests[number].at, self._arrive, number)
+
+    def _arrive(self, number: int) -> None:
+        self.come(number + 1)
+        self._ask(self._requests[number], 0)
+
+    def _ask(self, request: Request, tries: int) -> None:
+        def done(code: Code | None, retry_ms: int | None) -> None:
+            self._world.record("done", request.number, code)
+            if code is None:
+                self.latency_s[request.number] = self._world.now - request.at
+            elif tries < self._scenario.retries:
+                pause_s = (100 << tries if retry_ms is None else retry_ms) / 1e3
+                self._world.after(pause_s * self._random.uniform(0.8, 1.2), self._ask, request, tries + 1)
+            else:
+                self.codes[code] = self.codes.get(code, 0) + 1
+
+        self._driver.request(request, done)

@@ -108,6 +108,8 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One scenario. `slo_ms` is the objective, `deadline_ms` when the client hangs up; `why` says why these numbers.
 
+    A client without an answer asks again, with a new deadline, up to `retries` times: after as long as it was told to
+    wait, else after 100 ms, 200 ms, …, each time a fifth more or less. Its latency counts from the first try.
     Requests that arrive before `warmup_s` are served and not counted.
     """
 
@@ -118,10 +120,16 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     warmup_s: NonNegative = 5.0
     slo_ms: Positive = 100.0
     deadline_ms: Positive = 500.0
+    retries: Annotated[int, msgspec.Meta(ge=0, le=10)] = 0
     nodes: tuple[NodeSpec, ...]
     load: tuple[Phase, ...]
     classes: tuple[RequestClass, ...] = (RequestClass(),)
     faults: tuple[Fault, ...] = ()
+
+    @property
+    def capacity_rps(self) -> float:
+        """What all nodes serve together when nothing is wrong, foreign requests included."""
+        return sum(node.slots / node.service_mean_s for node in self.nodes)
 
     def __post_init__(self) -> None:
         names = {node.name for node in self.nodes}
