@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from random import Random
 
@@ -10,9 +9,9 @@ from nearcast.errors import Code
 from nearcast.handler import Served
 from nearcast.load import NodeReport
 from router.policy.facts import RequestFacts
+from simulations.baselines.balancer import Balancer
 from simulations.baselines.cubic_rate import CubicRate
 from simulations.baselines.outliers import Outliers
-from simulations.contract import Baseline
 
 ALPHA = 0.9
 """Weight of the new sample in every moving average."""
@@ -47,7 +46,7 @@ class Feedback:
         return self.response_s - self.service_s + queue**EXPONENT * self.service_s
 
 
-class C3(Baseline):
+class C3(Balancer):
     """The least R - 1/mu + q³/mu with q = 1 + outstanding · clients + queue, among the servers within their rate.
 
     Source: C3 (Suresh, Canini, Schmid, Feldmann; NSDI 2015) with the authors' constants: averages with weight 0.9 for
@@ -64,14 +63,12 @@ class C3(Baseline):
 
     def __init__(self, random: Random) -> None:
         super().__init__(random)
-        self._outstanding: Counter[str] = Counter()
-        self._slots: dict[str, int] = {}
         self._feedback: dict[str, Feedback] = {}
         self._rates: dict[str, CubicRate] = {}
         self._outliers = Outliers()
 
     def choose(self, now: float, facts: RequestFacts, nodes: Sequence[str]) -> str:
-        nodes = list(self._outliers.admit(now, nodes))
+        nodes = list(self._outliers.admit(now, self.ready(facts, nodes)))
         self.random.shuffle(nodes)
         nodes.sort(key=self.score_s)
         return next((node for node in nodes if self._rate(now, node).admits(now)), nodes[0])
@@ -79,7 +76,7 @@ class C3(Baseline):
     def score_s(self, node: str) -> float:
         """The score of `node` in seconds; 0 where it has never answered."""
         feedback = self._feedback.get(node)
-        return 0.0 if feedback is None else feedback.score_s(self._outstanding[node])
+        return 0.0 if feedback is None else feedback.score_s(self.open[node])
 
     def _rate(self, now: float, node: str) -> CubicRate:
         rate = self._rates.get(node)
@@ -88,23 +85,23 @@ class C3(Baseline):
         return rate
 
     def on_report(self, now: float, node: str, report: NodeReport, rtt_s: float) -> None:
-        self._slots[node] = max(1, report.slots)
+        super().on_report(now, node, report, rtt_s)
         feedback = self._feedback.get(node)
         if feedback is None or now - feedback.at <= SILENCE_S or not report.versions:
             return
         version = report.versions[0]
         service_s = version.service_p50_us / 1e6
-        waiting = max(0, report.in_flight - self._slots[node])
+        waiting = max(0, report.in_flight - report.slots)
         at = feedback.at
         feedback.observe(now, rtt_s + version.queue_us / 1e6 + service_s, service_s, waiting)
         feedback.at = at
 
     def on_sent(self, now: float, node: str) -> None:
-        self._outstanding[node] += 1
+        super().on_sent(now, node)
         self._rate(now, node).on_sent()
 
     def on_reply(self, now: float, node: str, latency_s: float, served: Served | None, code: Code | None) -> None:
-        self._outstanding[node] -= 1
+        super().on_reply(now, node, latency_s, served, code)
         self._outliers.observe(now, node, code)
         feedback = self._feedback.get(node)
         if code is Code.DEADLINE and feedback is not None:
@@ -112,7 +109,7 @@ class C3(Baseline):
         if code is not None or served is None:
             return
         self._rate(now, node).on_answer(now)
-        service_s, queue = served.compute_us / 1e6, max(0, served.in_flight + 1 - self._slots.get(node, 1))
+        service_s, queue = served.compute_us / 1e6, max(0, served.in_flight + 1 - self.slots.get(node, 1))
         if feedback is None:
             self._feedback[node] = Feedback(now, latency_s, service_s, queue)
         else:

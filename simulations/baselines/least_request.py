@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from random import Random
 
 from nearcast.errors import Code
 from nearcast.handler import Served
-from nearcast.load import NodeReport
 from router.policy.facts import RequestFacts
+from simulations.baselines.balancer import Balancer
 from simulations.baselines.outliers import Outliers
-from simulations.contract import Baseline
 
 
-class LeastRequest(Baseline):
+class LeastRequest(Balancer):
     """Of two random nodes the one with fewer of our requests open.
 
     Source: Envoy's LEAST_REQUEST with its default of two choices (Mitzenmacher, "The power of two choices", 2001).
@@ -27,26 +25,15 @@ class LeastRequest(Baseline):
 
     def __init__(self, random: Random) -> None:
         super().__init__(random)
-        self._active: Counter[str] = Counter()
-        self._slots: dict[str, int] = {}
         self._outliers = Outliers()
 
     def choose(self, now: float, facts: RequestFacts, nodes: Sequence[str]) -> str:
-        nodes = self._outliers.admit(now, nodes)
+        nodes = self._outliers.admit(now, self.ready(facts, nodes))
         if len(nodes) == 1:
             return nodes[0]
         first, second = self.random.sample(nodes, 2)
-        return first if self._load(first) <= self._load(second) else second
-
-    def _load(self, node: str) -> float:
-        return self._active[node] / self._slots.get(node, 1)
-
-    def on_report(self, now: float, node: str, report: NodeReport, rtt_s: float) -> None:
-        self._slots[node] = max(1, report.slots)
-
-    def on_sent(self, now: float, node: str) -> None:
-        self._active[node] += 1
+        return first if self.load(first) <= self.load(second) else second
 
     def on_reply(self, now: float, node: str, latency_s: float, served: Served | None, code: Code | None) -> None:
-        self._active[node] -= 1
+        super().on_reply(now, node, latency_s, served, code)
         self._outliers.observe(now, node, code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from math import exp
 from random import Random
@@ -10,7 +9,7 @@ from random import Random
 from nearcast.errors import Code
 from nearcast.handler import Served
 from router.policy.facts import RequestFacts
-from simulations.contract import Baseline
+from simulations.baselines.balancer import Balancer
 
 DECAY_S = 10.0
 DEFAULT_RTT_S = 0.030
@@ -41,7 +40,7 @@ class Estimate:
         return max(self._rtt_s, FLOOR_S)
 
 
-class PeakEwma(Baseline):
+class PeakEwma(Balancer):
     """Of two random nodes the one with the lesser (round trip) · (open requests + 1).
 
     Source: Finagle's `PeakEwma` and tower's `load::PeakEwma` as linkerd2-proxy sets it: decay 10 s, first guess 30 ms,
@@ -55,10 +54,10 @@ class PeakEwma(Baseline):
 
     def __init__(self, random: Random) -> None:
         super().__init__(random)
-        self._open: Counter[str] = Counter()
         self._estimates: dict[str, Estimate] = {}
 
     def choose(self, now: float, facts: RequestFacts, nodes: Sequence[str]) -> str:
+        nodes = self.ready(facts, nodes)
         if len(nodes) == 1:
             return nodes[0]
         first, second = self.random.sample(nodes, 2)
@@ -66,7 +65,7 @@ class PeakEwma(Baseline):
 
     def cost_s(self, now: float, node: str) -> float:
         """What a request to `node` is expected to cost."""
-        return self._estimate(now, node).read(now) * (self._open[node] + 1)
+        return self._estimate(now, node).read(now) * (self.open[node] + 1)
 
     def _estimate(self, now: float, node: str) -> Estimate:
         estimate = self._estimates.get(node)
@@ -74,10 +73,7 @@ class PeakEwma(Baseline):
             estimate = self._estimates[node] = Estimate(now)
         return estimate
 
-    def on_sent(self, now: float, node: str) -> None:
-        self._open[node] += 1
-
     def on_reply(self, now: float, node: str, latency_s: float, served: Served | None, code: Code | None) -> None:
-        self._open[node] -= 1
+        super().on_reply(now, node, latency_s, served, code)
         rtt_s = max(latency_s, PENALTY_S) if code in PENALISED else latency_s
         self._estimate(now, node).observe(now, rtt_s)

@@ -11,10 +11,10 @@ from nearcast.errors import Code
 from nearcast.handler import Served
 from nearcast.load import NodeReport
 from router.policy.facts import RequestFacts
+from simulations.baselines.balancer import Balancer
 from simulations.baselines.outliers import Outliers
 from simulations.baselines.probe_pool import POOL_MAX, Probe, ProbePool, best
 from simulations.baselines.rif_latency import RifLatency
-from simulations.contract import Baseline
 
 PROBES_PER_REQUEST = 3
 REMOVALS_PER_REQUEST = 1
@@ -25,7 +25,7 @@ SPREAD_SAMPLES = 128
 """Probe answers from which the spread of requests in flight over the fleet is estimated."""
 
 
-class Prequal(Baseline):
+class Prequal(Balancer):
     """Three probes per request keep a pool of answers; the hot-cold lexicographic rule picks from it.
 
     Source: Prequal (Wydrowski, Kleinberg, Rumble, Archer; NSDI 2024) with its parameters: pool of 16, answers at most
@@ -53,7 +53,7 @@ class Prequal(Baseline):
         self._outliers = Outliers()
 
     def choose(self, now: float, facts: RequestFacts, nodes: Sequence[str]) -> str:
-        nodes = self._outliers.admit(now, nodes)
+        nodes = self._outliers.admit(now, self.ready(facts, nodes))
         probes = self._pool.fresh(now, nodes)
         bound = hot_bound(self._spread)
         if len(probes) < min(OCCUPANCY_MIN, len(nodes)):
@@ -71,6 +71,7 @@ class Prequal(Baseline):
         return self.random.sample(nodes, min(PROBES_PER_REQUEST, len(nodes)))
 
     def on_report(self, now: float, node: str, report: NodeReport, rtt_s: float) -> None:
+        super().on_report(now, node, report, rtt_s)
         self._rtt_s[node] = rtt_s
         latency_s = self._latency_s(now, node, report.in_flight)
         if latency_s is None:
@@ -82,6 +83,7 @@ class Prequal(Baseline):
         self._pool.add(Probe(node, now - rtt_s / 2, report.in_flight, latency_s, uses))
 
     def on_reply(self, now: float, node: str, latency_s: float, served: Served | None, code: Code | None) -> None:
+        super().on_reply(now, node, latency_s, served, code)
         self._outliers.observe(now, node, code)
         if served is not None and code is None:
             at_server_s = (served.queue_us + served.compute_us) / 1e6

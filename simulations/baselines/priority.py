@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from random import Random
 
@@ -10,8 +9,8 @@ from nearcast.errors import Code
 from nearcast.handler import Served
 from nearcast.load import NodeReport
 from router.policy.facts import RequestFacts
+from simulations.baselines.balancer import Balancer
 from simulations.baselines.outliers import Outliers
-from simulations.contract import Baseline
 
 OVERPROVISIONING = 1.4
 FILL = 1.0
@@ -19,7 +18,7 @@ FILL = 1.0
 _RANKS = {"local": 0, "peer": 1, "cloud": 2}
 
 
-class PriorityFailover(Baseline):
+class PriorityFailover(Balancer):
     """The edge first, then its neighbours, then the cloud; within a tier the lesser of two random nodes.
 
     Source: Envoy's priority levels. Tier P gets health(P) = min(1, 1.4 · healthy / all) of what the tiers before it
@@ -34,12 +33,11 @@ class PriorityFailover(Baseline):
 
     def __init__(self, random: Random) -> None:
         super().__init__(random)
-        self._active: Counter[str] = Counter()
-        self._slots: dict[str, int] = {}
         self._ranks: dict[str, int] = {}
         self._outliers = Outliers()
 
     def choose(self, now: float, facts: RequestFacts, nodes: Sequence[str]) -> str:
+        nodes = self.ready(facts, nodes)
         admitted = set(self._outliers.admit(now, nodes))
         tiers: dict[int, list[str]] = {}
         for node in nodes:
@@ -48,28 +46,22 @@ class PriorityFailover(Baseline):
         sizes = [len(tiers[rank]) for rank in sorted(tiers)]
         first = self._draw(priority_shares([len(tier) for tier in healthy], sizes))
         for tier in healthy[first:] + healthy[:first]:
-            free = [node for node in tier if self._load(node) < FILL]
+            free = [node for node in tier if self.load(node) < FILL]
             if free:
-                return min(self.random.sample(free, min(2, len(free))), key=self._load)
-        return min(admitted, key=lambda node: (self._load(node), node))
+                return min(self.random.sample(free, min(2, len(free))), key=self.load)
+        return min(admitted, key=lambda node: (self.load(node), node))
 
     def _draw(self, shares: Sequence[float]) -> int:
         if shares[0] >= 1.0:
             return 0
         return self.random.choices(range(len(shares)), shares)[0]
 
-    def _load(self, node: str) -> float:
-        return self._active[node] / self._slots.get(node, 1)
-
     def on_report(self, now: float, node: str, report: NodeReport, rtt_s: float) -> None:
-        self._slots[node] = max(1, report.slots)
+        super().on_report(now, node, report, rtt_s)
         self._ranks[node] = _RANKS.get(report.role, len(_RANKS))
 
-    def on_sent(self, now: float, node: str) -> None:
-        self._active[node] += 1
-
     def on_reply(self, now: float, node: str, latency_s: float, served: Served | None, code: Code | None) -> None:
-        self._active[node] -= 1
+        super().on_reply(now, node, latency_s, served, code)
         self._outliers.observe(now, node, code)
 
 

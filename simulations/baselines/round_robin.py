@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from random import Random
 
 from router.policy.facts import RequestFacts
-from simulations.contract import Baseline
+from simulations.baselines.balancer import Balancer
 
 
-class RoundRobin(Baseline):
+class RoundRobin(Balancer):
     """Plain round robin, as every load balancer has it. It starts at a random node, as Envoy does."""
 
     name = "round-robin"
@@ -20,5 +20,6 @@ class RoundRobin(Baseline):
         self._turn = random.randrange(1 << 16)
 
     def choose(self, now: float, facts: RequestFacts, nodes: Sequence[str]) -> str:
+        nodes = self.ready(facts, nodes)
         self._turn += 1
         return nodes[self._turn % len(nodes)]

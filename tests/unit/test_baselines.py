@@ -21,6 +21,8 @@ from simulations.baselines.priority import priority_shares
 from simulations.baselines.probe_pool import Probe, ProbePool, best, worst
 from simulations.baselines.rif_latency import RifLatency
 from simulations.contract import Baseline
+from simulations.experiment import run
+from simulations.scenario import NodeSpec, Phase, Scenario, scenario_names
 
 FACTS = RequestFacts(model="detector")
 SERVED = Served(compute_us=20_000, in_flight=0)
@@ -65,6 +67,15 @@ def test_one_node_is_enough_and_needs_no_report(kind: type[Baseline]):
 
 def test_round_robin_takes_turns():
     assert choices(RoundRobin(Random(1)), ["a", "b", "c"], count=9) == {"a": 3, "b": 3, "c": 3}
+
+
+@pytest.mark.parametrize("kind", BASELINES.values(), ids=BASELINES)
+def test_nobody_waits_for_a_load_while_somebody_is_ready(kind: type[Baseline]):
+    baseline, cold = kind(Random(1)), VersionReport(model="detector", version="1", residency="cold", eta_ms=3000.0)
+    baseline.on_report(0.0, "cold", NodeReport(node="cold", role="local", slots=4, versions=(cold,)), 0.001)
+    baseline.on_report(0.0, "warm", report("warm", "cloud"), 0.060)
+    assert choices(baseline, ["cold", "warm"], count=20) == {"cold": 0, "warm": 20}
+    assert baseline.choose(0.0, FACTS, ["cold"]) == "cold"
 
 
 # Least request.
@@ -394,3 +405,32 @@ def test_prequal_leaves_a_server_that_fails():
         for node in nodes:
             baseline.on_report(1.0, node, report(node), 0.001 if node == "a" else 0.05)
         assert baseline.choose(1.0, FACTS, nodes) != "a"
+
+
+# Against theory.
+
+
+@pytest.mark.parametrize(("name", "sojourn"), [("p2c-least-request", 1.614), ("round-robin", 1.90)])
+def test_equal_servers_wait_as_theory_says(name: str, sojourn: float):
+    # Exponential service, load 0.7, many servers. Two choices (Mitzenmacher): the sum over i >= 1 of 0.7^(2^i - 2)
+    # = 1 + 0.49 + 0.1176 + 0.0068 services. In turn, each server sees nearly regular arrivals (D/M/1): 1 / (1 - s)
+    # = 1.876 with s = exp(-(1 - s) / 0.7) = 0.467, and a fortieth more wait. By chance it would be 3.33.
+    nodes = tuple(
+        NodeSpec(name=f"n{i}", tier="peer", slots=1, rtt_ms=0.0, service_ms=20.0, memoryless=True) for i in range(40)
+    )
+    scenario = Scenario(
+        name="equal",
+        title="",
+        why="",
+        duration_s=20.0,
+        warmup_s=2.0,
+        deadline_ms=5000.0,
+        nodes=nodes,
+        load=(Phase(rate_rps=1400.0),),
+    )
+    latency_s = run(scenario, name, 2).latency_s
+    assert latency_s.mean() / 0.020 == pytest.approx(sojourn, rel=0.04)
+
+
+def test_every_home_is_a_scenario():
+    assert {baseline.home for baseline in BASELINES.values()} <= set(scenario_names())
