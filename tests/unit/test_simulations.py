@@ -104,15 +104,12 @@ def test_every_fault_is_felt(kind: str):
     # A lie hurts only those who listen: the live policy does, a little.
     policy = "nearcast" if kind == "lie" else "round-robin"
     well, ill = run(small(), policy, 1), run(small(faults=(FAULTS[kind],)), policy, 1)
-    before, after = well.latency_s[(well.at_s > 4.0)].mean(), ill.latency_s[(ill.at_s > 4.0)].mean()
     if kind == "lie":
         assert well.trace_hash != ill.trace_hash
     elif kind == "fail":
         assert any(each[2] == "retry" for each in ill.sends)
-    elif kind == "cold":
-        assert ill.latency_s.max() > 0.4
     else:
-        assert after > before
+        assert ill.latency_s.mean() > well.latency_s.mean()
 
 
 def test_stale_reports_are_old_and_fresh_ones_are_not():
