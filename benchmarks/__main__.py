@@ -30,6 +30,7 @@ NAMES = (
     "overload",
     "accounting",
     "replay",
+    "live",
     "cascade",
     "wire",
     "coldstart",
