@@ -46,10 +46,14 @@ class Passage:
         began: monotonic instant.
     """
 
-    __slots__ = (
-        "_attempt", "_began", "_call", "_context", "_counts", "_facts", "_failure", "_hedge", "_request", "_responder",
-        "_router", "_send", "_task", "_tried",
-    )  # fmt: skip
+    # One is made for each request, and most of this stays as it is: on the class it costs nothing.
+    _attempt: Attempt | None = None
+    _send: Send | None = None
+    _call: PassedCall | None = None
+    _task: asyncio.Task[None] | None = None
+    _hedge: asyncio.Task[None] | None = None
+    # Of the last send, while its hedge may still save the request.
+    _failure: tuple[Outcome, MeshError] | None = None
 
     def __init__(
         self,
@@ -70,13 +74,6 @@ class Passage:
         self._counts = counts
         self._began = began
         self._tried: list[str] = []
-        self._attempt: Attempt | None = None
-        self._send: Send | None = None
-        self._call: PassedCall | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._hedge: asyncio.Task[None] | None = None
-        # The last send's, while its hedge may still save the request.
-        self._failure: tuple[Outcome, MeshError] | None = None
 
     def go(self, now: float, send: Send, kind: str = "first") -> None:
         """Send the request. Whatever comes of it, the responder is told."""
@@ -90,16 +87,18 @@ class Passage:
         self._tried.append(send.target)
         if send.hedge_after_s is not None:
             router.timers.call_at(now + send.hedge_after_s, self._fire)
-        request = cast("InferRequest", self._request)
-        try:
-            call = router.pass_to(send, request, self._context, self._facts, now, self)
-        except MeshError as error:
-            self._fail(attempt, error)
-            return
-        if call is not None:
-            self._call = call
-        else:
-            self._task = router.spawn(self._walk(attempt, send))
+        node = router.direct.get(send.target)
+        if node is not None and not send.model:
+            # Where no pointer has named a version, the node's own pointer does.
+            version = send.version if self._facts.version else ""
+            try:
+                self._call = node.pass_on(cast("InferRequest", self._request), self._context, version, now, self)
+            except MeshError as error:
+                self._fail(attempt, error)
+                return
+            if self._call is not None:
+                return
+        self._task = router.spawn(self._walk(attempt, send))
 
     def cancel(self) -> None:
         """Nobody waits for the answer any more, or its deadline has passed."""
@@ -121,11 +120,13 @@ class Passage:
     # What the channel says.
 
     def on_answer(self, pieces: Sequence[bytes], trailers: Fields) -> None:
-        self._call = None
         attempt = cast("Attempt", self._attempt)
-        served, passed = read_served(trailers, attempt.target, attempt.release)
-        now = self._router.now()
-        self._close(now, attempt, Outcome(served=served))
+        target = attempt.target
+        served, passed = read_served(trailers, target, attempt.release)
+        router = self._router
+        now = router.now()
+        router.policy.on_reply(now, attempt, Outcome(served=served))
+        router.statistics.count(target, None)
         if served.escalate:
             self._follow(pieces, served)
             return

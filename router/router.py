@@ -16,7 +16,7 @@ from nearcast.errors import Code, MeshError
 from nearcast.handler import InferenceHandler, InferRequest, InferResponse, ModelMetadata, RequestContext
 from nearcast.load import NodeReport, Tier, VersionReport
 from nearcast.transport.remote import RemoteNode
-from nearcast.transport.seam import PassedCall, Receiver, Responder
+from nearcast.transport.seam import Responder
 from nearcast.transport.statistics import Statistics
 from nearcast.wire.request import StandInRequest
 from router.cascade import Cascade
@@ -101,7 +101,7 @@ class Router:
         self._forward = forward
         self._report_s = (limits or RouterLimits()).report_ms / 1e3
         self._nodes: dict[str, Node] = {}
-        self._direct: dict[str, RemoteNode] = {}
+        self.direct: dict[str, RemoteNode] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.timers = Timers()
         self._nonces = itertools.count(1)
@@ -159,16 +159,16 @@ class Router:
         if not self.policy.add_target(self.now(), name, tier, domain):
             return False
         self._nodes[name] = node
-        self._direct.pop(name, None)
+        self.direct.pop(name, None)
         if isinstance(node, RemoteNode):
-            self._direct[name] = node
+            self.direct[name] = node
         return True
 
     def detach(self, name: str) -> None:
         """Send nothing more to a node; what is on its way goes on."""
         if self._nodes.get(name) is not self._local:
             self._nodes.pop(name, None)
-            self._direct.pop(name, None)
+            self.direct.pop(name, None)
             self.policy.remove_target(self.now(), name)
 
     def observe_local(self, model: str | None = None) -> None:
@@ -293,25 +293,6 @@ class Router:
         return NodeReport(node=self.node, role="router", draining=self._draining)
 
     # What a request on its way needs ---------------------------------------------------------------------------------
-
-    def pass_to(
-        self,
-        send: Send,
-        request: InferRequest,
-        context: RequestContext,
-        facts: RequestFacts,
-        now: float,
-        receiver: Receiver,
-    ) -> PassedCall | None:
-        """One attempt as a call of the channel itself; None = `ask` must do it.
-
-        Raises:
-            MeshError: the target has left, or a value cannot travel.
-        """
-        node = self._direct.get(send.target)
-        if node is None or send.model:
-            return None
-        return node.pass_on(request, context, send.version if facts.version else "", now, receiver)
 
     def ask(
         self, send: Send, request: InferRequest, context: RequestContext, facts: RequestFacts

@@ -115,7 +115,13 @@ class PassedCall(ClientCall):
     __slots__ = ("_pieces", "_receiver", "_size_bytes")
 
     def __init__(self, connection: ClientConnection, stream_id: int, ends_at: float, receiver: Receiver) -> None:
-        super().__init__(connection, stream_id, ends_at)
+        self.connection = connection
+        self.id = stream_id
+        self.started_at = connection.last_read_at
+        self.ends_at = ends_at
+        self.timer = None
+        self.is_refused = False
+        self.has_sent_all = True
         self._receiver: Receiver | None = receiver
         self._pieces: list[bytes] = []
         self._size_bytes = 0

@@ -111,7 +111,7 @@ class Ngh2Channel:
 
     def pass_on(self, head: Fields, body: Sequence[bytes], now: float, receiver: Receiver) -> PassedCall | None:
         connection = self._connection
-        if connection is None or not connection.is_usable or not connection.slots.is_free:
+        if connection is None:
             return None
         try:
             return connection.pass_on(head, frame(body), now, receiver)

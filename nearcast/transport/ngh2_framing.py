@@ -21,7 +21,7 @@ def frame(body: Sequence[bytes]) -> Sequence[bytes]:
         piece = body[0]
         size_bytes = len(piece)
         if size_bytes <= _JOIN_SIZE_BYTES_MAX:
-            return (b"\0" + size_bytes.to_bytes(4, "big") + piece,)
+            return (size_bytes.to_bytes(PREFIX_SIZE_BYTES, "big") + piece,)
     else:
         size_bytes = sum(map(len, body))
         if size_bytes <= _JOIN_SIZE_BYTES_MAX:
@@ -33,8 +33,10 @@ def frame(body: Sequence[bytes]) -> Sequence[bytes]:
 
 def whole_message(data: bytes) -> bytes | None:
     """The message if `data` is exactly one uncompressed framed message: the usual case, without any buffering."""
-    if len(data) >= PREFIX_SIZE_BYTES and data[0] == 0 and int.from_bytes(data[1:5], "big") == len(data) - 5:
-        return data[5:]
+    # The flag 0 and four bytes of length are the length in five bytes.
+    size_bytes = len(data) - PREFIX_SIZE_BYTES
+    if size_bytes >= 0 and data[:PREFIX_SIZE_BYTES] == size_bytes.to_bytes(PREFIX_SIZE_BYTES, "big"):
+        return data[PREFIX_SIZE_BYTES:]
     return None
 
 
@@ -45,7 +47,7 @@ def is_one_message(pieces: Sequence[bytes], size_bytes: int) -> bool:
     first = pieces[0]
     if len(first) < PREFIX_SIZE_BYTES:
         first = b"".join(pieces)
-    return first[0] == 0 and int.from_bytes(first[1:5], "big") == size_bytes - PREFIX_SIZE_BYTES
+    return first[:PREFIX_SIZE_BYTES] == (size_bytes - PREFIX_SIZE_BYTES).to_bytes(PREFIX_SIZE_BYTES, "big")
 
 
 class Deflated(bytes):

@@ -13,7 +13,6 @@ from nearcast.transport.seam import CallError, Fields, Metadata
 from nearcast.wire import status
 
 RESPONSE: Fields = ((b":status", b"200"), (b"content-type", b"application/grpc"))
-_USUAL_RESPONSE = list(RESPONSE)
 OK = (b"grpc-status", b"0")
 OK_TRAILERS: Fields = (OK,)
 USER_AGENT = b"grpc-python-nearcast/0.1"
@@ -185,7 +184,7 @@ def read_trailers(fields: Iterable[tuple[bytes, bytes]]) -> tuple[int | None, st
 
 def response_problem(fields: Fields) -> CallError | None:
     """Why a response's first header fields are no gRPC answer, if they are none."""
-    if fields == _USUAL_RESPONSE:
+    if fields == RESPONSE:
         return None
     found = dict(fields)
     http = found.get(b":status", b"")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _TURN_MESSAGES = 32
+_NO_INBOX: deque[bytes] = deque(maxlen=0)
 
 
 class ServerStream:
@@ -29,29 +30,24 @@ class ServerStream:
     `is_done` is set once nothing more may be sent on it: answered, refused, reset or lost.
     """
 
-    __slots__ = (
-        "call",
-        "connection",
-        "deadline_timer",
-        "encoding",
-        "has_ended",
-        "has_started_reply",
-        "id",
-        "inbox",
-        "inbox_bytes",
-        "is_done",
-        "opened_at",
-        "passage",
-        "reader",
-        "received_bytes",
-        "stream_method",
-        "task",
-        "unary_method",
-        "unread_bytes",
-        "wake_reader",
-        "wake_writer",
-        "whole",
-    )
+    # One is made for each call, and most of this stays as it is: on the class it costs nothing.
+    unary_method: UnaryMethod | None = None
+    stream_method: StreamMethod | None = None
+    task: asyncio.Task[None] | None = None
+    passage: Taken | None = None
+    deadline_timer: asyncio.TimerHandle | None = None
+    is_done = False
+    has_ended = False
+    has_started_reply = False
+    whole: bytes | None = None
+    reader: MessageReader | None = None
+    received_bytes = 0
+    # Streaming calls only; those have an inbox of their own.
+    inbox = _NO_INBOX
+    inbox_bytes = 0
+    unread_bytes = 0
+    wake_reader: asyncio.Future[None] | None = None
+    wake_writer: asyncio.Future[None] | None = None
 
     def __init__(self, connection: ServerConnection, stream_id: int, call: Call, encoding: str) -> None:
         self.connection = connection
@@ -59,23 +55,6 @@ class ServerStream:
         self.call = call
         self.encoding = encoding
         self.opened_at = connection.last_read_at
-        self.unary_method: UnaryMethod | None = None
-        self.stream_method: StreamMethod | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.passage: Taken | None = None
-        self.deadline_timer: asyncio.TimerHandle | None = None
-        self.is_done = False
-        self.has_ended = False
-        self.has_started_reply = False
-        self.whole: bytes | None = None
-        self.reader: MessageReader | None = None
-        self.received_bytes = 0
-        # Streaming calls only.
-        self.inbox: deque[bytes] = deque()
-        self.inbox_bytes = 0
-        self.unread_bytes = 0
-        self.wake_reader: asyncio.Future[None] | None = None
-        self.wake_writer: asyncio.Future[None] | None = None
 
     # Unary.
 

@@ -86,17 +86,21 @@ def oip_methods(
         return _stream(service, bodies, call, trusted=trusted)
 
     # What comes from routers is not passed on, and what comes from clients only by routers.
-    passing = {MODEL_INFER: _pass(service)} if service.passes and not trusted else {}
+    passing = {MODEL_INFER: _pass(service)} if service.passing is not None and not trusted else {}
     return Methods(unary=unary, stream={MODEL_STREAM_INFER: stream}, passing=passing)
 
 
 def _pass(service: InferenceService) -> PassMethod:
+    handler, counts, now = service.passing, service.counts, service.clock.monotonic
+
     def pass_on(body: bytes, call: Call, responder: Responder) -> Taken | None:
         request, context = _read(service, body, call, trusted=False)
         # Who takes the call over leaves its deadline to the transport, which knows of no other.
-        if request.is_extended or context.deadline != call.deadline:
+        if handler is None or request.is_extended or context.deadline != call.deadline or not request.model:
             return None
-        return service.pass_on(request, context, responder)
+        if context.deadline is not None:
+            context.require_time(now())
+        return handler.pass_on(request, context, responder, counts)
 
     return pass_on
 

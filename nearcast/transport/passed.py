@@ -21,6 +21,8 @@ _SERVED_BY, _TIER, _VERSION, _QUEUE_US, _COMPUTE_US, _LOAD, _ESCALATE = _NAMES =
         status.ESCALATE,
     )
 )
+_USUAL = (OK[0], _SERVED_BY, _TIER, _VERSION, _QUEUE_US, _COMPUTE_US, _LOAD)
+"""The trailers of a mesh node in their order (`served_to_trailers`): recognised, they go on as they are."""
 _PASSED = frozenset((*_NAMES, OK[0]))
 _VALUE_SIZE_BYTES_MAX = 512
 """Of one trailer that goes on; ours are far shorter."""
@@ -34,6 +36,31 @@ def read_served(trailers: Fields, node: str, version: str) -> tuple[Served, Fiel
         node: what the target is called here, if it does not say.
         version: that was asked for, if it does not say.
     """
+    if len(trailers) == len(_USUAL):
+        queue, compute, load = trailers[4], trailers[5], trailers[6]
+        names = _read_names(tuple(trailers[:4]))
+        if names and queue[0] == _QUEUE_US and compute[0] == _COMPUTE_US and load[0] == _LOAD:
+            served = Served(
+                node=names[0],
+                tier=names[1],
+                version=names[2],
+                queue_us=_counter(queue[1]),
+                compute_us=_counter(compute[1]),
+                in_flight=_in_flight(load[1]),
+            )
+            return served, trailers
+    return _read_any(trailers, node, version)
+
+
+@lru_cache(maxsize=256)
+def _read_names(head: Fields) -> tuple[str, ...]:
+    """Who answered, from the trailers that say the same each time; empty if they are not those."""
+    if tuple(name for name, _ in head) != _USUAL[:4] or not head[1][1]:
+        return ()
+    return tuple(_text(value) for _, value in head[1:])
+
+
+def _read_any(trailers: Fields, node: str, version: str) -> tuple[Served, Fields]:
     found = dict(trailers)
     if not found.get(_SERVED_BY):
         served = Served(node=node, version=version)

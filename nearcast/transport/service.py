@@ -114,12 +114,12 @@ class InferenceService:
         self.clock = clock
         self.regions = regions or Regions()
         self._handler = handler
-        self._passing = handler if isinstance(handler, PassingHandler) and handler.passes else None
+        self.passing = handler if isinstance(handler, PassingHandler) and handler.passes else None
         self._described: dict[tuple[str, str], ModelMetadata] = {}
         self._counting = directory if counting is None and isinstance(directory, Counting) else counting
-        self._statistics = None
+        self.counts = None
         if self._counting is None:
-            self._statistics = statistics or Statistics(clock)
+            self.counts = statistics or Statistics(clock)
         self._repository = directory if repository is None and isinstance(directory, ModelRepository) else repository
         self._report = directory.report if report is None and isinstance(directory, Reporting) else report
 
@@ -166,33 +166,16 @@ class InferenceService:
             else:
                 response = await self._within(request, context, context.deadline - began)
         except MeshError:
-            if self._statistics is not None:
+            if self.counts is not None:
                 version = context.version or request.version
-                self._statistics.fail(request.model, version, self.clock.monotonic() - began)
+                self.counts.fail(request.model, version, self.clock.monotonic() - began)
             raise
-        if self._statistics is not None:
+        if self.counts is not None:
             elapsed_s = self.clock.monotonic() - began
-            self._statistics.succeed(request.model, response.version, response.served, elapsed_s)
+            self.counts.succeed(request.model, response.version, response.served, elapsed_s)
         if response.id != request.id and isinstance(response, TensorResponse):
             return response.with_id(request.id)
         return response
-
-    @property
-    def passes(self) -> bool:
-        """Whether calls may be taken over by `pass_on`."""
-        return self._passing is not None
-
-    def pass_on(self, request: InferRequest, context: RequestContext, responder: Responder) -> Taken | None:
-        """Let the handler take a call over; None = `infer` answers it. The transport keeps the deadline.
-
-        Raises:
-            MeshError: as `infer`.
-        """
-        if self._passing is None or not request.model:
-            return None
-        if context.deadline is not None:
-            context.require_time(self.clock.monotonic())
-        return self._passing.pass_on(request, context, responder, self._statistics)
 
     async def _within(self, request: InferRequest, context: RequestContext, seconds: float) -> InferResponse:
         timer = asyncio.timeout(seconds)
@@ -245,7 +228,7 @@ class InferenceService:
         Raises:
             MeshError: MODEL_NOT_FOUND for a model that the directory does not know.
         """
-        source = self._counting or self._statistics
+        source = self._counting or self.counts
         entries = source.counts(model, version) if source is not None else ()
         if model and not entries:
             known = await self.directory.metadata(model, version)

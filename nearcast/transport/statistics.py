@@ -14,13 +14,13 @@ MODEL_VERSIONS_MAX = 1024
 
 @dataclass(slots=True)
 class _Passed:
-    last_inference_ms: int = 0
+    last_inference_s: float = 0.0
     success_count: int = 0
-    success_ns: int = 0
+    success_s: float = 0.0
     fail_count: int = 0
-    fail_ns: int = 0
-    queue_ns: int = 0
-    compute_ns: int = 0
+    fail_s: float = 0.0
+    queue_us: int = 0
+    compute_us: int = 0
 
 
 class Statistics:
@@ -35,20 +35,23 @@ class Statistics:
 
     def succeed(self, model: str, version: str, served: Served, elapsed_s: float) -> None:
         """Count an answered request."""
-        entry = self._entry(model, version)
-        if entry is not None:
-            entry.last_inference_ms = int(self._clock.wall() * 1e3)
-            entry.success_count += 1
-            entry.success_ns += int(elapsed_s * 1e9)
-            entry.queue_ns += int(served.queue_us) * 1000
-            entry.compute_ns += int(served.compute_us) * 1000
+        entry = self._versions.get((model, version))
+        if entry is None:
+            if len(self._versions) >= MODEL_VERSIONS_MAX:
+                return
+            entry = self._versions[model, version] = _Passed()
+        entry.last_inference_s = self._clock.wall()
+        entry.success_count += 1
+        entry.success_s += elapsed_s
+        entry.queue_us += served.queue_us
+        entry.compute_us += served.compute_us
 
     def fail(self, model: str, version: str, elapsed_s: float) -> None:
         """Count a failed request of a model that has answered before."""
         entry = self._versions.get((model, version))
         if entry is not None:
             entry.fail_count += 1
-            entry.fail_ns += int(elapsed_s * 1e9)
+            entry.fail_s += elapsed_s
 
     def counts(self, model: str = "", version: str = "") -> list[VersionCounts]:
         """Entries of one model and version; "" = all."""
@@ -56,19 +59,13 @@ class Statistics:
             VersionCounts(
                 model=name,
                 version=release,
-                last_inference_ms=entry.last_inference_ms,
+                last_inference_ms=int(entry.last_inference_s * 1e3),
                 rows=entry.success_count,
-                success=(entry.success_count, entry.success_ns),
-                fail=(entry.fail_count, entry.fail_ns),
-                queue=(entry.success_count, entry.queue_ns),
-                compute=(entry.success_count, entry.compute_ns),
+                success=(entry.success_count, int(entry.success_s * 1e9)),
+                fail=(entry.fail_count, int(entry.fail_s * 1e9)),
+                queue=(entry.success_count, int(entry.queue_us * 1000)),
+                compute=(entry.success_count, int(entry.compute_us * 1000)),
             )
             for (name, release), entry in sorted(self._versions.items())
             if model in ("", name) and version in ("", release)
         ]
-
-    def _entry(self, model: str, version: str) -> _Passed | None:
-        entry = self._versions.get((model, version))
-        if entry is None and len(self._versions) < MODEL_VERSIONS_MAX:
-            entry = self._versions[model, version] = _Passed()
-        return entry
