@@ -41,8 +41,8 @@ class Candidates:
     """All targets that hold one version. `queues` is the fleet's and changes with every send and reply."""
 
     __slots__ = (
-        "classes", "costs", "crowding", "drain", "hot_above", "looseness", "never", "places", "queues", "s_per_byte",
-        "slots", "special", "versions",
+        "classes", "costs", "crowding", "crowding95", "drain", "hot_above", "looseness", "never", "places", "queues",
+        "s_per_byte", "slots", "special", "versions",
     )  # fmt: skip
 
     def __init__(self, queues: list[float], versions: list[VersionState], now: float) -> None:
@@ -52,6 +52,7 @@ class Candidates:
         self.places = [version.target.place for version in versions]
         self.drain = [0.0] * count
         self.crowding = [0.0] * count
+        self.crowding95 = [0.0] * count
         self.s_per_byte = [0.0] * count
         self.hot_above = [INFINITY] * count
         self.never = (INFINITY,) * count
@@ -79,6 +80,7 @@ class Candidates:
         row, target = version.row, version.target
         self.drain[row] = version.drain_s
         self.crowding[row] = version.crowding_s
+        self.crowding95[row] = version.crowding95_s
         self.s_per_byte[row] = target.s_per_byte
         self.hot_above[row] = target.hot_above
         self.slots[row] = target.slots

@@ -5,7 +5,7 @@ A full scan of expected completion times; two random choices would mostly sample
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 from router.policy.candidates import Candidates, size_class
@@ -28,12 +28,17 @@ class Choice(NamedTuple):
 class Chooser:
     """Scans candidates. `random` draws from [0, 1) and comes from a seeded generator."""
 
-    __slots__ = ("_random", "_tie_fraction", "_tie_s")
+    __slots__ = ("_random", "_tie_fraction", "_tie_s", "_toll")
 
     def __init__(self, config: PolicyConfig, random: Callable[[], float]) -> None:
         self._random = random
+        self.configure(config)
+
+    def configure(self, config: PolicyConfig) -> None:
+        """Go on with other parameters."""
         self._tie_fraction = config.tie_fraction
         self._tie_s = config.tie_ms / 1e3
+        self._toll = config.queue_toll
 
     def pick(
         self,
@@ -58,16 +63,18 @@ class Chooser:
         if keep is not None:
             base95 = table.without(base95, keep)
         queues, places, drain, crowding = table.queues, table.places, table.drain, table.crowding
-        s_per_byte = table.s_per_byte
+        crowding95, s_per_byte, toll = table.crowding95, table.s_per_byte, self._toll
         best, second, skipped_hot = score(
-            size, limit_s, queues, places, base95, cost, drain, crowding, s_per_byte, table.hot_above, costs
-        )
+            size, limit_s, toll, queues, places, base95, cost, drain, crowding, crowding95, s_per_byte,
+            table.hot_above, costs,
+        )  # fmt: skip
         if best < 0:
             if not skipped_hot:
                 return None
             best, second, _ = score(
-                size, limit_s, queues, places, base95, cost, drain, crowding, s_per_byte, table.never, costs
-            )
+                size, limit_s, toll, queues, places, base95, cost, drain, crowding, crowding95, s_per_byte,
+                table.never, costs,
+            )  # fmt: skip
         chosen = best
         if second >= 0:
             least = costs[best]
@@ -76,14 +83,11 @@ class Chooser:
                 chosen = draw(costs, bound, queues, places, table.slots, self._random(), self._random())
                 if chosen != best:
                     second = best
-        queue = queues[places[chosen]]
-        wait_s = queue * drain[chosen] if queue > 0.0 else 0.0
-        # Both are sums of the same extra for transfer and queue: one tells the other.
-        t95_s = base95[chosen] + costs[chosen] - cost[chosen]
+        t95_s, wait_s = _t95(table, base95, chosen, size)
         versions = table.versions
         if second < 0:
             return Choice(versions[chosen], t95_s, wait_s, None, 0.0)
-        return Choice(versions[chosen], t95_s, wait_s, versions[second], base95[second] + costs[second] - cost[second])
+        return Choice(versions[chosen], t95_s, wait_s, versions[second], _t95(table, base95, second, size)[0])
 
     def pick_late(
         self,
@@ -109,13 +113,23 @@ class Chooser:
                 if keep(version) and version.obstacle(now)[0] in EJECTIONS:
                     base50[row] = version.base50
         best, _, _ = score(
-            facts.size_bytes, limit_s, table.queues, table.places, base50, base50, table.drain, table.crowding,
-            table.s_per_byte, table.never, table.costs,
+            facts.size_bytes, limit_s, 0.0, table.queues, table.places, base50, base50, table.drain, table.crowding,
+            table.crowding, table.s_per_byte, table.never, table.costs,
         )  # fmt: skip
         if best < 0:
             return None
         version = table.versions[best]
         return Choice(version, table.costs[best], wait_s(version), None, 0.0)
+
+
+def _t95(table: Candidates, base95: list[float], row: int, size_bytes: int) -> tuple[float, float]:
+    """95th percentile of one candidate's answer, and how much of it is waiting: what `score` compared."""
+    queue = table.queues[table.places[row]]
+    t95_s = base95[row] + size_bytes * table.s_per_byte[row]
+    if queue <= 0.0:
+        return t95_s, 0.0
+    wait_s = queue * table.drain[row]
+    return t95_s + wait_s + table.crowding95[row], wait_s
 
 
 def _within(facts: RequestFacts, keep: Callable[[VersionState], bool] | None) -> Callable[[VersionState], bool]:
@@ -139,30 +153,31 @@ def wait_s(version: VersionState) -> float:
 def judge(now: float, version: VersionState, size_bytes: int, limit_s: float, chosen: str) -> Terms:
     """The terms of one candidate, for people: by the same scoring that decides."""
     target, table, row = version.target, version.candidates, version.row
+    toll = target.config.queue_toll
     if table is None or table.versions[row] is not version:
         table, row = Candidates(target.queues, [version], now), 0
     kind = size_class(size_bytes)
     columns = table.classes.get(kind) or table.columns(now, kind)
     obstacle, delay_s = version.obstacle(now)
 
-    def total(base95: list[float], cost: list[float], limit_s: float, hot_above: Sequence[float]) -> float:
+    def total(base95: list[float], cost: list[float], crowding95: list[float], limit_s: float, toll: float) -> float:
         """What `score` says of this row alone."""
         costs = [INFINITY]
         one = slice(row, row + 1)
         score(
-            size_bytes, limit_s, table.queues, table.places[one], base95[one], cost[one], table.drain[one],
-            table.crowding[one], table.s_per_byte[one], hot_above[one], costs,
+            size_bytes, limit_s, toll, table.queues, table.places[one], base95[one], cost[one], table.drain[one],
+            crowding95[one] if cost is base95 else table.crowding[one], crowding95[one], table.s_per_byte[one],
+            table.never[one], costs,
         )  # fmt: skip
         return costs[0]
 
-    t50 = total(columns.base50, columns.base50, INFINITY, table.never)
-    t95 = total(columns.base95, columns.base95, INFINITY, table.never)
+    t50 = total(columns.base50, columns.base50, table.crowding, INFINITY, 0.0)
+    t95 = total(columns.base95, columns.base95, table.crowding95, INFINITY, 0.0)
+    cost = total(columns.base95, columns.cost, table.crowding95, limit_s, toll)
     if obstacle:
         verdict = obstacle
-    elif total(columns.base95, columns.cost, limit_s, table.hot_above) < INFINITY:
-        verdict = "feasible"
-    elif t95 <= limit_s:
-        verdict = "hot"
+    elif cost < INFINITY:
+        verdict = "hot" if target.queue > table.hot_above[row] else "feasible"
     else:
         verdict = "late_at_p95" if t50 <= limit_s else "infeasible"
     transfer_s = size_bytes * target.s_per_byte
@@ -177,7 +192,7 @@ def judge(now: float, version: VersionState, size_bytes: int, limit_s: float, ch
         service_ms=(version.base50 - target.rtt_s) * 1e3,
         t50_ms=t50 * 1e3,
         t95_ms=t95 * 1e3,
-        cost_ms=total(columns.cost, columns.cost, INFINITY, table.never) * 1e3,
+        cost_ms=total(columns.base50, columns.cost, table.crowding, INFINITY, toll) * 1e3,
         load=target.load,
         verdict="chosen" if target.name == chosen else verdict,
         in_flight=target.own,

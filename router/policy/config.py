@@ -19,6 +19,7 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         reserve_ms: kept back of every deadline for the way home.
         queue_wait_ms_max: a request without deadline is refused if it would wait longer than this.
         tail_weight: what a millisecond between the median and the 95th percentile costs, in milliseconds of median.
+        queue_toll: what a millisecond in a queue costs on top of itself: who waits also delays those behind.
         peer_penalty_ms: handicap of a neighbouring node, because near is better when nothing else decides.
         cloud_penalty_ms: handicap of a cloud core; stands for its price.
         tie_fraction: candidates within this fraction of the best count as equal.
@@ -77,6 +78,7 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     reserve_ms: NonNegative = 1.0
     queue_wait_ms_max: Positive = 2000.0
     tail_weight: NonNegative = 0.3
+    queue_toll: NonNegative = 1.0
     peer_penalty_ms: NonNegative = 1.0
     cloud_penalty_ms: NonNegative = 3.0
     tie_fraction: NonNegative = 0.1
@@ -126,3 +128,11 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     slow_share_max: Fraction = 0.5
     slow_ms: Positive = 1000.0
     slow_ms_max: Positive = 30_000.0
+
+
+LASTING = frozenset({
+    "breaker_failures", "breaker_open_ms", "breaker_open_ms_max", "breaker_trials", "forgive_ms", "sequences_max",
+    "tenant_idle_ms", "tenant_shares_max", "tier_open_ms", "tier_open_ms_max", "tier_start_ms", "tier_trials",
+    "tier_trip_ms", "window_age_ms_max", "window_size",
+})  # fmt: skip
+"""Parameters that what has been learnt is made of: they hold for the whole life of a policy."""

@@ -12,9 +12,10 @@ INFINITY = float("inf")
 
 
 def score(
-    size_bytes: float, limit_s: float, queues: Sequence[float], places: Sequence[int],
+    size_bytes: float, limit_s: float, toll: float, queues: Sequence[float], places: Sequence[int],
     base95: Sequence[float], cost: Sequence[float], drain: Sequence[float], crowding: Sequence[float],
-    s_per_byte: Sequence[float], hot_above: Sequence[float], costs: MutableSequence[float],
+    crowding95: Sequence[float], s_per_byte: Sequence[float], hot_above: Sequence[float],
+    costs: MutableSequence[float],
 ) -> tuple[int, int, bool]:  # fmt: skip
     """Cost every candidate and find the two best. Times are seconds.
 
@@ -24,12 +25,14 @@ def score(
     Args:
         size_bytes: of the request.
         limit_s: finite; a candidate whose `base95` is infinite is never chosen.
+        toll: what a second of waiting in a queue costs on top, because whoever waits also delays those behind.
         queues: by target: how many more requests it has, this one included, than it runs at the same time.
         places: by candidate, as all that follows: the index of its target in `queues`.
         base95: 95th percentile of the answer of an idle target to an empty message.
         cost: what that answer costs: median, tail, price, quality and errors, in seconds.
         drain: what each request in the queue adds.
-        crowding: what a run takes longer when no slot is free.
+        crowding: what the median takes longer than that where no slot is free.
+        crowding95: what the 95th percentile takes longer.
         s_per_byte: of the way there.
         hot_above: the length of the queue above which the target is hot; infinite = never.
         costs: is filled with the cost of each candidate.
@@ -41,17 +44,19 @@ def score(
     best_at = second_at = -1
     skipped = False
     for i in range(len(places)):
-        extra = size_bytes * s_per_byte[i]
+        total = t95 = size_bytes * s_per_byte[i]
         queue = queues[places[i]]
         if queue > 0.0:
-            extra += crowding[i] + queue * drain[i]
-        if base95[i] + extra > limit_s:
+            wait = queue * drain[i]
+            t95 += wait + crowding95[i]
+            total += wait + wait * toll + crowding[i]
+        if base95[i] + t95 > limit_s:
             costs[i] = infinity
         elif queue > hot_above[i]:
             skipped = True
             costs[i] = infinity
         else:
-            costs[i] = total = cost[i] + extra
+            costs[i] = total = total + cost[i]
             if total < second:
                 if total < best:
                     second = best

@@ -51,8 +51,10 @@ class Service:
             self.floor_s = min(self.p50_s, floor + rise * (self.p50_s - floor))
         return self.p50_s > 0.0
 
-    def crowding_s(self) -> float:
-        """What a run takes longer when every slot is busy."""
-        if len(self.busy) < _SAMPLES_MIN or len(self.free) < _SAMPLES_MIN:
-            return 0.0
-        return max(0.0, self.busy.quantile(0.5) - self.free.quantile(0.5))
+    def crowding_s(self) -> tuple[float, float]:
+        """How much longer median and 95th percentile are when every slot is busy."""
+        free, busy = self.free, self.busy
+        if len(busy) < _SAMPLES_MIN or len(free) < _SAMPLES_MIN:
+            return 0.0, 0.0
+        middle = max(0.0, busy.quantile(0.5) - free.quantile(0.5))
+        return middle, max(middle, busy.quantile(0.95) - free.quantile(0.95))

@@ -18,6 +18,7 @@ from router.policy.tiers import TierGate
 
 if TYPE_CHECKING:
     from router.policy.candidates import Candidates, Columns
+    from router.policy.facts import RequestFacts
 
 EJECTIONS = frozenset({"breaker_open", "slow", "tier_open", "tier_starting"})
 """Obstacles that exist to choose another target, and do not count where there is none."""
@@ -58,16 +59,15 @@ class TargetState:
         self.name = name
         self.tier: Tier = tier
         self.domain = domain or name
-        self.config = config
+        self.penalty_s = 0.0
+        self.configure(config)
         self.queues = queues
         self.place = place
         self.rtt_s = 0.0
         self.s_per_byte = 0.0
-        self.penalty_s = 0.0
         if tier != "local":
             self.rtt_s = config.rtt_seed_ms / 1e3 * (_CLOUD_RTT_FACTOR if tier == "cloud" else 1.0)
             self.s_per_byte = 1.0 / config.bytes_per_s_seed
-            self.penalty_s = (config.cloud_penalty_ms if tier == "cloud" else config.peer_penalty_ms) / 1e3
         self.jitter_s = self.rtt_s / 4.0
         self.rtt_measured = False
         self.probed_at = -INFINITY
@@ -87,6 +87,12 @@ class TargetState:
         self.breakers: dict[str, Breaker] = {}
         self.versions: dict[tuple[str, str], VersionState] = {}
         self.weigh()
+
+    def configure(self, config: PolicyConfig) -> None:
+        """Go on with other parameters; what is known and measured stays."""
+        self.config = config
+        if self.tier != "local":
+            self.penalty_s = (config.cloud_penalty_ms if self.tier == "cloud" else config.peer_penalty_ms) / 1e3
 
     @property
     def load(self) -> float:
@@ -172,10 +178,10 @@ class VersionState:
     """One version of a model on one target."""
 
     __slots__ = (
-        "base50", "base95", "breaker", "candidates", "cost", "crowding_s", "delay_s", "drain_factor", "drain_s",
-        "error", "forgiven", "load_s", "model", "number", "p50_claim_s", "p95_claim_s", "panic", "plain", "price",
-        "quality", "ready_at", "relapses", "residency", "row", "sampled_at", "services", "settled_at", "slow_until",
-        "smaller", "stateful", "target", "unserved_until", "version", "wait_claim_s",
+        "base50", "base95", "breaker", "candidates", "cost", "crowding95_s", "crowding_s", "delay_s", "drain_factor",
+        "drain_s", "error", "forgiven", "load_s", "model", "number", "p50_claim_s", "p95_claim_s", "panic", "plain",
+        "price", "quality", "ready_at", "relapses", "residency", "row", "sampled_at", "services", "settled_at",
+        "slow_until", "smaller", "stateful", "target", "unserved_until", "version", "wait_claim_s",
     )  # fmt: skip
 
     def __init__(self, target: TargetState, model: str, version: str) -> None:
@@ -196,7 +202,7 @@ class VersionState:
         self.smaller = ""
         self.drain_s = 0.0
         self.drain_factor = 1.0
-        self.crowding_s = 0.0
+        self.crowding_s = self.crowding95_s = 0.0
         self.error = 0.0
         self.services: dict[int, Service] = {}
         self.breaker = target.breaker_of(model)
@@ -346,7 +352,7 @@ class VersionState:
                 columns.base95[row] = base50 + spread_s + delay_s
                 columns.cost[row] = cost + delay_s
         service = self.services.get(0)
-        self.crowding_s = service.crowding_s() if service is not None else 0.0
+        self.crowding_s, self.crowding95_s = service.crowding_s() if service is not None else (0.0, 0.0)
         if table is not None:
             table.take(self)
 
@@ -354,6 +360,10 @@ class VersionState:
         """Seconds until a request could begin here; infinite if none may be sent now."""
         obstacle, delay_s = self.obstacle(now)
         return INFINITY if obstacle else delay_s
+
+    def offers(self, facts: RequestFacts) -> bool:
+        """Whether the quality is enough and the price is not too high."""
+        return self.quality >= facts.quality_min and (facts.price_max is None or self.price <= facts.price_max)
 
     def is_stale(self, now: float) -> bool:
         """Whether neither a report nor an answer has told anything for a while."""
