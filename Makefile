@@ -14,6 +14,7 @@ BIN := $(VENV)/bin
 STUBS_VENV := .venv-stubs
 S3_VENV := .venv-s3
 NODE_CLIENT := .venv-node
+MOBILE := .venv-mobile-ts
 PEERS := .venv-peers
 STUBS_OUT ?= .
 PROTOS := $(wildcard proto/nearcast/wire/v1/*.proto)
@@ -71,6 +72,16 @@ $(NODE_CLIENT)/.npm: $(wildcard tests/foreign/grpc_js/*)
 		elif cd $(NODE_CLIENT) && npm ci --silent --no-audit --no-fund --ignore-scripts; then touch .npm; \
 		else echo "npm could not install grpc-js; its tests are skipped" >&2; fi
 
+# The example of a client in TypeScript, compiled; the same holds for it.
+$(MOBILE)/.npm: $(wildcard examples/mobile-ts/* examples/mobile-ts/src/*)
+	@mkdir -p $(MOBILE); cp -r examples/mobile-ts/. $(MOBILE)/
+	@if ! command -v npm >/dev/null; then echo "npm is missing; on Debian and Ubuntu: apt-get install npm" >&2; \
+		elif cd $(MOBILE) && npm ci --silent --no-audit --no-fund --ignore-scripts && npm run --silent build; then touch .npm; \
+		else echo "npm could not build the example in TypeScript; its test is skipped" >&2; fi
+
+.PHONY: mobile-ts
+mobile-ts: $(MOBILE)/.npm ## build examples/mobile-ts, which the tests run
+
 .PHONY: node-client
 node-client: $(NODE_CLIENT)/.npm ## install grpc-js, which the tests call servers with
 
@@ -114,7 +125,7 @@ check: install-dev ## format, lint, types, layers, stubs
 # Two halves at once: tests over processes and sockets mostly wait.
 ABUSE := $(wildcard tests/integration/test_abuse_*.py)
 .PHONY: test
-test: install-dev $(S3_VENV)/.s3 $(NODE_CLIENT)/.npm ## run the tests; ARGS="-k name" narrows them
+test: install-dev $(S3_VENV)/.s3 $(NODE_CLIENT)/.npm $(MOBILE)/.npm ## run the tests; ARGS="-k name" narrows them
 	@if [ -n "$(ARGS)" ]; then exec $(BIN)/pytest $(ARGS); fi; \
 	log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
 	$(BIN)/pytest -p no:cacheprovider tests/e2e tests/unit tests/property tests/architecture tests/crash tests/compat $(ABUSE) >"$$log" 2>&1 & other=$$!; \
@@ -159,5 +170,5 @@ models: install-dev ## fetch the example's detectors from their packages and che
 
 .PHONY: clean
 clean: ## remove environments and everything generated
-	rm -rf $(VENV) $(STUBS_VENV) $(S3_VENV) $(PEERS) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks *.egg-info
+	rm -rf $(VENV) $(STUBS_VENV) $(S3_VENV) $(NODE_CLIENT) $(MOBILE) $(PEERS) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks *.egg-info
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
