@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from nearcast.errors import Code, MeshError
 from router.policy import Attempt, Decision, Policy, PolicyConfig, RequestFacts, Send
@@ -18,6 +18,7 @@ from router.policy.log import (
     Decided,
     Hedged,
     Probed,
+    Reconfigured,
     Record,
     Replied,
     Reported,
@@ -27,6 +28,7 @@ from router.policy.log import (
     TargetAdded,
     TargetRemoved,
     decode,
+    read_config,
 )
 
 CLOSED_MAX = 10_000
@@ -142,6 +144,8 @@ class _Player:
                 self._compare(now, "add_target", known, policy.add_target(now, name, tier, domain))
             case TargetRemoved(now, name):
                 policy.remove_target(now, name)
+            case Reconfigured(now, config):
+                policy.reconfigure(now, self._configure(config))
             case Reported(now, name, report):
                 policy.on_report(now, name, report)
             case Probed(now, name, rtt_s, connecting):
@@ -157,7 +161,7 @@ class _Player:
             raise MeshError(Code.UNSUPPORTED, f"Release {start.release} wrote this log in another format; use it.")
         before, self._start = self._start, start
         if start.number == 0:
-            self._reset(Policy(self._configure(start), start.seed), 0, ())
+            self._reset(Policy(self._configure(start.config), start.seed), 0, ())
         elif before is None or before.run != start.run or before.number != start.number - 1 or start.lost:
             self._policy = None
             if before is not None:
@@ -169,7 +173,7 @@ class _Player:
         if self._settings is None:
             self._reset(logged, record.sent, attempts)
             return
-        policy = Policy(self._configure(self._start), self._start.seed)
+        policy = Policy(self._configure(self._start.config), self._start.seed)
         for target in logged.targets:
             if not target.gone:
                 policy.add_target(record.now, target.name, target.tier, target.domain)
@@ -180,8 +184,8 @@ class _Player:
         self._attempts = {attempt.number: attempt for attempt in attempts if attempt.open}
         self._closed = {attempt.number: attempt for attempt in attempts if not attempt.open}
 
-    def _configure(self, start: Start) -> PolicyConfig:
-        config = start.policy_config()
+    def _configure(self, logged: dict[str, Any]) -> PolicyConfig:
+        config = read_config(logged)
         return config if self._settings is None else self._settings(config)
 
     def _send(self, policy: Policy, record: Sent) -> None:

@@ -54,12 +54,16 @@ class Admission:
     def __init__(self, config: PolicyConfig, random: Callable[[], float], full: Callable[[VersionState], bool]) -> None:
         self._random = random
         self._full = full
+        self.configure(config)
+        self.queues: dict[str, _Queue] = {}
+        self.tenants = Tenants(shares_max=config.tenant_shares_max, idle_s=config.tenant_idle_ms / 1e3)
+
+    def configure(self, config: PolicyConfig) -> None:
+        """Go on with other parameters; queues and shares stay as they are."""
         self._class_shares = (config.class_shares + config.class_shares[-1:] * RANKS)[:RANKS]
         self._burst_share = config.burst_share
         self._wait_max_s = config.queue_wait_ms_max / 1e3
         self._memory_s = config.patience_ms / 1e3
-        self.queues: dict[str, _Queue] = {}
-        self.tenants = Tenants(shares_max=config.tenant_shares_max, idle_s=config.tenant_idle_ms / 1e3)
 
     def relax(self, model: str) -> None:
         """A request of this model found a free slot: no queue stands. Only worth a call while `queues` is not empty."""

@@ -12,11 +12,16 @@ class TokenBudget:
     __slots__ = ("_at", "_burst", "_per_s", "_share", "tokens")
 
     def __init__(self, *, share: float, burst: float, per_s: float = 0.0) -> None:
+        self._at: float | None = None
+        self.tokens = burst
+        self.configure(share=share, burst=burst, per_s=per_s)
+
+    def configure(self, *, share: float, burst: float, per_s: float = 0.0) -> None:
+        """Go on with other parameters; tokens beyond the burst are lost."""
         self._share = share
         self._burst = burst
         self._per_s = per_s
-        self._at: float | None = None
-        self.tokens = burst
+        self.tokens = min(self.tokens, burst)
 
     def earn(self) -> None:
         """A request was sent."""

@@ -29,13 +29,19 @@ class Fleet:
     """All targets of one router."""
 
     def __init__(self, config: PolicyConfig) -> None:
-        self._config = config
-        self._stale_s = config.stale_ms / 1e3
         self.targets: dict[str, TargetState] = {}
+        self.configure(config)
         self.models: dict[str, ModelIndex] = {}
         self.gates: dict[str, TierGate] = {"cloud": TierGate(config)}
         self._queues: list[float] = []
         self._free_places: list[int] = []
+
+    def configure(self, config: PolicyConfig) -> None:
+        """Go on with other parameters; the next `refresh` brings the sums up to date."""
+        self._config = config
+        self._stale_s = config.stale_ms / 1e3
+        for target in self.targets.values():
+            target.configure(config)
 
     def add(self, now: float, name: str, tier: Tier, domain: str) -> bool:
         """Know a target. A target that came back keeps its open attempts; False if there are too many targets."""

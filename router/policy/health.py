@@ -24,11 +24,15 @@ class Health:
     __slots__ = ("_config", "_fleet", "_looked_at", "_wait_max_s", "limiters")
 
     def __init__(self, config: PolicyConfig, fleet: Fleet) -> None:
-        self._config = config
         self._fleet = fleet
-        self._wait_max_s = config.queue_wait_ms_max / 1e3
         self._looked_at = 0.0
         self.limiters: dict[str, Limiter] = {}
+        self.configure(config)
+
+    def configure(self, config: PolicyConfig) -> None:
+        """Go on with other parameters."""
+        self._config = config
+        self._wait_max_s = config.queue_wait_ms_max / 1e3
 
     def note(self, now: float, attempt: Attempt, outcome: Outcome, *, failed: bool) -> None:
         """Take the end of an attempt that was not given up."""

@@ -15,9 +15,13 @@ class BrownOut:
     __slots__ = ("_share_max", "_smoothing", "share")
 
     def __init__(self, *, share_max: float, smoothing: float) -> None:
+        self.configure(share_max=share_max, smoothing=smoothing)
+        self.share = 0.0
+
+    def configure(self, *, share_max: float, smoothing: float) -> None:
+        """Go on with other parameters."""
         self._share_max = share_max
         self._smoothing = smoothing
-        self.share = 0.0
 
     def note(self, *, passed: bool) -> None:
         """A request with a hedge delay outlasted it, or did not."""
@@ -36,11 +40,19 @@ class Hedger:
 
     def __init__(self, *, share: float, burst: float, brownout_share: float, brownout_smoothing: float) -> None:
         self.budget = TokenBudget(share=share, burst=burst)
+        self.gates: dict[str, BrownOut] = {}
         self._share_max = brownout_share
         self._smoothing = brownout_smoothing
-        self.gates: dict[str, BrownOut] = {}
         self.fired = 0
         self.denied = {"frozen": 0, "budget": 0, "nowhere": 0}
+
+    def configure(self, *, share: float, burst: float, brownout_share: float, brownout_smoothing: float) -> None:
+        """Go on with other parameters; tokens and the shares of the gates stay."""
+        self.budget.configure(share=share, burst=burst)
+        self._share_max = brownout_share
+        self._smoothing = brownout_smoothing
+        for gate in self.gates.values():
+            gate.configure(share_max=brownout_share, smoothing=brownout_smoothing)
 
     def gate(self, tier: str) -> BrownOut:
         """The gate of one tier."""

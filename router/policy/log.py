@@ -47,19 +47,6 @@ class Start(msgspec.Struct, frozen=True, array_like=True, tag=0):
     seed: int
     config: dict[str, Any]
 
-    def policy_config(self) -> PolicyConfig:
-        """The configuration.
-
-        Raises:
-            MeshError: UNSUPPORTED if another release wrote it, with settings that this one does not have.
-        """
-        try:
-            return msgspec.convert(self.config, PolicyConfig)
-        except msgspec.ValidationError as error:
-            raise MeshError(
-                Code.UNSUPPORTED, f"Release {self.release} wrote this log, and its settings differ ({error}); use it."
-            ) from error
-
 
 class Checkpoint(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """The whole state of the policy, for `router.policy.checkpoint`; `sent` attempts were made so far."""
@@ -67,6 +54,13 @@ class Checkpoint(msgspec.Struct, frozen=True, array_like=True, tag=1):
     now: float
     sent: int
     state: bytes
+
+
+class Reconfigured(msgspec.Struct, frozen=True, array_like=True, tag=12):
+    """`reconfigure`."""
+
+    now: float
+    config: dict[str, Any]
 
 
 class TargetAdded(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -164,14 +158,29 @@ class Retried(msgspec.Struct, frozen=True, array_like=True, tag=11):
 
 
 Record: TypeAlias = (
-    Start | Checkpoint | TargetAdded | TargetRemoved | Reported | Probed | ConnectionLost | Decided | Sent | Replied
-    | Hedged | Retried
+    Start | Checkpoint | Reconfigured | TargetAdded | TargetRemoved | Reported | Probed | ConnectionLost | Decided
+    | Sent | Replied | Hedged | Retried
 )  # fmt: skip
 
 """One call into the policy, or the begin of a file."""
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(list[Record])
+
+
+def read_config(config: dict[str, Any]) -> PolicyConfig:
+    """The configuration of a `Start` or `Reconfigured`.
+
+    Raises:
+        MeshError: UNSUPPORTED if another release wrote it, with settings that this one does not have.
+    """
+    try:
+        return msgspec.convert(config, PolicyConfig)
+    except msgspec.ValidationError as error:
+        raise MeshError(
+            Code.UNSUPPORTED,
+            f"Another release wrote this log, and its settings differ ({error}); replay with that one.",
+        ) from error
 
 
 def encode(records: Sequence[Record]) -> bytes:

@@ -11,7 +11,7 @@ from router.policy.admission import Admission, rank_of
 from router.policy.budget import TokenBudget
 from router.policy.candidates import Candidates
 from router.policy.choose import Choice, Chooser, judge
-from router.policy.config import PolicyConfig
+from router.policy.config import LASTING, PolicyConfig
 from router.policy.events import FAULTS, Attempt, Outcome
 from router.policy.facts import Decision, Reject, RequestFacts, Send, Terms
 from router.policy.fleet import Fleet
@@ -55,11 +55,30 @@ class Policy:
         )
         self._retries = TokenBudget(share=config.retry_share, burst=config.retry_burst, per_s=config.retry_per_s)
         self._sequences = Sequences(config.sequences_max)
-        self._reserve_s = config.reserve_ms / 1e3
-        self._delay_min_s = config.hedge_delay_ms_min / 1e3
-        self._refresh_s = config.refresh_ms / 1e3
+        self._take_times(config)
         self._refreshed_at: float | None = None
         self.outstanding = 0
+
+    def reconfigure(self, now: float, config: PolicyConfig) -> None:
+        """Go on with other parameters, and with everything that was learnt. Those in `LASTING` must be the same.
+
+        Raises:
+            ValueError: if one of them is not.
+        """
+        if changed := [name for name in sorted(LASTING) if getattr(config, name) != getattr(self.config, name)]:
+            raise ValueError(f"{', '.join(changed)} hold for the whole life of a policy")
+        self.config = config
+        for part in (self._fleet, self._chooser, self._health, self._admission):
+            part.configure(config)
+        self._hedger.configure(
+            share=config.hedge_share,
+            burst=config.hedge_burst,
+            brownout_share=config.brownout_share,
+            brownout_smoothing=config.brownout_smoothing,
+        )
+        self._retries.configure(share=config.retry_share, burst=config.retry_burst, per_s=config.retry_per_s)
+        self._take_times(config)
+        self._refresh(now)
 
     # What is known ---------------------------------------------------------------------------------------------------
 
@@ -293,6 +312,11 @@ class Policy:
         return None
 
     # Inside ----------------------------------------------------------------------------------------------------------
+
+    def _take_times(self, config: PolicyConfig) -> None:
+        self._reserve_s = config.reserve_ms / 1e3
+        self._delay_min_s = config.hedge_delay_ms_min / 1e3
+        self._refresh_s = config.refresh_ms / 1e3
 
     def _refresh(self, now: float) -> None:
         elapsed = 0.0 if self._refreshed_at is None else now - self._refreshed_at

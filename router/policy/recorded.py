@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import msgspec
+
 from nearcast.load import NodeReport, Tier
 from router.policy import checkpoint
 from router.policy.config import PolicyConfig
@@ -17,6 +19,7 @@ from router.policy.log import (
     Decided,
     Hedged,
     Probed,
+    Reconfigured,
     Record,
     Replied,
     Reported,
@@ -57,6 +60,10 @@ class RecordedPolicy(Policy):
     def __reduce__(self) -> tuple[Any, ...]:
         """A checkpoint holds the policy, not its recorder."""
         return checkpoint.blank, (), {k: v for k, v in vars(self).items() if k != "_own"}
+
+    def reconfigure(self, now: float, config: PolicyConfig) -> None:
+        super().reconfigure(now, config)
+        self._own.append(Reconfigured(now, msgspec.to_builtins(config)))
 
     def add_target(self, now: float, name: str, tier: Tier, domain: str = "") -> bool:
         known = super().add_target(now, name, tier, domain)
