@@ -51,6 +51,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
 
     `load` requests are believed to be there, `in_flight` of them our own, on `slots` model runs; `error` is the
     smoothed share of failures, `report_age_ms` the time since its last report (None = it has sent none).
+    `model` stands in for the one asked for; "" = it is that one.
     """
 
     target: str
@@ -71,6 +72,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     price: float = 0.0
     quality: float = 1.0
     report_age_ms: float | None = None
+    model: str = ""
 
 
 class Send(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from nearcast.errors import Code
 from nearcast.load import NodeReport, Tier
-from router.policy import refuse
+from router.policy import explanation, refuse
 from router.policy.admission import Admission, rank_of
 from router.policy.budget import TokenBudget
 from router.policy.candidates import Candidates
-from router.policy.choose import Choice, Chooser, judge
+from router.policy.choose import Choice, Chooser
 from router.policy.config import LASTING, PolicyConfig
+from router.policy.degrade import Degrader, Found
 from router.policy.events import FAULTS, Attempt, Outcome
-from router.policy.facts import Decision, Reject, RequestFacts, Send, Terms
-from router.policy.fleet import Fleet
+from router.policy.facts import Decision, Reject, RequestFacts, Send
+from router.policy.fleet import Fleet, ModelIndex
 from router.policy.generator import SplitMix
 from router.policy.health import Health
 from router.policy.hedge import Hedger, hedge_delay_s
@@ -22,7 +25,6 @@ from router.policy.sequences import Sequences
 from router.policy.state import TargetState, VersionState
 
 _FOREVER_S = 1e9
-_LOW_PRIORITY = 2
 _PUSHBACK_DEFAULT_MS = 20
 _MISPLACED = frozenset({Code.MODEL_NOT_FOUND, Code.VERSION_MISMATCH})
 _MISPLACED_S = 1.0
@@ -47,6 +49,7 @@ class Policy:
         self._chooser = Chooser(config, draw)
         self._health = Health(config, self._fleet)
         self._admission = Admission(config, draw, self._health.full)
+        self._degrader = Degrader(self._fleet, self._chooser, self._admission)
         self._hedger = Hedger(
             share=config.hedge_share,
             burst=config.hedge_burst,
@@ -176,14 +179,21 @@ class Policy:
             version = facts.version or index.newest
             table = index.versions.get(version)
             choice = self._chooser.pick(now, table, facts, limit) if table is not None else None
-            if choice is not None and choice.wait_s <= 0.0:
-                if self._admission.queues:
+            refusal: Reject | None = None
+            if choice is not None:
+                if choice.wait_s > 0.0 and table is not None:
+                    choice, refusal = self._ration(now, facts, choice, table, limit)
+                elif self._admission.queues:
                     self._admission.relax(facts.model)
-                decision = self._send(facts, choice, limit, "best", missed=False)
+            if choice is not None:
+                decision = self._send(facts, choice, limit, "best")
             else:
-                decision = self._second_best(now, facts, index.versions, version, limit, choice)
+                found = self._degrader.find(now, facts, index, version, limit, refusal)
+                decision = found if isinstance(found, Reject) else self._send_found(facts, found, limit)
+            if facts.sequence:
+                decision = self._say_moved(facts, decision)
         if explain:
-            decision = self._explain(now, facts, decision, index.versions, limit)
+            decision = self._explain(now, facts, decision, index, limit)
         return decision
 
     def on_sent(self, now: float, facts: RequestFacts, send: Send, kind: str = "first") -> Attempt:
@@ -254,7 +264,8 @@ class Policy:
             return None
         limit = _FOREVER_S if facts.remaining_s is None else facts.remaining_s - self._reserve_s
         own = attempt.version.target
-        table = self._table(facts.model, attempt.release)
+        model = attempt.version.model
+        table = self._table(model, attempt.release)
         if table is None:
             return None
 
@@ -271,7 +282,8 @@ class Policy:
             return None
         if not self._hedger.take(now, own.tier):
             return None
-        return Send(choice.version.target.name, attempt.release, None, (), "hedge")
+        stand_in = "" if model == facts.model else model
+        return Send(choice.version.target.name, attempt.release, None, (), "hedge", model=stand_in)
 
     def retry(
         self, now: float, facts: RequestFacts, attempt: Attempt, outcome: Outcome, tried: Sequence[str]
@@ -292,10 +304,12 @@ class Policy:
             if code is not Code.OVERLOADED and not facts.idempotent:
                 return None
         limit = _FOREVER_S if facts.remaining_s is None else facts.remaining_s - self._reserve_s
-        for version in (attempt.release, *facts.fallbacks):
+        model = attempt.version.model
+        stand_in = "" if model == facts.model else model
+        for version in (attempt.release, *(() if stand_in else facts.fallbacks)):
             # Who does not serve this version may serve the fallback.
             here_too = code in _MISPLACED and version != attempt.release
-            table = self._table(facts.model, version)
+            table = self._table(model, version)
             if table is None:
                 continue
 
@@ -308,7 +322,8 @@ class Policy:
             if choice is not None:
                 if not refused and not self._retries.spend(now):
                     return None
-                return Send(choice.version.target.name, version, None, (), "retry", version != attempt.release)
+                missed = version != attempt.release
+                return Send(choice.version.target.name, version, None, (), "retry", missed, (), stand_in)
         return None
 
     # Inside ----------------------------------------------------------------------------------------------------------
@@ -332,15 +347,26 @@ class Policy:
     def _keeps_state(self, facts: RequestFacts, version: VersionState) -> bool:
         return facts.stateful or version.stateful
 
-    def _send(self, facts: RequestFacts, choice: Choice, limit: float, reason: str, *, missed: bool) -> Send:
-        second = choice.second
-        version = choice.version
+    def _send(
+        self,
+        facts: RequestFacts,
+        choice: Choice,
+        limit: float,
+        reason: str,
+        *,
+        missed: bool = False,
+        model: str = "",
+    ) -> Send:
+        version, second = choice.version, choice.second
         if second is None:
-            return Send(version.target.name, version.version, None, (), reason, missed)
+            return Send(version.target.name, version.version, None, (), reason, missed, (), model)
         delay: float | None = None
         if facts.idempotent and not version.stateful and not facts.stateful:
             delay = hedge_delay_s(choice.t95_s, choice.second_t95_s, limit, minimum_s=self._delay_min_s)
-        return Send(version.target.name, version.version, delay, (second.target.name,), reason, missed)
+        return Send(version.target.name, version.version, delay, (second.target.name,), reason, missed, (), model)
+
+    def _send_found(self, facts: RequestFacts, found: Found, limit: float) -> Send:
+        return self._send(facts, found.choice, limit, found.reason, missed=found.missed, model=found.model)
 
     def _bound(self, now: float, facts: RequestFacts, versions: dict[str, Candidates], limit: float) -> Decision | None:
         """A known sequence goes to the target that holds its state, as the version that it began with."""
@@ -359,8 +385,17 @@ class Policy:
         choice = self._chooser.pick_late(now, table, facts, limit, lambda v: v is held[0], panic=True)
         if choice is None:
             return refuse.nothing_feasible(now, held, facts.size_bytes, limit, facts.remaining_s)
-        rationed = self._ration(now, facts, choice, table, limit, late=True)
-        return rationed if isinstance(rationed, Reject) else Send(name, release, None, (), "sequence")
+        granted, refusal = self._ration(now, facts, choice, table, limit, late=True)
+        if refusal is not None:
+            return self._admission.spread(facts.model, refusal)
+        return None if granted is None else Send(name, release, None, (), "sequence")
+
+    def _say_moved(self, facts: RequestFacts, decision: Decision) -> Decision:
+        """State never moves: whoever gets a sequence that another target held must say so, and so do we."""
+        binding = self._sequences.get(facts.tenant, facts.model, facts.sequence)
+        if binding is None or not isinstance(decision, Send) or binding == (decision.target, decision.version):
+            return decision
+        return msgspec.structs.replace(decision, reason="moved", hedge_after_s=None)
 
     def _ration(
         self,
@@ -371,66 +406,18 @@ class Policy:
         limit: float,
         *,
         late: bool = False,
-    ) -> Choice | Reject:
+    ) -> tuple[Choice | None, Reject | None]:
         if choice.wait_s <= 0.0:
-            return choice
-        return self._admission.ration(now, facts, choice, table, limit, self._chooser, late=late)
-
-    def _second_best(
-        self,
-        now: float,
-        facts: RequestFacts,
-        versions: dict[str, Candidates],
-        version: str,
-        limit: float,
-        choice: Choice | None,
-    ) -> Decision:
-        """The best candidate would wait, or none fits with its tail: another version, the median, then a refusal."""
-        wanted = [(version, False), *((fallback, True) for fallback in facts.fallbacks if fallback != version)]
-        tables = [(versions[name], missed) for name, missed in wanted if name in versions]
-        refusal: Reject | None = None
-        for table, missed in tables:
-            found = choice if not missed else self._chooser.pick(now, table, facts, limit)
-            if found is not None:
-                rationed = self._ration(now, facts, found, table, limit)
-                if not isinstance(rationed, Reject):
-                    return self._send(facts, rationed, limit, "fallback" if missed else "best", missed=missed)
-                refusal = refusal or rationed
-        if facts.priority < _LOW_PRIORITY:
-            for panic in (False, True):
-                for table, missed in tables:
-                    found = self._chooser.pick_late(now, table, facts, limit, panic=panic)
-                    if found is not None:
-                        rationed = self._ration(now, facts, found, table, limit, late=True)
-                        if not isinstance(rationed, Reject):
-                            late = rationed.version
-                            reason = "panic" if panic else "late"
-                            return Send(late.target.name, late.version, None, (), reason, missed)
-                        refusal = refusal or rationed
-        if refusal is None:
-            every = [v for table, _ in tables for v in table.versions]
-            if not every:
-                return refuse.unknown_version(facts.model, version, self._fleet.models[facts.model])
-            refusal = refuse.nothing_feasible(now, every, facts.size_bytes, limit, facts.remaining_s)
-        return self._admission.spread(facts.model, refusal)
+            return choice, None
+        found = self._admission.ration(now, facts, choice, table, limit, self._chooser, late=late)
+        return (None, found) if isinstance(found, Reject) else (found, None)
 
     def _explain(
-        self, now: float, facts: RequestFacts, decision: Decision, versions: dict[str, Candidates], limit: float
+        self, now: float, facts: RequestFacts, decision: Decision, index: ModelIndex, limit: float
     ) -> Decision:
-        names = dict.fromkeys((facts.version or self.newest(facts.model), *facts.fallbacks))
-        chosen = (decision.target, decision.version) if isinstance(decision, Send) else ("", "")
-        terms: tuple[Terms, ...] = tuple(
-            judge(now, v, facts.size_bytes, limit, chosen[0] if v.version == chosen[1] else "")
-            for name in names
-            if name in versions
-            for v in versions[name].versions
-        )
-        if isinstance(decision, Send):
-            return Send(
-                decision.target, decision.version, decision.hedge_after_s, decision.alternatives, decision.reason,
-                decision.missed, terms,
-            )  # fmt: skip
-        return Reject(decision.code, decision.message, decision.retry_after_ms, decision.reason, terms)
+        names = dict.fromkeys((facts.version or index.newest, *facts.fallbacks))
+        tables = [("", index.versions[name]) for name in names if name in index.versions]
+        return explanation.explain(now, facts, decision, tables + self._degrader.stand_ins(facts, index), limit)
 
     def _lose(self, now: float, target: TargetState) -> None:
         if target.tier != "local":

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 
 from nearcast.errors import Code
 from router.policy.choose import wait_s
-from router.policy.facts import Reject
+from router.policy.facts import Reject, RequestFacts
 from router.policy.fleet import ModelIndex
 from router.policy.state import VersionState
 
@@ -36,6 +36,18 @@ def unknown_version(model: str, version: str, index: ModelIndex) -> Reject:
         )
     text = f"No target holds version {version} of {model!r}; versions held: {known}."
     return Reject(Code.VERSION_MISMATCH, text, None, "unknown_version")
+
+
+def not_offered(facts: RequestFacts, candidates: Sequence[VersionState]) -> Reject:
+    """Targets exist, none gives the quality at the price."""
+    best = max(version.quality for version in candidates)
+    least = min(version.price for version in candidates)
+    price = "any price" if facts.price_max is None else f"a price of {facts.price_max:g}"
+    text = (
+        f"No target of {facts.model!r} gives a quality of {facts.quality_min:g} for {price}; the best quality is "
+        f"{best:g}, the lowest price {least:g}."
+    )
+    return Reject(Code.UNSUPPORTED, text, None, "not_offered")
 
 
 def nothing_feasible(
