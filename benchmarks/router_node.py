@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import uvloop
@@ -86,7 +87,11 @@ async def main() -> None:
     keep_pages()
     offered = quick(oip_methods(model, model, server_name=NODE, trusted=False))
     client = make_server("ngh2", offered, address="127.0.0.1:0")
-    methods = join_methods(quick(oip_methods(model, model, server_name=NODE, trusted=True)), mesh_methods(report))
+
+    def report_now() -> NodeReport:
+        return replace(report(), client_address=client.address)
+
+    methods = join_methods(quick(oip_methods(model, model, server_name=NODE, trusted=True)), mesh_methods(report_now))
     mesh = make_server("ngh2", methods, address="127.0.0.1:0", identity=identity, require_client=True)
     await client.start()
     await mesh.start()

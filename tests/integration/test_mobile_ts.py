@@ -31,7 +31,7 @@ def test_a_client_in_typescript_outlives_a_node(mesh: LeaseMesh) -> None:
     node = shutil.which("node") or shutil.which("nodejs")
     if node is None or not (BUILT / ".npm").exists():
         pytest.skip("the example is not built; `make mobile-ts` does it, with npm (on Debian: apt-get install npm)")
-    command = [node, BUILT / "dist" / "main.js", mesh.address, ROOT / "proto", str(REQUESTS), "3"]
+    command: list[str | Path] = [node, BUILT / "dist" / "main.js", mesh.address, ROOT / "proto", str(REQUESTS), "3"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         killed = ""
