@@ -156,10 +156,16 @@ def start(service: str, config: TelemetryConfig) -> Telemetry:
             root.removeHandler(old)
     handler.is_nearcast = True  # type: ignore[attr-defined]
     root.addHandler(handler)
-    root.setLevel(config.level.upper())
+    set_level(config.level)
+    return Telemetry(service)
+
+
+def set_level(level: str) -> None:
+    """Log from this level up, from now on."""
+    root = logging.getLogger()
+    root.setLevel(level.upper())
     for name in _QUIET:
         logging.getLogger(name).setLevel(max(root.level, logging.WARNING))
-    return Telemetry(service)
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:

@@ -20,7 +20,11 @@ def run_router(*, config: Path | None, overrides: Sequence[str] = (), token: str
     Raises:
         MeshError: if the configuration or the token cannot be used.
     """
-    loaded = load_config(RouterConfig, path=config, overrides=overrides).value
+
+    def read() -> RouterConfig:
+        return load_config(RouterConfig, path=config, overrides=overrides).value
+
+    loaded = read()
     folder = Path(loaded.identity) if loaded.identity else Path(loaded.data_dir) / "identity"
     if token and not (folder / "node.pem").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -28,7 +32,7 @@ def run_router(*, config: Path | None, overrides: Sequence[str] = (), token: str
     from router.app import DRAIN_S, serve
 
     # Half a second more than the listeners need, so that the agent can end, too.
-    return run(lambda shutdown: serve(loaded, shutdown), drain_s=DRAIN_S + 0.5)
+    return run(lambda shutdown: serve(loaded, shutdown, read), drain_s=DRAIN_S + 0.5)
 
 
 def main() -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import signal
 import ssl
 import sys
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from nearcast.errors import Code, MeshError
 from nearcast.identity import Identity, load_identity, server_tls
 from nearcast.runtime import Shutdown, announce, keep_pages
 from nearcast.store import Store
+from nearcast.telemetry import get_logger
 from nearcast.transport.grpc import make_server
 from nearcast.transport.health import health_methods
 from nearcast.transport.lease import lease_methods
@@ -32,12 +35,14 @@ from router.directory import Announcer, DirectoryReader
 from router.explain import explain_route
 from router.lease import Announced
 from router.lessor import Lessor
+from router.reload import merge
 from router.renewal import Renewal
 from router.router import Router
 from router.splits import StoreSplits
 from router.target import configured_views
 from router.targets import ChannelFactory, TargetSet
 
+_log = get_logger(__name__)
 DRAIN_S = 5.0
 AGENT_NICE = 10
 
@@ -70,6 +75,7 @@ class RouterApp:
         if config.shadows:
             self.router.shadow(config.shadows, config.shadow)
         self.targets = TargetSet(self.router, ChannelFactory(config.transport, self.identity), config=config.probe)
+        self._reader: DirectoryReader | None = None
         self._members = Members()
         self._listeners: list[Server | RestServer] = []
         self._closers = AsyncExitStack()
@@ -100,6 +106,20 @@ class RouterApp:
             self._closers.push_async_callback(announcer.close)
         self._start_agent()
 
+    def reload(self, wanted: RouterConfig) -> None:
+        """Take from another configuration what a running router can take, and say in one line what it cannot."""
+        merged = merge(self._config, wanted)
+        config = self._config = merged.config
+        self.router.policy.reconfigure(self.router.now(), config.policy)
+        self.targets.configure(config.probe)
+        fixed = configured_views(config.targets)
+        if self._reader is None:
+            self.targets.update(fixed)
+        else:
+            self._reader.fix(fixed)
+        telemetry.set_level(config.telemetry.level)
+        _log.info("configuration_reloaded", changed=merged.changed, needs_restart=merged.kept)
+
     async def drain(self) -> None:
         """Refuse new requests, finish those in flight, close everything. Bounded by the drain times."""
         self.router.mark_draining()
@@ -125,9 +145,10 @@ class RouterApp:
         self.targets.update(fixed)
         if link is None:
             return
-        reader = DirectoryReader(link, self.targets, interval_s=self._config.probe.directory_ms / 1e3, fixed=fixed)
-        await reader.start()
-        self._closers.push_async_callback(reader.close)
+        interval_s = self._config.probe.directory_ms / 1e3
+        self._reader = DirectoryReader(link, self.targets, interval_s=interval_s, fixed=fixed)
+        await self._reader.start()
+        self._closers.push_async_callback(self._reader.close)
 
     async def _close_listeners(self) -> None:
         await asyncio.gather(*(server.drain(DRAIN_S) for server in self._listeners))
@@ -211,14 +232,29 @@ class RouterApp:
         self._closers.push_async_callback(agent.stop)
 
 
-async def serve(config: RouterConfig, shutdown: Shutdown) -> int:
-    """Run a router until the shutdown is requested."""
+async def serve(config: RouterConfig, shutdown: Shutdown, read: Callable[[], RouterConfig]) -> int:
+    """Run a router until the shutdown is requested. SIGHUP has it `read` its configuration again."""
+    loop, hangup = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_signal_handler(signal.SIGHUP, hangup.set)
     app = RouterApp(config)
     try:
         await app.start()
         keep_pages()
         announce(app.name, **app.addresses)
+        reloads = loop.create_task(_reload_forever(app, hangup, read))
         await shutdown.wait()
+        reloads.cancel()
     finally:
         await asyncio.shield(app.drain())
+        loop.remove_signal_handler(signal.SIGHUP)
     return 0
+
+
+async def _reload_forever(app: RouterApp, hangup: asyncio.Event, read: Callable[[], RouterConfig]) -> None:
+    while True:
+        await hangup.wait()
+        hangup.clear()
+        try:
+            app.reload(read())
+        except MeshError as error:
+            _log.error("configuration_refused", error=error.message, still="the one before")

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 import msgspec
 
 from nearcast.telemetry import TelemetryConfig
-from router.lease import LeaseConfig
 from router.decision_log import DecisionLogConfig
+from router.lease import LeaseConfig
 from router.policy import PolicyConfig
 from router.router import RouterLimits
 from router.shadow import ShadowConfig, ShadowLimits
@@ -132,3 +132,8 @@ class RouterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     shadows: tuple[ShadowConfig, ...] = ()
     shadow: ShadowLimits = ShadowLimits()
     telemetry: TelemetryConfig = TelemetryConfig()
+
+    def __post_init__(self) -> None:
+        names = [target.name for target in self.targets]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"{min(twice)!r} is the name of two targets; each needs its own")

@@ -46,9 +46,15 @@ class DirectoryReader:
         self._control = control
         self._targets = targets
         self._interval_s = interval_s
-        self._fixed = {view.name: view for view in fixed}
+        self.fixed = {view.name: view for view in fixed}
         self._task: asyncio.Task[None] | None = None
         self._away = 0
+
+    def fix(self, views: Sequence[NodeView]) -> None:
+        """These nodes are targets from now on, whatever the directory says, and no longer those of before."""
+        of_directory = {view.name: view for view in self._targets.views if self.fixed.get(view.name) != view}
+        self.fixed = {view.name: view for view in views}
+        self._targets.update({**of_directory, **self.fixed}.values())
 
     async def start(self) -> None:
         """Look once, then go on in the background. An absent control plane is no error."""
@@ -87,7 +93,7 @@ class DirectoryReader:
         if not listing.is_complete:
             kept = {view.name: view for view in self._targets.views if view.name not in listing.removed}
             views = kept | views
-        self._targets.update({**views, **self._fixed}.values())
+        self._targets.update({**views, **self.fixed}.values())
 
 
 class Announcer:

@@ -102,9 +102,8 @@ class Target:
         self._idle_since = self._probed_at = self._now()
         self._woken = asyncio.Event()
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._probe_forever())]
-        if view.kind != "oip":
-            self._tasks.append(loop.create_task(self._watch_forever()))
+        self._probing = loop.create_task(self._probe_forever())
+        self._watching = None if view.kind == "oip" else loop.create_task(self._watch_forever())
 
     @property
     def is_streaming(self) -> bool:
@@ -126,11 +125,21 @@ class Target:
             self._tell(self._now(), self.last_report)
         return True
 
+    def configure(self, config: ProbeConfig) -> None:
+        """Ask and listen by other times from now on."""
+        beats_otherwise = config.report_ms != self.config.report_ms
+        self.config = config
+        if beats_otherwise and self._watching is not None:
+            self._watching.cancel()
+            self._heard_at = None
+            self._watching = asyncio.get_running_loop().create_task(self._watch_forever())
+
     async def close(self) -> None:
         """Stop asking; the connection ends when nothing is in flight any more, or after the drain time."""
-        for task in self._tasks:
+        tasks = [task for task in (self._probing, self._watching) if task is not None]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         ends_at = self._now() + self.config.drain_ms / 1e3
         while self._in_flight() and self._now() < ends_at:  # noqa: ASYNC110 - the policy is pure and wakes nobody
             await asyncio.sleep(0.02)

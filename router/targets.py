@@ -69,6 +69,12 @@ class TargetSet:
         found = ((target.last_report, target.view.address) for target in self._targets.values())
         return tuple((report, address) for report, address in found if report is not None)
 
+    def configure(self, config: ProbeConfig) -> None:
+        """Watch all of them by other times from now on; `connects_max` stays."""
+        self._config = config
+        for target in self._targets.values():
+            target.configure(config)
+
     def update(self, views: Iterable[NodeView]) -> None:
         """Add who is new, move who has another address, drop who is gone. Our own name and other roles are skipped."""
         wanted = {

@@ -211,25 +211,31 @@ async def test_what_the_controller_refuses_is_said(folders: Path, control: Contr
         await link.close()
 
 
-async def start_router(folders: Path, data: Path, node: str) -> tuple[asyncio.subprocess.Process, dict[str, str]]:
-    data.mkdir()
+def write_config(folders: Path, data: Path, node: str, more: str = "", grpc: str = "127.0.0.1:0") -> None:
     (data / "router.toml").write_text(
         f"""
         data_dir = "{data}"
         identity = "{folders / "r"}"
         [listen]
-        grpc = "127.0.0.1:0"
+        grpc = "{grpc}"
         http = "127.0.0.1:0"
         metrics = "127.0.0.1:0"
         [[targets]]
         name = "a"
         address = "{node}"
+        {more}
         """
     )
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "router", "--config", str(data / "router.toml"),
-        stdout=asyncio.subprocess.PIPE, env=ENVIRONMENT,
-    )  # fmt: skip
+
+
+async def start_router(folders: Path, data: Path, node: str) -> tuple[asyncio.subprocess.Process, dict[str, str]]:
+    data.mkdir()
+    write_config(folders, data, node)
+    with (data / "log").open("wb") as log:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "router", "--config", str(data / "router.toml"),
+            stdout=asyncio.subprocess.PIPE, stderr=log, env=ENVIRONMENT,
+        )  # fmt: skip
     assert child.stdout is not None
     async with asyncio.timeout(30):
         line = await child.stdout.readline()
@@ -237,7 +243,7 @@ async def start_router(folders: Path, data: Path, node: str) -> tuple[asyncio.su
     return child, json.loads(line)
 
 
-async def test_a_router_process_serves_explains_and_drains(folders: Path, tmp_path: Path) -> None:
+async def test_a_router_process_serves_explains_reloads_and_drains(folders: Path, tmp_path: Path) -> None:
     host = router_node.TinyHost("a", delay_s=0.002, versions=("3",))
     server = router_node.make_node_server(host, load_identity(folders / "a"))
     await server.start()
@@ -259,6 +265,8 @@ async def test_a_router_process_serves_explains_and_drains(folders: Path, tmp_pa
             last = asyncio.ensure_future(client.infer("digits", x, deadline_ms=10_000))
             await until(lambda: host.in_flight == 1)
             await explain(ready)
+            await reload(child, ready, folders, tmp_path / "data", server.address)
+            assert not last.done()
             child.send_signal(signal.SIGTERM)
             assert (await last).served_by == "a"
         async with asyncio.timeout(15):
@@ -268,6 +276,29 @@ async def test_a_router_process_serves_explains_and_drains(folders: Path, tmp_pa
             child.kill()
             await child.wait()
         await server.drain(0.2)
+
+
+async def reload(
+    child: asyncio.subprocess.Process, ready: dict[str, str], folders: Path, data: Path, node: str
+) -> None:
+    """A broken file changes nothing; a good one changes what it can, while a request is under way."""
+    log = data / "log"
+    write_config(folders, data, node, more="price = -1")
+    child.send_signal(signal.SIGHUP)
+    await until(lambda: "configuration_refused" in log.read_text())
+    assert "`targets` has a bad value" in log.read_text()
+    write_config(folders, data, node, more="price = 7.5\n[policy]\nattempts_max = 2", grpc="127.0.0.1:1")
+    child.send_signal(signal.SIGHUP)
+    await until(lambda: "configuration_reloaded" in log.read_text())
+    (told,) = [line for line in log.read_text().splitlines() if "configuration_reloaded" in line]
+    changed, kept = json.loads(told)["changed"], json.loads(told)["needs_restart"]
+    assert (changed, kept) == (["targets", "policy.attempts_max"], ["listen.grpc"])
+    async with (
+        ClientSession() as session,
+        session.get(f"http://{ready['metrics']}/v2/nearcast/route?model=digits") as reply,
+    ):
+        (candidate,) = (await reply.json())["candidates"]
+    assert (candidate["price"], candidate["in_flight"]) == (7.5, 1)
 
 
 async def explain(ready: dict[str, str]) -> None:
