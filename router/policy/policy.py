@@ -415,7 +415,9 @@ class Policy:
     def _explain(
         self, now: float, facts: RequestFacts, decision: Decision, index: ModelIndex, limit: float
     ) -> Decision:
-        names = dict.fromkeys((facts.version or index.newest, *facts.fallbacks))
+        # A bound sequence goes on with the version that it began with, whatever is asked for.
+        bound = (decision.version,) if isinstance(decision, Send) and not decision.model else ()
+        names = dict.fromkeys((facts.version or index.newest, *facts.fallbacks, *bound))
         tables = [("", index.versions[name]) for name in names if name in index.versions]
         return explanation.explain(now, facts, decision, tables + self._degrader.stand_ins(facts, index), limit)
 
