@@ -289,7 +289,8 @@ class Router:
     def report_self(self) -> NodeReport:
         """What this node says about itself to other routers: the local host's report, or that it holds nothing."""
         if self._local is not None:
-            return self._local.report()
+            report = self._local.report()
+            return replace(report, draining=True) if self._draining else report
         return NodeReport(node=self.node, role="router", draining=self._draining)
 
     # What a request on its way needs ---------------------------------------------------------------------------------

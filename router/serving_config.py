@@ -9,8 +9,8 @@ import msgspec
 from nearcast.serving.limits import SLOTS, HostLimits
 from nearcast.telemetry import TelemetryConfig
 from router.config import ProbeConfig
-from router.lease import LeaseConfig
 from router.decision_log import DecisionLogConfig
+from router.lease import LeaseConfig
 from router.policy import PolicyConfig
 from router.shadow import ShadowConfig, ShadowLimits
 
@@ -113,6 +113,7 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     Attributes:
         name: this node's name where it has no identity; with one, the certificate's name counts.
         data_dir: identity, models, control socket, inbox, logs of children.
+        price: of 1000 answers of this node, in the operator's unit; routers weigh it.
         tenant_keys: folder with the keys of tenants whose versions are sealed; "" = none.
         seed: of the router's choices between near ties; 0 = a different one at each start.
         decisions: whether the router's are logged, so that `nearcast route replay` can make them again.
@@ -122,6 +123,7 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     name: str = "node"
     data_dir: str = ".nearcast/node"
+    price: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     tenant_keys: str = ""
     listen: ListenConfig = ListenConfig()
     agent: AgentSettings = AgentSettings()

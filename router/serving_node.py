@@ -120,6 +120,7 @@ class ServingNode:
             role=role,
             registry=registry,
             tenant_keys=Path(config.tenant_keys) if config.tenant_keys else None,
+            price=config.price,
             limits=config.host_limits(),
         )
         seed = config.seed or random.SystemRandom().getrandbits(48)
@@ -269,9 +270,9 @@ class ServingNode:
         await self._open("mesh", server)
 
     def _report(self) -> NodeReport:
-        """What we say to other nodes: how the host is, and where clients reach it."""
+        """What we say to other nodes: how the host is, that it drains, and where clients reach it."""
         return replace(
-            self.host.report(), client_address=self.addresses.get("grpc", ""), client_tls=self.config.listen.tls
+            self.router.report_self(), client_address=self.addresses.get("grpc", ""), client_tls=self.config.listen.tls
         )
 
     def _reports(self) -> Iterator[Announced]:

@@ -58,6 +58,7 @@ class ModelHost:
         registry: where the metrics appear; None = nowhere.
         role: what reports say; by default `cloud` on the cloud tier and `edge` elsewhere.
         tenant_keys: folder with the keys that open sealed versions; None = there are none.
+        price: what reports say 1000 answers cost, in the operator's unit.
         clock: its monotonic time must be the loop's.
     """
 
@@ -71,12 +72,14 @@ class ModelHost:
         registry: CollectorRegistry | None = None,
         role: str = "",
         tenant_keys: Path | None = None,
+        price: float = 0.0,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._node = node
         self._tier = tier
         self._role = role or ("cloud" if tier == "cloud" else "edge")
         self._limits = limits or HostLimits()
+        self._price = price
         self._registry = registry
         self._clock = clock
         self._now = clock.monotonic
@@ -300,6 +303,8 @@ class ModelHost:
                 service_p95_us=p95_us,
                 stateful=version.manifest.stateful,
                 quality=version.manifest.quality,
+                batch_wait_us=version.batch_wait_us(),
+                price=self._price,
                 smaller=version.manifest.smaller or "",
             )
         for release, since in slot.loading.items():
@@ -321,6 +326,7 @@ class ModelHost:
             eta_ms=(slot.load_s or self._residency.load_s) * 1000,
             stateful=manifest.stateful,
             quality=manifest.quality,
+            price=self._price,
             smaller=manifest.smaller or "",
         )
 

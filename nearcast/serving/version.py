@@ -140,6 +140,10 @@ class HotVersion:
         ahead = batcher.waiting + batcher.running
         return max(0, ahead + 1 - self._engines) * self.warm_up.p50_us / self._engines
 
+    def batch_wait_us(self) -> float:
+        """How long a request that comes alone is kept waiting for company now."""
+        return self._dispatch.batcher.window_s * 1e6
+
     def service_us(self, now: float) -> tuple[float, float]:
         """p50 and p95 of the model's time: lately, or at warm-up while too few requests have come."""
         recent = self.statistics.recent_us(now, (0.5, 0.95))

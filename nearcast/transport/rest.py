@@ -171,7 +171,8 @@ class RestServer:
 
     async def _infer(self, request: web.Request) -> web.StreamResponse:
         if self._draining:
-            raise MeshError(Code.UNAVAILABLE, "This node is shutting down; ask another.")
+            text = "This node is shutting down; ask another."
+            raise MeshError(Code.UNAVAILABLE, text, retry_after_ms=REST_LIMITS.retry_after_ms)
         deadline = self._deadline(request.headers.get(status.DEADLINE_MS, ""))
         # Before it takes one of the places: those who send slowly could hold them all.
         body = await self._guard.read_body(request, self._limits.message_size_bytes_max)

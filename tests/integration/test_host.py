@@ -409,7 +409,7 @@ async def test_the_report_shows_versions_and_load(store: Store) -> None:
     install(store, affine_model(), quality=0.75)
     install(store, b"broken", release=2)
     activate(store, stable=1, candidate=2)
-    async with running(store, HostLimits(slots=3)) as host:
+    async with running(store, HostLimits(slots=3, batch_window_us_max=500.0), price=2.5) as host:
         report = host.report()
         assert (report.node, report.role, report.slots, report.in_flight, report.draining) == (
             "edge-1",
@@ -421,6 +421,8 @@ async def test_the_report_shows_versions_and_load(store: Store) -> None:
         (version,) = report.versions
         assert (version.model, version.version, version.residency, version.quality) == ("affine", "1", "hot", 0.75)
         assert 0 < version.service_p50_us <= version.service_p95_us
+        assert version.price == 2.5
+        assert 0 <= version.batch_wait_us <= 500.0
     assert host.report().draining
 
 
