@@ -15,9 +15,9 @@ from simulations.baselines.outliers import Outliers
 class LeastRequest(Balancer):
     """Of two random nodes the one with fewer of our requests open.
 
-    Source: Envoy's LEAST_REQUEST with its default of two choices (Mitzenmacher, "The power of two choices", 2001).
-    Where others are better than Envoy we follow them: two different nodes, compared by open requests per slot, as
-    nginx (`random two least_conn`) and HAProxy (`random(2)`) do with weights. Failures: outlier detection.
+    Source: Envoy's LEAST_REQUEST with its defaults: two choices, equal weights (Mitzenmacher, "The power of two
+    choices", 2001). The two are different nodes, as in nginx and HAProxy; Envoy may draw one twice. Failures: outlier
+    detection. Requests are counted as Envoy counts them, not divided by slots: that sent more to far nodes.
     """
 
     name = "p2c-least-request"
@@ -32,7 +32,7 @@ class LeastRequest(Balancer):
         if len(nodes) == 1:
             return nodes[0]
         first, second = self.random.sample(nodes, 2)
-        return first if self.load(first) <= self.load(second) else second
+        return first if self.open[first] <= self.open[second] else second
 
     def on_reply(self, now: float, node: str, latency_s: float, served: Served | None, code: Code | None) -> None:
         super().on_reply(now, node, latency_s, served, code)

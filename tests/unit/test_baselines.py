@@ -94,16 +94,6 @@ def test_two_choices_take_the_lesser_and_never_the_greatest():
     assert choices(baseline, ["a", "b", "c"])["c"] > 0
 
 
-def test_least_request_counts_per_slot():
-    baseline = LeastRequest(Random(3))
-    baseline.on_report(0.0, "small", report("small", slots=2), 0.0)
-    baseline.on_report(0.0, "large", report("large", slots=8), 0.0)
-    baseline.on_sent(0.0, "small")
-    for _ in range(3):
-        baseline.on_sent(0.0, "large")
-    assert choices(baseline, ["small", "large"], count=50) == {"small": 0, "large": 50}
-
-
 # Outlier detection.
 
 
