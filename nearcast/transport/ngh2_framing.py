@@ -40,6 +40,11 @@ def whole_message(data: bytes) -> bytes | None:
     return None
 
 
+def announced_size_bytes(data: bytes) -> int | None:
+    """The size of the message that begins here; None if it is compressed. At least its prefix must be there."""
+    return int.from_bytes(data[1:PREFIX_SIZE_BYTES], "big") if data[0] == 0 else None
+
+
 def is_one_message(pieces: Sequence[bytes], size_bytes: int) -> bool:
     """Whether pieces of `size_bytes` in all are exactly one uncompressed framed message."""
     if size_bytes < PREFIX_SIZE_BYTES:

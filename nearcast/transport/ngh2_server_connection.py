@@ -32,7 +32,7 @@ from nearcast.transport.ngh2_connection import (
     STREAM_WINDOW_BYTES,
     Ngh2Connection,
 )
-from nearcast.transport.ngh2_framing import MessageReader, whole_message
+from nearcast.transport.ngh2_framing import PREFIX_SIZE_BYTES, MessageReader, announced_size_bytes, whole_message
 from nearcast.transport.ngh2_headers import RequestHead, read_request, write_error, write_http_error
 from nearcast.transport.ngh2_server_state import ServerState
 from nearcast.transport.ngh2_stream import ServerStream
@@ -44,6 +44,8 @@ _DRAIN_PING = b"nc-drain"
 _NO_ERROR = 0
 _REMEMBERED_SIZE_BYTES_MAX = 1024
 _AGE_JITTER = 0.1
+# A message in smaller pieces than these, on the average, is joined.
+_PIECE_SIZE_BYTES = 4096
 _KEEPALIVE_PING = b"nc-alive"
 
 
@@ -203,6 +205,8 @@ class ServerConnection(Ngh2Connection):
             stream.has_ended = True
         methods = self.server.methods
         stream.unary_method = methods.unary.get(head.path)
+        if methods.passing and head.encoding == "identity":
+            stream.pass_method = methods.passing.get(head.path)
         if stream.unary_method is None:
             stream.stream_method = methods.stream.get(head.path)
             stream.inbox = deque()
@@ -236,7 +240,7 @@ class ServerConnection(Ngh2Connection):
                 return
             if data:
                 self.acknowledge(len(data), stream.id)
-            if is_end and stream.reader is None and stream.whole is None:
+            if is_end and stream.reader is None and stream.whole is None and stream.pieces is None:
                 # The whole request in one frame, or an empty call.
                 stream.whole = whole_message(data)
                 if stream.whole is None:
@@ -251,15 +255,35 @@ class ServerConnection(Ngh2Connection):
             self._ready.append(stream)
 
     def _assemble(self, stream: ServerStream, data: bytes) -> None:
-        if stream.reader is None:
-            stream.reader = MessageReader(self.limits.message_size_bytes_max, stream.encoding, defers=True)
         self.hold(stream, stream.received_bytes + len(data))
+        if stream.reader is None:
+            if stream.pass_method is not None and self._gather(stream, data):
+                return
+            if stream.pieces is not None:
+                data = b"".join(stream.pieces)
+                stream.pieces = None
+            stream.reader = MessageReader(self.limits.message_size_bytes_max, stream.encoding, defers=True)
         for message in stream.reader.feed(data):
             if stream.whole is not None:
                 raise MeshError(Code.INVALID_REQUEST, "A unary call holds exactly one message; this one holds more.")
             stream.whole = message
         if stream.has_ended and (stream.whole is None or stream.reader.is_partial):
             raise MeshError(Code.INVALID_REQUEST, "The call ended before its message was complete.")
+
+    def _gather(self, stream: ServerStream, data: bytes) -> bool:
+        """Keep the message in its pieces, for who takes the call over; False = it must be looked at after all."""
+        pieces = stream.pieces = stream.pieces or []
+        if data:
+            pieces.append(data)
+        if not pieces or len(pieces[0]) < PREFIX_SIZE_BYTES:
+            return False
+        size_bytes = announced_size_bytes(pieces[0])
+        if size_bytes is None or size_bytes > self.limits.message_size_bytes_max:
+            return False
+        if not stream.has_ended:
+            return stream.received_bytes - PREFIX_SIZE_BYTES <= size_bytes
+        # Many small pieces would cost more to pass on than to join.
+        return size_bytes == stream.received_bytes - PREFIX_SIZE_BYTES and len(pieces) * _PIECE_SIZE_BYTES <= size_bytes
 
     def hold(self, stream: ServerStream, size_bytes: int) -> None:
         """Note how much of a call's requests waits in memory.
@@ -284,14 +308,8 @@ class ServerConnection(Ngh2Connection):
         if self._waiting or self.h2.queued_body_size() > self.limits.reply_queue_bytes_max:
             self._waiting[stream.id] = stream
             return
-        if not self._hand_over(stream):
+        if not stream.hand_over():
             stream.task = eager.start(stream.answer(stream.take()), self.loop)
-
-    def _hand_over(self, stream: ServerStream) -> bool:
-        """Whether somebody has taken the call over. What is still compressed is not for them."""
-        method = self.server.methods.passing.get(stream.call.method)
-        message = stream.whole
-        return method is not None and type(message) is bytes and stream.hand_over(method, message)
 
     # Answering.
 
@@ -328,7 +346,7 @@ class ServerConnection(Ngh2Connection):
         if self._waiting:
             self._waiting.pop(stream.id, None)
         # A call and its method refer to each other: what they hold would wait for the garbage collector.
-        stream.whole = stream.reader = None
+        stream.whole = stream.reader = stream.pieces = None
         stream.inbox.clear()
         if stream.unread_bytes:
             self.acknowledge(stream.unread_bytes, stream.id)
@@ -373,7 +391,7 @@ class ServerConnection(Ngh2Connection):
             self.owe(queued_bytes)
         while self._waiting and queued_bytes <= self.limits.reply_queue_bytes_max:
             stream = self._waiting.pop(next(iter(self._waiting)))
-            if not self._hand_over(stream):
+            if not stream.hand_over():
                 stream.task = self.loop.create_task(stream.answer(stream.take()))
         if self._half_closed and not self._paused:
             answered = [stream_id for stream_id in self._half_closed if not self.h2.queued_body_size(stream_id)]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 from ngh2 import NGH2Error
 
 from nearcast.errors import Code, MeshError
-from nearcast.transport.ngh2_framing import Deflated, MessageReader, frame
+from nearcast.transport.ngh2_framing import PREFIX_SIZE_BYTES, Deflated, MessageReader, frame
 from nearcast.transport.ngh2_headers import RESPONSE, write_trailers
 from nearcast.transport.seam import Call, Fields, Metadata, PassMethod, Reply, StreamMethod, Taken, UnaryMethod
 
@@ -33,6 +33,7 @@ class ServerStream:
     # One is made for each call, and most of this stays as it is: on the class it costs nothing.
     unary_method: UnaryMethod | None = None
     stream_method: StreamMethod | None = None
+    pass_method: PassMethod | None = None
     task: asyncio.Task[None] | None = None
     passage: Taken | None = None
     deadline_timer: asyncio.TimerHandle | None = None
@@ -40,6 +41,8 @@ class ServerStream:
     has_ended = False
     has_started_reply = False
     whole: bytes | None = None
+    # As long as nobody had to look into it: the message in the pieces in which it comes, with its prefix.
+    pieces: list[bytes] | None = None
     reader: MessageReader | None = None
     received_bytes = 0
     # Streaming calls only; those have an inbox of their own.
@@ -100,10 +103,17 @@ class ServerStream:
 
     # Taken over: whoever did so answers by one of `pass_back`, `reply` and `refuse`.
 
-    def hand_over(self, method: PassMethod, message: bytes) -> bool:
-        """Let a method take the call over; False = it does not want to."""
+    def hand_over(self) -> bool:
+        """Let the method take the call over; False = it does not want to. What is still compressed is not for it."""
+        pieces, self.pieces = self.pieces, None
+        if self.pass_method is None or (pieces is None and type(self.whole) is not bytes):
+            return False
+        if pieces is None:
+            pieces = [cast("bytes", self.whole)]
+        else:
+            pieces[0] = pieces[0][PREFIX_SIZE_BYTES:]
         try:
-            passage = method(message, self.call, self)
+            passage = self.pass_method(pieces, self.call, self)
         except MeshError as error:
             self.refuse(error)
             return True
@@ -112,6 +122,7 @@ class ServerStream:
             self.refuse(_internal())
             return True
         if passage is None:
+            self.whole = pieces[0] if len(pieces) == 1 else b"".join(pieces)
             return False
         if not self.is_done:
             self.passage = passage

@@ -20,7 +20,7 @@ from nearcast.transport.statistics import Statistics
 from nearcast.transport.stream_answers import encode_error
 from nearcast.wire.framing import encode_prefix
 from nearcast.wire.message import encode_parameters
-from nearcast.wire.request import WireRequest
+from nearcast.wire.request import PiecedRequest, WireRequest
 from nearcast.wire.response import response_pieces
 from nearcast.wire.status import LATEST, served_to_trailers
 
@@ -93,8 +93,16 @@ def oip_methods(
 def _pass(service: InferenceService) -> PassMethod:
     handler, counts, now = service.passing, service.counts, service.clock.monotonic
 
-    def pass_on(body: bytes, call: Call, responder: Responder) -> Taken | None:
-        request, context = _read(service, body, call, trusted=False)
+    def pass_on(pieces: Sequence[bytes], call: Call, responder: Responder) -> Taken | None:
+        request = WireRequest(pieces[0]) if len(pieces) == 1 else PiecedRequest(pieces)
+        context = read_context(
+            call.metadata,
+            request.parameters,
+            deadline=call.deadline,
+            identity=call.identity,
+            trusted=False,
+            clock=service.clock,
+        )
         # Who takes the call over leaves its deadline to the transport, which knows of no other.
         if handler is None or request.is_extended or context.deadline != call.deadline or not request.model:
             return None

@@ -91,5 +91,6 @@ def _in_flight(value: bytes) -> int:
     return status.served_from_trailers(((status.LOAD, value.decode("latin-1")),)).in_flight
 
 
+@lru_cache(maxsize=4096)
 def _counter(value: bytes) -> int:
     return min(int(value), status.COUNTER_MAX) if value.isdigit() and len(value) <= 16 else 0

@@ -127,9 +127,9 @@ class Taken(Protocol):
         ...
 
 
-PassMethod: TypeAlias = Callable[[bytes, Call, Responder], Taken | None]
-"""Takes a call over without a coroutine of its own; None = the unary method of the same path answers it. Raises
-`MeshError` as that would. May be called back at once."""
+PassMethod: TypeAlias = Callable[[Sequence[bytes], Call, Responder], Taken | None]
+"""Takes a call over without a coroutine of its own; the message is in the pieces in which it came. None = the unary
+method of the same path answers it. Raises `MeshError` as that would. May be called back at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,6 +52,11 @@ class Layout:
         """Whether messages that share it are to be expected, and it takes little memory."""
         return bool(self.raws) and sum(len(piece) for _, piece in self._fixed) <= LIMITS.layout_size_bytes_max
 
+    @property
+    def head_size_bytes(self) -> int:
+        """Where the last of its fixed bytes ends: up to there a message must have come to be recognised."""
+        return max((start + len(piece) for start, piece in self._fixed), default=0)
+
     def fits(self, body: bytes) -> bool:
         """Whether a message of the same size has this layout."""
         for start, piece in self._fixed:  # noqa: SIM110 - all() costs more than the comparison
@@ -96,6 +101,11 @@ class Layouts:
     def __init__(self, raw_field: int) -> None:
         self._raw_field = raw_field
         self._known: dict[int, Layout] = {}
+
+    def recognise(self, first: bytes, size_bytes: int) -> Layout | None:
+        """The layout of a message of which only the first piece is at hand; None if that does not tell."""
+        layout = self._known.get(size_bytes)
+        return layout if layout is not None and layout.head_size_bytes <= len(first) and layout.fits(first) else None
 
     def read(self, body: bytes) -> Layout:
         """The layout of a message.

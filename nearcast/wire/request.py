@@ -63,6 +63,53 @@ class WireRequest(InferRequest):
         return self._layout.read_requested(self._body)
 
 
+class PiecedRequest(WireRequest):
+    """A `ModelInferRequest` as received in several pieces. They are joined only if somebody looks at the tensors.
+
+    Raises:
+        MeshError: INVALID_REQUEST if the bytes are no protobuf message.
+    """
+
+    __slots__ = ("_pieces", "_size_bytes")
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        self._size_bytes = sum(map(len, pieces))
+        self._pieces = pieces
+        layout = _LAYOUTS.recognise(pieces[0], self._size_bytes)
+        if layout is None:
+            super().__init__(b"".join(pieces))
+            self._pieces = (self._body,)
+            return
+        self.model = layout.model
+        self.version = layout.version
+        self.id = layout.read_id(pieces[0])
+        self.parameters = layout.parameters
+        self._body = b""
+        self._layout = layout
+        self._inputs = None
+
+    @property
+    def size_bytes(self) -> int:
+        return self._size_bytes
+
+    def decode(self) -> Tensors:
+        self.encode()
+        return super().decode()
+
+    def encode(self) -> bytes:
+        if not self._body:
+            self._body = b"".join(self._pieces)
+        return self._body
+
+    def encode_pieces(self) -> Sequence[bytes]:
+        """The original bytes as they came."""
+        return self._pieces
+
+    def requested_outputs(self) -> Sequence[str]:
+        self.encode()
+        return super().requested_outputs()
+
+
 class TensorRequest(InferRequest):
     """A request made from arrays: what REST, MQTT and clients build. Arrays must not change afterwards."""
 
