@@ -26,6 +26,7 @@ NAMES = (
     "streams",
     "serving",
     "router",
+    "lease",
     "policy",
     "overload",
     "accounting",
