@@ -28,6 +28,7 @@ NAMES = (
     "router",
     "lease",
     "policy",
+    "scenarios",
     "overload",
     "accounting",
     "replay",

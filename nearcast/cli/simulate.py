@@ -15,8 +15,11 @@ from nearcast.cli.listing import json_option, print_json, print_table
 @click.option("--seed", default=1, show_default=True, help="Same seed, same trace hash.")
 @click.option("--seeds", default=1, show_default=True, help="Replications: that many seeds from --seed on.")
 @click.option("--policies", default="", metavar="A,B,…", help="Only these policies.  [default: all]")
+@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with figures.")
 @json_option
-def command(name: str | None, list_all: bool, seed: int, seeds: int, policies: str, as_json: bool) -> None:
+def command(
+    name: str | None, list_all: bool, seed: int, seeds: int, policies: str, report: Path | None, as_json: bool
+) -> None:
     """Run SCENARIO with the routing code of the live mesh, published balancers, and oracles that see into the nodes.
 
     All meet the same requests, model times and faults. A request without an answer counts as infinitely late.
@@ -25,6 +28,7 @@ def command(name: str | None, list_all: bool, seed: int, seeds: int, policies: s
     import msgspec
 
     from simulations.experiment import policy_names
+    from simulations.page import render_page
     from simulations.replicate import replicate
     from simulations.report import summarize
     from simulations.scenario import load_scenario, parse_scenario, scenario_names
@@ -43,6 +47,8 @@ def command(name: str | None, list_all: bool, seed: int, seeds: int, policies: s
     found = replicate([scenario], chosen, range(seed, seed + max(1, seeds)))
     runs = {policy: found[scenario.name, policy] for policy in chosen}
     summaries = [summarize(scenario, runs[policy]) for policy in chosen]
+    if report is not None:
+        report.write_text(render_page(scenario, runs, summaries), encoding="utf-8")
     if as_json:
         print_json(msgspec.to_builtins({"scenario": scenario, "policies": summaries}))
         return
