@@ -73,7 +73,8 @@ class Served(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `node` answered with `version`; it waited `queue_us` and ran `compute_us` microseconds. `in_flight` is the load that
     the node saw at the request's arrival, itself not counted. `escalate` names a larger model that should be asked
-    again, because this answer is uncertain; "" = it is certain, or there is no such model.
+    again, because this answer is uncertain; "" = it is certain, or there is no such model. `load` says now and then
+    how the node is (`load.AnswerLoad` as text), so that neither side pays for it with every answer.
     """
 
     node: str = ""
@@ -83,6 +84,7 @@ class Served(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     compute_us: int = 0
     in_flight: int = 0
     escalate: str = ""
+    load: str = ""
 
 
 class InferResponse(ABC):

@@ -5,6 +5,7 @@ A report speaks only for the identity of the connection it came over; who reads 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -56,3 +57,45 @@ class NodeReport:
     versions: tuple[VersionReport, ...] = ()
     client_address: str = ""
     client_tls: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerLoad:
+    """What an answer says about its server beside its own times; 0 = nothing. `utilization` 1 = every slot is taken."""
+
+    utilization: float = 0.0
+    queue_us: float = 0.0
+    service_p50_us: float = 0.0
+    service_p95_us: float = 0.0
+    batch_wait_us: float = 0.0
+
+
+_METRICS = {
+    "application_utilization": "utilization",
+    "named_metrics.nc_queue_us": "queue_us",
+    "named_metrics.nc_service_p50_us": "service_p50_us",
+    "named_metrics.nc_service_p95_us": "service_p95_us",
+    "named_metrics.nc_batch_wait_us": "batch_wait_us",
+}
+_TEXT_CHARS_MAX = 1024
+
+
+def write_answer_load(load: AnswerLoad) -> str:
+    """As metrics of Open Request Cost Aggregation's text form, each with a comma in front: they follow another one."""
+    return "".join(f",{metric}={getattr(load, name):.6g}" for metric, name in _METRICS.items())
+
+
+def read_answer_load(text: str) -> AnswerLoad:
+    """The opposite, also of a whole header; what is unknown, malformed or negative is left out."""
+    found: dict[str, float] = {}
+    for part in text[:_TEXT_CHARS_MAX].removeprefix("TEXT ").split(","):
+        metric, _, value = part.strip().partition("=")
+        name = _METRICS.get(metric)
+        if name is not None:
+            try:
+                number = float(value)
+            except ValueError:
+                continue
+            if math.isfinite(number) and number >= 0.0:
+                found[name] = number
+    return AnswerLoad(**found)

@@ -25,7 +25,7 @@ from nearcast.handler import (
     Served,
     Tensors,
 )
-from nearcast.load import NodeReport, Tier, VersionReport
+from nearcast.load import AnswerLoad, NodeReport, Tier, VersionReport, write_answer_load
 from nearcast.serving.cache import ResponseCache
 from nearcast.serving.confidence import is_uncertain
 from nearcast.serving.description import describe
@@ -166,6 +166,10 @@ class ModelHost:
         statistics.last = ended
         if slot.pair is not None and arrived >= self._shadow.due:
             self._shadow.take(slot.pair, version, inputs, outputs)
+        load = ""
+        if ended - version.told_at >= self._limits.load_interval_s:
+            version.told_at = ended
+            load = self._load_of(version, ended)
         cascade = version.cascade
         escalate = cascade.larger if cascade is not None and is_uncertain(cascade, outputs) else ""
         if names:
@@ -183,6 +187,7 @@ class ModelHost:
                 compute_us=compute_us,
                 in_flight=in_flight,
                 escalate=escalate,
+                load=load,
             ),
         )
 
@@ -286,6 +291,18 @@ class ModelHost:
         if self._registry is not None:
             for collector in self._collectors:
                 self._registry.unregister(collector)
+
+    def _load_of(self, version: HotVersion, now: float) -> str:
+        """What an answer says now and then about this host."""
+        p50_us, p95_us = version.service_us(now)
+        load = AnswerLoad(
+            utilization=self._in_flight / self._limits.slots,
+            queue_us=version.queue_us(),
+            service_p50_us=p50_us,
+            service_p95_us=p95_us,
+            batch_wait_us=version.batch_wait_us(),
+        )
+        return write_answer_load(load)
 
     def _quiet(self) -> bool:
         return not self._in_flight and self._now() - self._arrived >= self._limits.shadow_quiet_s

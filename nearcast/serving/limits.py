@@ -41,6 +41,7 @@ class HostLimits:
         sequences_max: open sequences of one version with hidden state.
         sequence_idle_s: a sequence without requests for this long is dropped.
         versions_max: versions whose statistics are remembered.
+        load_interval_s: how often an answer of a version also says how the host is.
         shadow_interval_s: least time between two inputs that are sampled for a version on trial.
         shadow_queue_max: sampled inputs that wait; shadow_bytes_max: of one; shadow_wait_s: before it is dropped.
         shadow_quiet_s: time without a request after which the node counts as idle.
@@ -73,6 +74,7 @@ class HostLimits:
     sequences_max: int = 256
     sequence_idle_s: float = 60.0
     versions_max: int = 1024
+    load_interval_s: float = 0.05
     shadow_interval_s: float = 0.01
     shadow_queue_max: int = 16
     shadow_bytes_max: int = 256 * 1024

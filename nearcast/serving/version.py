@@ -31,6 +31,7 @@ class HotVersion:
     Attributes:
         in_flight: requests that have arrived and are not answered.
         used_at: when the last one arrived, in monotonic seconds.
+        told_at: when an answer last said how the host is.
         inline: small requests run on the loop.
         cascade: when the answer is uncertain; None = it never is.
         cache_salt: names the version in the response cache; empty unless its answers may be remembered.
@@ -54,6 +55,7 @@ class HotVersion:
         self.cache_salt = hashlib.sha256(loaded.manifest.encode()).digest() if cached else b""
         self.in_flight = 0
         self.used_at = 0.0
+        self.told_at = 0.0
         warm_up = loaded.warm_up
         steady = not decodes(loaded.manifest)
         self.inline = steady and warm_up.runs > 0 and warm_up.busy_p99_us <= limits.inline_us_max

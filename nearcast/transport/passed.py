@@ -47,6 +47,7 @@ def read_served(trailers: Fields, node: str, version: str) -> tuple[Served, Fiel
                 queue_us=_counter(queue[1]),
                 compute_us=_counter(compute[1]),
                 in_flight=_in_flight(load[1]),
+                load=_load(load[1]) if b"," in load[1] else "",
             )
             return served, trailers
     return _read_any(trailers, node, version)
@@ -63,7 +64,7 @@ def _read_names(head: Fields) -> tuple[str, ...]:
 def _read_any(trailers: Fields, node: str, version: str) -> tuple[Served, Fields]:
     found = dict(trailers)
     if not found.get(_SERVED_BY):
-        served = Served(node=node, version=version)
+        served = Served(node=node, version=version, load=_load(found.get(_LOAD, b"")))
         return served, write_trailers(
             status.served_to_trailers(served), size_bytes_max=DEFAULT_LIMITS.metadata_size_bytes_max
         )
@@ -77,6 +78,7 @@ def _read_any(trailers: Fields, node: str, version: str) -> tuple[Served, Fields
         compute_us=_counter(get(_COMPUTE_US, b"")),
         in_flight=_in_flight(get(_LOAD, b"")),
         escalate=_text(get(_ESCALATE, b"")),
+        load=_load(get(_LOAD, b"")),
     )
     return served, [field for field in trailers if field[0] in _PASSED and len(field[1]) <= _VALUE_SIZE_BYTES_MAX]
 
@@ -84,6 +86,10 @@ def _read_any(trailers: Fields, node: str, version: str) -> tuple[Served, Fields
 @lru_cache(maxsize=1024)
 def _text(value: bytes) -> str:
     return status.decode_message(value.decode("latin-1"))
+
+
+def _load(value: bytes) -> str:
+    return status.read_load_text(value.decode("latin-1"))
 
 
 @lru_cache(maxsize=1024)

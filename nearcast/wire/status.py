@@ -45,6 +45,7 @@ _UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 _TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])")
 _PLAIN = re.compile(r"[\x20-\x24\x26-\x7e]*")
 _METADATA_VALUE = re.compile(r"[\x20-\x7e]*")
+_LOAD_HEAD = "TEXT named_metrics.nc_in_flight="
 _LOAD_IN_FLIGHT = re.compile(r"(?:^TEXT |[ ,])named_metrics\.nc_in_flight=([0-9]{1,15})(?:\.0*)?(?:$|[ ,])")
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
 # A gRPC status without `nc-code` is another server's. One that the catalogue lacks means "it went wrong there".
@@ -162,7 +163,7 @@ def served_to_trailers(served: Served) -> _Trailers:
         *_served_by(served.node, served.tier, served.version),
         (QUEUE_US, str(int(served.queue_us))),
         (COMPUTE_US, str(int(served.compute_us))),
-        (LOAD, f"TEXT named_metrics.nc_in_flight={int(served.in_flight)}"),
+        (LOAD, f"{_LOAD_HEAD}{int(served.in_flight)}{served.load}"),
     )
     return (*trailers, (ESCALATE, encode_message(served.escalate))) if served.escalate else trailers
 
@@ -170,15 +171,25 @@ def served_to_trailers(served: Served) -> _Trailers:
 def served_from_trailers(metadata: Mapping[str, str] | Iterable[tuple[str, str]]) -> Served:
     """The opposite of `served_to_trailers`; what is missing or malformed reads as empty or 0."""
     get = dict(metadata).get
+    load = get(LOAD, "")
     return Served(
         node=decode_message(get(SERVED_BY, "")),
         tier=decode_message(get(TIER, "")),
         version=decode_message(get(MODEL_VERSION, "")),
         queue_us=_counter(get(QUEUE_US, "")) or 0,
         compute_us=_counter(get(COMPUTE_US, "")) or 0,
-        in_flight=_in_flight(get(LOAD, "")),
+        in_flight=_in_flight(load),
         escalate=decode_message(get(ESCALATE, "")),
+        load=read_load_text(load),
     )
+
+
+def read_load_text(header: str) -> str:
+    """What a load header says beyond `nc_in_flight`; "" = nothing, as in nearly all of ours."""
+    head, comma, rest = header.partition(",")
+    if head.startswith(_LOAD_HEAD):
+        return comma + rest
+    return f",{header[5:]}" if header.startswith("TEXT ") else ""
 
 
 @lru_cache(maxsize=256)

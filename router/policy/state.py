@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nearcast.handler import Served
-from nearcast.load import Tier, VersionReport
+from nearcast.load import Tier, VersionReport, read_answer_load
 from router.policy.breaker import Breaker
 from router.policy.candidates import size_class
 from router.policy.config import PolicyConfig
@@ -36,6 +36,8 @@ _CLOUD_RTT_FACTOR = 10.0
 _CLAIM_MAX_S = 60.0
 _CLAIM_TRUST = 0.5
 _FLOOR_S = 1e-6
+_TELL_PAUSE_S = 0.02
+_UTILIZATION_MAX = 100.0
 _TAIL_FACTOR = 2.0
 _ONE_CLASS: tuple[tuple[int, Columns | None], ...] = ((0, None),)
 
@@ -181,7 +183,7 @@ class VersionState:
         "base50", "base95", "breaker", "candidates", "cost", "crowding95_s", "crowding_s", "delay_s", "drain_factor",
         "drain_s", "error", "forgiven", "load_s", "model", "number", "p50_claim_s", "p95_claim_s", "panic", "plain",
         "price", "quality", "ready_at", "relapses", "residency", "row", "sampled_at", "services", "settled_at",
-        "slow_until", "smaller", "stateful", "target", "unserved_until", "version", "wait_claim_s",
+        "slow_until", "smaller", "stateful", "target", "told_at", "unserved_until", "version", "wait_claim_s",
     )  # fmt: skip
 
     def __init__(self, target: TargetState, model: str, version: str) -> None:
@@ -197,6 +199,7 @@ class VersionState:
         self.p50_claim_s = 0.0
         self.p95_claim_s = 0.0
         self.wait_claim_s = 0.0
+        self.told_at = -INFINITY
         self.price = 0.0
         self.quality = 1.0
         self.smaller = ""
@@ -228,6 +231,7 @@ class VersionState:
         self.p50_claim_s = _claimed_s(report.service_p50_us)
         self.p95_claim_s = _claimed_s(report.service_p95_us)
         self.wait_claim_s = _claimed_s(report.batch_wait_us)
+        self.told_at = now
         self.price = max(0.0, report.price)
         self.quality = min(1.0, max(0.0, report.quality))
         self.smaller = report.smaller
@@ -240,6 +244,8 @@ class VersionState:
         The sample is the whole latency less the way and the queue, not what the target says it took.
         """
         target = self.target
+        if served is not None and served.load and now - self.told_at >= _TELL_PAUSE_S:
+            self.hear(now, served, present)
         away_s = target.rtt_s + size_bytes * target.s_per_byte
         if served is None or not (served.compute_us or served.queue_us):
             waited = present + max(0.0, target.others) + 1.0 - target.slots
@@ -262,6 +268,19 @@ class VersionState:
                 factor = self.drain_factor + _DRAIN_GAIN * (min(seen, _DRAIN_FACTOR_MAX) - self.drain_factor)
                 self.drain_factor = max(1.0 / _DRAIN_FACTOR_MAX, factor)
         self.error *= 1.0 - _ERROR_GAIN
+
+    def hear(self, now: float, served: Served, present: float) -> None:
+        """Take what an answer says about its server: claims like those of a report."""
+        self.told_at = now
+        load = read_answer_load(served.load)
+        if load.service_p50_us:
+            self.p50_claim_s = _claimed_s(load.service_p50_us)
+            self.p95_claim_s = _claimed_s(load.service_p95_us)
+        self.wait_claim_s = _claimed_s(load.batch_wait_us)
+        if load.utilization and not (served.compute_us or served.queue_us):
+            # Not one of ours, which says the load that it met.
+            target = self.target
+            target.observe_others(min(load.utilization, _UTILIZATION_MAX) * target.slots - present)
 
     def sample(self, now: float, service_s: float, size_bytes: int, *, free: bool) -> None:
         """Take one service time; at high rates a full window takes only some of them."""
