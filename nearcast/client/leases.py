@@ -7,6 +7,8 @@ import random
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from nearcast.client.limits import ClientLimits
 from nearcast.client.nodes import Connect, Probe
 from nearcast.errors import Code, MeshError
@@ -105,6 +107,7 @@ class LeasedNodes:
     ) -> None:
         self._address = address
         self._router = router
+        self._config = router.policy.config
         self._connect = connect
         self._limits = limits
         self._now = now
@@ -223,6 +226,8 @@ class LeasedNodes:
     def _take(self, held: _Held, lease: Lease | None) -> None:
         former = {} if held.lease is None else {target.name: target for target in held.lease.targets}
         held.lease = lease
+        if lease is not None:
+            self._spend_less(lease)
         targets = () if lease is None else lease.targets
         for name in former.keys() - {target.name for target in targets}:
             known = self._targets.get(name)
@@ -234,6 +239,21 @@ class LeasedNodes:
                 known.is_warm = known.is_warm or number < self._limits.warm_max
                 known.models[held.model] = (lease, target)
                 self._tell(target.name)
+
+    def _spend_less(self, lease: Lease) -> None:
+        """No larger budgets than the lease grants, and none than we were configured with."""
+        own, policy = self._config, self._router.policy
+        granted = msgspec.structs.replace(
+            own,
+            hedge_share=min(own.hedge_share, lease.hedge_share),
+            hedge_burst=min(own.hedge_burst, lease.hedge_burst),
+            retry_share=min(own.retry_share, lease.retry_share),
+            retry_burst=min(own.retry_burst, lease.retry_burst),
+            retry_per_s=min(own.retry_per_s, lease.retry_per_s),
+            attempts_max=min(own.attempts_max, lease.attempts_max),
+        )
+        if granted != policy.config:
+            policy.reconfigure(self._now(), granted)
 
     # Targets ---------------------------------------------------------------------------------------------------------
 

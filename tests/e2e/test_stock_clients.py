@@ -140,8 +140,9 @@ def test_paho_with_mqtt_3_1_1(fleet):
             assert digit_of(answer) == digit
 
 
-async def test_our_client_on_a_loop(fleet):
-    async with AsyncClient(fleet.edges) as client:
+@pytest.mark.parametrize("way", ["named", "leased"])
+async def test_our_client_on_a_loop(fleet, way):
+    async with AsyncClient(fleet.edges if way == "named" else fleet.address("router-1")) as client:
         answers = await asyncio.gather(
             *(client.infer("digits", {"image": image(digit)}, deadline_ms=5000) for digit in ALL_DIGITS)
         )
@@ -154,11 +155,11 @@ async def test_our_client_on_a_loop(fleet):
         with pytest.raises(MeshError) as refused:
             await client.infer("digits", {"image": image(1)[:, :3]}, deadline_ms=5000)
         assert refused.value.code is Code.INVALID_REQUEST
-        assert client.counts.answered == 11
+        assert (client.counts.answered, client.counts.passed_on) == (11, 0)
 
 
 def test_our_client_without_a_loop(fleet):
-    with Client([fleet.address("router-1")]) as client:
+    with Client(fleet.edges[0]) as client:
         answer = client.infer("digits", {"image": image(9)}, deadline_ms=5000)
         assert int(answer.outputs["probabilities"].argmax()) == 9
         assert client.metadata("digits").inputs[0].shape == (-1, 64)
