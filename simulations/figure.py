@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 820, 380
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 150, 16, 46
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 165, 16, 46
 _BAR, _GAP, _LABEL = 20, 10, 150
 _INK, _FAINT, _BAND = "#333333", "#dddddd", "#ececec"
 

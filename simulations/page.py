@@ -53,7 +53,7 @@ def render_page(scenario: Scenario, runs: Mapping[str, Sequence[Run]], summaries
         "<h2>Timeline</h2>",
         _figure(
             _draw_timeline(scenario, runs, drawn, colours),
-            f"99th percentile of each {_WINDOW_S:g} s. Grey: " + html.escape(_describe(scenario.faults)),
+            f"95th percentile of each {_WINDOW_S:g} s. Grey: " + html.escape(_describe(scenario.faults)),
         ),
         "<h2>Fleet and load</h2>",
         _fleet(scenario),
@@ -95,7 +95,7 @@ def _table(scenario: Scenario, summaries: Sequence[Summary]) -> str:
 def _draw_tails(scenario: Scenario, runs: Mapping[str, Sequence[Run]], colours: Mapping[str, str]) -> str:
     curves, longest = [], scenario.slo_ms * 2.5
     shares = np.concatenate([np.linspace(1.0, 0.1, 60), np.geomspace(0.1, 1e-3, 120)])
-    for policy, each in runs.items():
+    for policy, each in sorted(runs.items(), key=lambda item: item[0] == LIVE):
         ordered = np.sort(np.concatenate([run.latency_s for run in each])) * 1e3
         at = np.minimum(((1.0 - shares) * len(ordered)).astype(int), len(ordered) - 1)
         points = [(float(x), float(y)) for x, y in zip(ordered[at], shares, strict=True) if x <= longest]
@@ -119,13 +119,13 @@ def _draw_timeline(
         for begin_s in np.arange(scenario.warmup_s, scenario.duration_s - _WINDOW_S / 2, _WINDOW_S):
             inside = np.sort(late[(at >= begin_s) & (at < begin_s + _WINDOW_S)])
             if len(inside):
-                p99 = float(inside[int(0.99 * len(inside))])
-                points.append((float(begin_s) + _WINDOW_S / 2, min(p99, highest)))
+                p95 = float(inside[int(0.95 * len(inside))])
+                points.append((float(begin_s) + _WINDOW_S / 2, min(p95, highest)))
         curves.append(Curve(name=policy, colour=colours[policy], points=points, wide=policy == LIVE))
     return draw_curves(
         curves,
         Axis(title="time, s", low=scenario.warmup_s, high=scenario.duration_s),
-        Axis(title="p99, ms", low=10.0, high=highest, is_log=True),
+        Axis(title="p95, ms", low=10.0, high=highest, is_log=True),
         bands=sorted({window for fault in scenario.faults for window in fault.windows_s}),
     )
 
