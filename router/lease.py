@@ -7,9 +7,11 @@ best target; so each lease that is given out is credited to its first target, as
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated
+from zlib import crc32
 
 import msgspec
 
@@ -30,6 +32,8 @@ _RANKS = {"chosen": 0, "feasible": 0, "hot": 1, "late_at_p95": 2, "infeasible": 
 _WILDCARDS = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with, never bound
 _SIZE_MIN_BYTES = 1024
 _RETRY_BURST_MIN = 4.0
+_COST_MIN_MS = 0.01
+_STEPS_PER_E = 5.0
 
 
 class LeaseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -177,13 +181,15 @@ def _candidate(terms: Terms, facts: RequestFacts, state: TargetState, announced:
     )
     verdict = _RANKS[terms.verdict]
     fill = round(4.0 * terms.load / state.slots)
+    # Widened by the report's age, the 95th percentile moves all the time.
+    times = f"{_step(target.t50_ms)} {_step(target.t95_ms) // 3}"
     return Candidate(
         target=target,
         rank=verdict,
         cost_ms=terms.cost_ms,
         drain_ms=max(terms.service_ms, 0.0) / state.slots,
         is_loopback=bool(address) and is_loopback(parse_address(address).host),
-        mark=f"{terms.target} {address} {report.client_tls} {verdict} {terms.t50_ms:.1g} {terms.t95_ms:.1g} {fill}",
+        mark=f"{terms.target} {address} {report.client_tls} {verdict} {fill} {times}",
     )
 
 
@@ -238,7 +244,7 @@ class Leases:
         held = self._lessees.get(question.lease_id) if question.lease_id else None
         lease_id = question.lease_id if held is not None else lease_id
         former = self._release(lease_id)
-        ordered = self.order([c for c in ranking.candidates if nearby or not c.is_loopback], former)
+        ordered = self.order([c for c in ranking.candidates if nearby or not c.is_loopback], lease_id, former)
         if ordered:
             self._lead(now, lease_id, ordered[0].target.name)
         share = 1 << len(self._lessees).bit_length() >> 1
@@ -271,25 +277,29 @@ class Leases:
             attempts_max=policy.attempts_max,
         )
 
-    def order(self, candidates: Sequence[Candidate], former: str = "") -> list[Candidate]:
+    def order(self, candidates: Sequence[Candidate], lease_id: str, former: str = "") -> list[Candidate]:
         """Candidates as one more client should try them; `former` is the first one that it was given before.
 
         The first one is the cheapest, as the policy reckons cost, with the clients that were sent there before; among
         near ties two are drawn and the emptier one is taken, so that nobody herds on a stale minimum. A client leaves a
-        target that has become slower, but is still in time, by a draw: one report must not move everybody.
+        target that has become slower, but is still in time, by a draw: one report must not move everybody. The others
+        follow by cost; each client has its own order of near ties, and keeps it.
         """
         if not candidates:
             return []
+        rank_best = min(c.rank for c in candidates)
         costs = {c.target.name: c.cost_ms + self._extra_ms(c) for c in candidates}
-        ordered = sorted(candidates, key=lambda c: (c.rank, costs[c.target.name]))
-        best = costs[ordered[0].target.name]
-        peers = [c for c in ordered if c.rank == ordered[0].rank]
+        peers = [c for c in candidates if c.rank == rank_best]
+        best = min(costs[c.target.name] for c in peers)
         first = next((c for c in peers if c.target.name == former), None)
         keep = best * (1.0 + self._config.keep_fraction) + self._policy.tie_ms
         if first is None or (costs[former] > keep and self._draw() < self._config.move_share):
             bound = best * (1.0 + self._policy.tie_fraction) + self._policy.tie_ms
             first = self._drawn([c for c in peers if costs[c.target.name] <= bound])
-        return [first, *(c for c in ordered if c is not first)][: self._config.targets_max]
+        others = [c for c in candidates if c is not first]
+        if len(others) > 1:
+            others.sort(key=lambda c: (c.rank, _step(costs[c.target.name]), crc32((lease_id + c.target.name).encode())))
+        return [first, *others][: self._config.targets_max]
 
     def _drawn(self, ties: Sequence[Candidate]) -> Candidate:
         if len(ties) == 1:
@@ -352,6 +362,11 @@ class Leases:
             if lessee.silent_at > now:
                 return
             self._release(lease_id)
+
+
+def _step(cost_ms: float) -> int:
+    """Costs of one step are near enough to be called equal."""
+    return round(math.log(max(cost_ms, _COST_MIN_MS)) * _STEPS_PER_E)
 
 
 def _etag(marks: Sequence[str]) -> str:

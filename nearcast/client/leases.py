@@ -197,12 +197,14 @@ class LeasedNodes:
         try:
             async with asyncio.timeout(limits.lease_timeout_s):
                 lease = await ask_lease(self._channel, held.question, deadline=began + limits.lease_timeout_s)
+            if lease.unchanged and held.lease is None:
+                raise MeshError(Code.INTERNAL, "The router renews a lease that we do not hold.")
         except (MeshError, TimeoutError) as error:
             return self._failed(held, error)
         held.failures = 0
         self.leases += 1
-        if lease.unchanged and held.lease is not None:
-            for target in held.lease.targets:
+        if lease.unchanged:
+            for target in held.lease.targets if held.lease is not None else ():
                 self._tell(target.name)
         else:
             self._take(held, lease)

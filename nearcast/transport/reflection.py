@@ -15,6 +15,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import DecodeError
 
 from nearcast.errors import Code, MeshError
+from nearcast.transport.lease import LEASE
 from nearcast.transport.seam import Call, Methods, Reply
 
 _NAMES = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
@@ -47,7 +48,7 @@ class _Catalogue:
     def __init__(self, methods: Methods) -> None:
         from grpc_reflection.v1alpha import reflection_pb2  # type: ignore[import-untyped]
 
-        from nearcast.wire.v1 import oip_pb2
+        from nearcast.wire.v1 import lease_pb2, oip_pb2
 
         self._pb: Any = reflection_pb2
         self._pool = DescriptorPool()
@@ -55,6 +56,7 @@ class _Catalogue:
         for file in (
             _offer(_move(_copy(oip_pb2.DESCRIPTOR), _INFERENCE), "GRPCInferenceService", methods),
             _offer(_health(), "Health", methods),
+            *([_copy(lease_pb2.DESCRIPTOR)] if LEASE in methods.unary else []),
         ):
             self._pool.Add(file)
             self._services += [f"{file.package}.{service.name}" for service in file.service]

@@ -9,8 +9,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from nearcast.client import AsyncClient, Client
 from nearcast.clock import SYSTEM_CLOCK
@@ -20,6 +22,7 @@ from nearcast.transport.grpc import make_channel, make_server
 from nearcast.transport.lease import ask_lease, lease_methods
 from nearcast.transport.mesh import join_methods
 from nearcast.transport.oip import oip_methods
+from nearcast.transport.reflection import reflection_methods
 from nearcast.transport.remote import RemoteNode
 from nearcast.wire.lease import LeaseQuestion
 from router.lease import Announced, LeaseConfig
@@ -65,6 +68,7 @@ class Fleet:
         methods = join_methods(
             oip_methods(self.router, self.router, server_name="r", trusted=False), lease_methods(self.lessor.grant)
         )
+        methods = join_methods(methods, reflection_methods(methods))
         identity = None if self.folder is None else load_identity(self.folder / "r")
         self.front = make_server("ngh2", methods, address="127.0.0.1:0", identity=identity)
         await self.front.start()
@@ -105,6 +109,11 @@ async def ask(fleet: Fleet, **fields: Any) -> Any:
         await channel.close()
 
 
+def services(address: str) -> list[str]:
+    with grpc.insecure_channel(address) as channel:
+        return list(ProtoReflectionDescriptorDatabase(channel).get_services())
+
+
 async def test_a_lease_names_the_targets_and_is_renewed_cheaply() -> None:
     async with running() as fleet:
         lease = await ask(fleet, model="digits", size_bytes=600, deadline_ms=100)
@@ -115,6 +124,7 @@ async def test_a_lease_names_the_targets_and_is_renewed_cheaply() -> None:
             fleet, model="digits", size_bytes=600, deadline_ms=100, lease_id=lease.lease_id, etag=lease.etag
         )
         assert (again.unchanged, again.targets, again.lease_id) == (True, (), lease.lease_id)
+        assert "nearcast.wire.v1.Routing" in await asyncio.to_thread(services, fleet.front.address)
         with pytest.raises(MeshError) as caught:
             await ask(fleet, model="unknown")
         assert caught.value.code is Code.MODEL_NOT_FOUND
@@ -157,6 +167,18 @@ async def test_what_no_lease_covers_goes_through_the_router() -> None:
     async with AsyncClient(server.address) as client:
         assert (await client.infer("digits", X)).served_by == "plain"
     await server.drain(0.1)
+
+
+async def test_versions_and_sequences_find_their_node() -> None:
+    async with running() as fleet, AsyncClient(fleet.front.address) as client:
+        fleet.hosts["b"].versions = ("1", "2")
+        for _ in range(5):
+            assert (await client.infer("digits", X, version="2")).served_by == "b"
+        walks = {
+            name: {(await client.infer("digits", X, sequence=name)).served_by for _ in range(10)} for name in "123"
+        }
+        assert {len(nodes) for nodes in walks.values()} == {1}
+        assert client.counts.failures == 0
 
 
 async def test_a_new_node_is_used_and_one_that_left_is_not() -> None:
