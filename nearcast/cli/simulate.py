@@ -50,7 +50,8 @@ def command(
     if report is not None:
         report.write_text(render_page(scenario, runs, summaries), encoding="utf-8")
     if as_json:
-        print_json(msgspec.to_builtins({"scenario": scenario, "policies": summaries}))
+        # JSON knows no infinity; msgspec writes null for it.
+        print_json(msgspec.json.decode(msgspec.json.encode({"scenario": scenario, "policies": summaries})))
         return
     click.echo(f"{scenario.title}. {scenario.why}")
     last = f"-{seed + seeds - 1}" if seeds > 1 else ""
