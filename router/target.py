@@ -30,6 +30,7 @@ from router.router import Router
 _log = get_logger(__name__)
 _JITTER = 0.25
 _PATIENCE_MAX = 4.0
+_CONNECT_FACTOR = 2.0
 _SILENT_INTERVALS = 2.0
 """A stream that has said nothing for so many intervals is asked whether it lives."""
 _SPREAD_S = 0.05
@@ -209,7 +210,8 @@ class Target:
         return now - max(self._idle_since, self._probed_at) >= self.config.idle_ms / 1e3
 
     async def _probe(self) -> None:
-        timeout_s = self.config.timeout_ms / 1e3
+        # With a connection to make it takes longer, and holds its place until the handshake is over.
+        timeout_s = self.config.timeout_ms / 1e3 * (_CONNECT_FACTOR if self._connecting else 1.0)
         try:
             async with self._shared.connects if self._connecting else nullcontext(), asyncio.timeout(2 * timeout_s):
                 report, round_trip_s = await self._ask(self._now() + timeout_s)
@@ -238,9 +240,9 @@ class Target:
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
-        self._connecting = True
         self._is_polled = self.view.kind == "oip"
         timed_out = isinstance(error, TimeoutError) or (isinstance(error, MeshError) and error.code is Code.DEADLINE)
+        self._connecting = self._connecting or not timed_out
         # One slow answer is a busy node, not a lost one; a refused connection is.
         if not timed_out or self._failures >= self.config.failures_max:
             self._router.policy.on_probe(self._now(), self.view.name, None)
@@ -255,6 +257,7 @@ class Target:
         """Give the connection up: a peer behind a cut link never says so, and what waits on it can be retried."""
         _log.warning("target_reconnects", target=self.view.name)
         old = self._node
+        self._connecting = True
         self._channel, self._node = self._connect()
         self.attach()
         task = asyncio.get_running_loop().create_task(old.close())

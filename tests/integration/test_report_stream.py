@@ -220,6 +220,40 @@ async def test_nothing_is_read_while_nobody_watches() -> None:
     assert feed.watchers == 0
 
 
+async def test_connections_are_not_all_made_at_once(identities: dict[str, Identity]) -> None:
+    opened: list[asyncio.StreamWriter] = []
+    together: list[int] = []
+
+    async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Accepts and says nothing, as behind a cut link."""
+        opened.append(writer)
+        together.append(len(opened))
+        await reader.read()
+        opened.remove(writer)
+        writer.close()
+
+    hole = await asyncio.start_server(swallow, "127.0.0.1", 0)
+    port = hole.sockets[0].getsockname()[1]
+    router = Router(Policy(PolicyConfig(), seed=1), node="r")
+    config = ProbeConfig(connects_max=4, report_ms=10, drain_ms=10)
+    targets = TargetSet(router, ChannelFactory("ngh2", identities["r"]), config=config)
+    live = Watched("a", identities["a"])
+    await live.server.start()
+    try:
+        views = [NodeView(name=f"n{i}", role="edge", address=f"127.0.0.1:{port}") for i in range(12)]
+        targets.update(views)
+        await until(lambda: len(opened) == 4)
+        await asyncio.sleep(0.1)
+        assert max(together) == 4
+        # Who can be reached waits for a place at most until a handshake has failed.
+        targets.update([live.view, *views[:3]])
+        assert await until(lambda: router.policy.holders("digits")) < 4.0
+    finally:
+        await targets.close()
+        await live.server.drain(0.1)
+        hole.close()
+
+
 async def test_a_stranger_may_not_watch(identities: dict[str, Identity], start: Start) -> None:
     node = Watched("a", identities["a"])
     await start(node)
