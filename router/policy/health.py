@@ -57,14 +57,16 @@ class Health:
                 return
             limiter = self.limiters[target.name] = Limiter(max(version.base50 - target.rtt_s, 1e-6))
         if not failed:
-            met = served.in_flight if served is not None else target.own
+            met = served.in_flight if served is not None else int(target.present)
             ran_s = served.compute_us / 1e6 if served is not None else version.base50 - target.rtt_s
             limiter.observe(queued_s=queued_s, ran_s=ran_s, slack_s=slack_s, in_flight=met, slots=target.slots)
 
     def full(self, version: VersionState) -> bool:
         """Whether a target takes no more than it has: asked only of those without a free slot."""
-        limiter = self.limiters.get(version.target.name) if self.limiters else None
-        return limiter is not None and version.target.load >= limiter.limit
+        target = version.target
+        limiter = self.limiters.get(target.name) if self.limiters else None
+        # What is believed to be there: the limit was learnt from what requests found on arrival, without the way.
+        return limiter is not None and target.queue + target.slots > limiter.limit
 
     def refresh(self, now: float) -> None:
         """Look at everything; called as often as one likes."""
