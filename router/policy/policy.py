@@ -436,6 +436,11 @@ class Policy:
                 # The loser of a hedge took at least this long; without it a slow target would never look slow.
                 version.sample(now, latency - target.rtt_s, attempt.size_bytes, free=True)
             return
+        if attempt.kind == "shadow":
+            # What nobody waits for teaches how long it takes; its failures must not set a target aside for users.
+            if code is None:
+                version.observe(now, latency, outcome.served, attempt.size_bytes, attempt.load_at_send)
+            return
         if code not in FAULTS:
             target.breaker.succeed()
             version.breaker.succeed()
