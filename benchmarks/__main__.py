@@ -33,6 +33,7 @@ NAMES = (
     "accounting",
     "replay",
     "live",
+    "reports",
     "cascade",
     "wire",
     "coldstart",
