@@ -31,7 +31,8 @@ class Upstream(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        self._client.write(data)
+        # The stream reads into the same buffer again.
+        self._client.write(bytes(data))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._client.close()

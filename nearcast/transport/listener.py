@@ -10,11 +10,12 @@ import ssl
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from nearcast.errors import Code, MeshError
 from nearcast.transport.ngh2_connection import join_address, split_address
 from nearcast.transport.seam import UNIX_PREFIX, Limits
-from nearcast.transport.tls_stream import TlsStream
+from nearcast.transport.tls_stream import TlsStream, Upper
 
 _BACKLOG = 1024
 _PROBE_TIMEOUT_S = 0.5
@@ -32,7 +33,7 @@ class Listener:
 
     async def start(
         self,
-        factory: Callable[[], asyncio.Protocol],
+        factory: Callable[[], asyncio.BaseProtocol],
         *,
         tls: ssl.SSLContext | None,
         handshake_timeout_s: float,
@@ -45,7 +46,7 @@ class Listener:
         """
         loop = asyncio.get_running_loop()
 
-        def secure() -> asyncio.Protocol:
+        def secure() -> asyncio.BaseProtocol:
             if tls is None:
                 return factory()
             shaking = self._shaking_hands
@@ -54,7 +55,9 @@ class Listener:
                 oldest = next(iter(shaking))
                 del shaking[oldest]
                 oldest.abort()
-            stream = TlsStream(tls, factory(), loop, server_side=True, handshake_timeout_s=handshake_timeout_s)
+            stream = TlsStream(
+                tls, cast("Upper", factory()), loop, server_side=True, handshake_timeout_s=handshake_timeout_s
+            )
             shaking[stream] = None
             stream.ready.add_done_callback(lambda _: shaking.pop(stream, None))
             return stream

@@ -14,17 +14,20 @@ from nearcast.errors import Code, MeshError
 from nearcast.identity import peer_uri
 from nearcast.transport.peer import peer_name
 from nearcast.transport.seam import Limits
+from nearcast.transport.tls_stream import READ_SIZE_BYTES
 
 PULL_SIZE_BYTES = 256 * 1024
 """Bytes taken from the library at once; also what one streaming call may queue before its method waits."""
 STREAM_WINDOW_BYTES = 1 << 20
 FRAME_SIZE_BYTES_MAX = 1 << 20
+# One for all connections: the loops fill it and have it read in one breath.
+_READ_BUFFER = memoryview(bytearray(READ_SIZE_BYTES))
 _WINDOW_BYTES_MAX = 2**31 - 1
 # The library kills the whole connection at its limit, so its limit lies above the one that refuses a single call.
 _HEADER_LIMIT_FACTOR = 4
 
 
-class Ngh2Connection(asyncio.Protocol):
+class Ngh2Connection(asyncio.BufferedProtocol):
     """One HTTP/2 connection on an asyncio transport. Subclasses handle the events."""
 
     __slots__ = (
@@ -99,7 +102,14 @@ class Ngh2Connection(asyncio.Protocol):
         self.h2.set_local_window_size(min(_WINDOW_BYTES_MAX, STREAM_WINDOW_BYTES * self.limits.concurrent_streams_max))
         self.flush()
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return _READ_BUFFER
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(_READ_BUFFER[:nbytes])
+
+    def data_received(self, data: bytes | memoryview) -> None:
+        """Take bytes of the peer; they are used before this returns."""
         if self._closing:
             return
         self.last_read_at = self.loop.time()

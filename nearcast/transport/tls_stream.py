@@ -9,13 +9,32 @@ import asyncio
 import logging
 import ssl
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 _log = logging.getLogger(__name__)
+READ_SIZE_BYTES = 256 * 1024
 _RECORD_SIZE_BYTES_MAX = 16 * 1024
+# One for all connections: the loops fill it and have it read in one breath.
+_READ_BUFFER = memoryview(bytearray(READ_SIZE_BYTES))
+# What was read is shorter than its records, but part of a record may have been there before.
+_PLAIN_BUFFER = memoryview(bytearray(READ_SIZE_BYTES + 2 * _RECORD_SIZE_BYTES_MAX))
 
 
-class TlsStream(asyncio.Transport, asyncio.Protocol):
+class Upper(Protocol):
+    """The protocol above. What it is given lies in a buffer that is used again as soon as it returns."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
+
+    def data_received(self, data: Any) -> None: ...
+
+    def pause_writing(self) -> None: ...
+
+    def resume_writing(self) -> None: ...
+
+    def connection_lost(self, exc: Exception | None) -> None: ...
+
+
+class TlsStream(asyncio.Transport, asyncio.BufferedProtocol):
     """To the TCP transport a protocol, to the protocol above a transport; that one only hears of finished handshakes.
 
     Args:
@@ -30,7 +49,7 @@ class TlsStream(asyncio.Transport, asyncio.Protocol):
     def __init__(
         self,
         context: ssl.SSLContext,
-        protocol: asyncio.Protocol,
+        protocol: Upper,
         loop: asyncio.AbstractEventLoop,
         *,
         server_side: bool,
@@ -63,8 +82,11 @@ class TlsStream(asyncio.Transport, asyncio.Protocol):
         )
         self._shake_hands()
 
-    def data_received(self, data: bytes) -> None:
-        self._incoming.write(data)
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return _READ_BUFFER
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._incoming.write(_READ_BUFFER[:nbytes])
         if not self._is_ready:
             self._shake_hands()
         if self._is_ready and self._incoming.pending and not self._is_closing:
@@ -153,22 +175,21 @@ class TlsStream(asyncio.Transport, asyncio.Protocol):
             self.ready.set_result(None)
 
     def _read(self) -> None:
-        tls, incoming = self._tls, self._incoming
-        chunks: list[bytes] = []
+        tls, incoming, plain = self._tls, self._incoming, _PLAIN_BUFFER
+        filled = 0
         has_ended = False
         try:
             while incoming.pending and not has_ended:
-                chunk = tls.read(_RECORD_SIZE_BYTES_MAX)
-                chunks.append(chunk)
-                has_ended = not chunk
+                size_bytes = cast("int", tls.read(_RECORD_SIZE_BYTES_MAX, plain[filled:]))
+                filled += size_bytes
+                has_ended = not size_bytes
         except ssl.SSLWantReadError:
             # The rest of a record is still on its way, or it was the peer's session ticket.
             pass
         except ssl.SSLError as error:
             self._problem = error
-        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        if data:
-            self._protocol.data_received(data)
+        if filled:
+            self._protocol.data_received(plain[:filled])
         if self._problem is not None:
             self._break(self._problem)
         elif has_ended:

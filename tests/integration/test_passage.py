@@ -186,9 +186,10 @@ async def test_a_hedge_wins_and_its_loser_is_cancelled(hop: Hop) -> None:
         await hop.ask()
     stalled.delay_s, before = 5.0, stalled.answered
     assert before
-    answers = await asyncio.gather(*(hop.ask(count, timeout_s=4.0) for count in (SMALL, LARGE)))
-    assert {a.served.node for a in answers} == {"b"}
-    assert hop.router.statistics.hedges_won >= 1
+    async with asyncio.timeout(4):
+        while not hop.router.statistics.hedges_won:
+            answers = await asyncio.gather(*(hop.ask(count, timeout_s=4.0) for count in (SMALL, LARGE)))
+            assert {a.served.node for a in answers} == {"b"}
     await until(lambda: stalled.in_flight == 0 and hop.is_even())
     assert stalled.cancelled == hop.router.statistics.hedges_won
     assert quick.in_flight == 0
