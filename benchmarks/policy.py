@@ -6,26 +6,43 @@ import time
 from collections.abc import Callable
 
 from benchmarks.rows import Row
+from nearcast.errors import Code
 from nearcast.handler import Served
 from nearcast.load import NodeReport, Tier, VersionReport
 from router.policy import Outcome, Policy, PolicyConfig, RequestFacts, Send
 
 
 def make_policy(targets: int, *, seed: int = 1) -> Policy:
-    """One local target, a quarter peers, the rest cloud; all hold the model."""
-    return fill(Policy(PolicyConfig(targets_max=max(256, targets)), seed), targets)
+    """One local target, a quarter peers, the rest cloud; all hold the model, and every term of the rule is in use.
 
-
-def fill(policy: Policy, targets: int) -> Policy:
-    """Have a new policy know so many targets."""
+    All have been measured, three in eight have a queue, one in eight has failed of late, and each has a price.
+    """
+    policy = Policy(PolicyConfig(targets_max=max(256, targets)), seed)
+    facts = RequestFacts(model="digits", version="1", size_bytes=600)
     for i in range(targets):
+        name = f"node-{i}"
         tier: Tier = "local" if i == 0 else "peer" if i % 4 == 0 else "cloud"
-        policy.add_target(0.0, f"node-{i}", tier)
+        policy.add_target(0.0, name, tier)
         version = VersionReport(
-            model="digits", version="1", service_p50_us=800.0 + 40 * i, service_p95_us=1500.0 + 90 * i
+            model="digits",
+            version="1",
+            service_p50_us=800.0 + 40 * i,
+            service_p95_us=1500.0 + 90 * i,
+            price=0.1 * i,
+            quality=1.0 - 0.001 * i,
         )
-        policy.on_report(0.0, f"node-{i}", NodeReport(node=f"node-{i}", role="edge", slots=4, versions=(version,)))
-        policy.on_probe(0.0, f"node-{i}", 0.0002 if tier == "local" else 0.002 + 0.0004 * i)
+        busy = 6 if i % 8 in (1, 4, 6) else 1
+        report = NodeReport(node=name, role="edge", slots=4, in_flight=busy, versions=(version,))
+        policy.on_report(0.0, name, report)
+        if tier != "local":
+            policy.on_probe(0.0, name, 0.002 + 0.0004 * i)
+        for k in range(64):
+            sent_at = k * 1e-3
+            attempt = policy.on_sent(sent_at, facts, Send(name, "1"))
+            latency_s = (0.002 + 0.0004 * i if i else 0.0) + (800 + 40 * i + 10 * (k % 16)) / 1e6
+            code = Code.INTERNAL if i % 8 == 5 and k == 63 else None
+            served = Served(node=name, compute_us=800 + 40 * i, queue_us=10, in_flight=busy)
+            policy.on_reply(sent_at + latency_s, attempt, Outcome(code=code, served=None if code else served))
     return policy
 
 
@@ -50,7 +67,7 @@ def run(quick: bool) -> list[Row]:
         facts = RequestFacts(model="digits", version="1", size_bytes=600, remaining_s=0.25)
 
         def decide(i: int, policy: Policy = policy, facts: RequestFacts = facts) -> None:
-            policy.decide(i * 1e-4, facts)
+            policy.decide(1.0 + i * 1e-4, facts)
 
         sample_us(decide, 500)
         samples = sample_us(decide, rounds)
@@ -63,7 +80,7 @@ def run(quick: bool) -> list[Row]:
     outcome = Outcome(served=Served(node="node-0", compute_us=900, queue_us=10))
 
     def whole(i: int) -> None:
-        now = i * 1e-3
+        now = 1.0 + i * 1e-3
         send = policy.decide(now, facts)
         if isinstance(send, Send):
             policy.on_reply(now + 9e-4, policy.on_sent(now, facts, send), outcome)
