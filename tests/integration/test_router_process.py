@@ -20,7 +20,10 @@ from aiohttp import ClientSession, web
 
 from nearcast.client import AsyncClient
 from nearcast.errors import Code, MeshError
+from nearcast.handler import RequestContext
 from nearcast.identity import CertificateAuthority, load_identity, make_csr, peer_uri, server_tls
+from nearcast.wire.request import TensorRequest
+from router.config import ProbeConfig
 from router.control import ControlLink
 from router.directory import Announcer, DirectoryReader
 from router.policy import Policy, PolicyConfig
@@ -172,6 +175,50 @@ async def test_a_controller_that_has_just_started_makes_nobody_forgotten(folders
         await reader.close()
         await targets.close()
         await link.close()
+
+
+async def test_a_router_that_is_cut_off_decides_alone_on_its_last_view(folders: Path, control: ControlPlane) -> None:
+    hosts = [router_node.TinyHost(name, delay_s=0.001) for name in ("a", "b", "c")]
+    identity = load_identity(folders / "a")
+    servers = [router_node.make_node_server(host, identity) for host in hosts]
+    for server in servers:
+        await server.start()
+    addresses = [server.address for server in servers]
+    link = ControlLink(await control.start(), load_identity(folders / "r"))
+    control.nodes = [entry(host.name, address) for host, address in zip(hosts, addresses, strict=True)]
+    router = Router(Policy(PolicyConfig(), seed=1), node="r")
+    config = ProbeConfig(report_ms=50, timeout_ms=200, drain_ms=100)
+    targets = TargetSet(router, ChannelFactory("ngh2", load_identity(folders / "r")), config=config)
+    reader = DirectoryReader(link, targets, interval_s=0.02)
+
+    async def ask(count: int) -> set[str]:
+        request = TensorRequest(model="digits", inputs={"x": np.float32([1.0])})
+        asked = (router.infer(request, RequestContext(deadline=time.monotonic() + 5)) for _ in range(count))
+        return {answer.served.node for answer in await asyncio.gather(*asked)}
+
+    try:
+        await reader.start()
+        await until(lambda: len(router.policy.holders("digits")) == 3)
+        assert await ask(60) <= {"a", "b", "c"}
+        await control.stop()
+        await asyncio.gather(servers[0].drain(0.0), servers[1].drain(0.0))
+        assert await ask(60) == {"c"}
+        assert {view.name for view in targets.views} == {"a", "b", "c"}
+        # One is back where it was, the controller still is not.
+        servers[0] = router_node.make_node_server(hosts[0], identity, address=addresses[0])
+        await servers[0].start()
+        answered = hosts[0].answered
+        await until(lambda: all(t.breaker.state != "open" for t in router.policy.targets if t.name == "a"))
+        async with asyncio.timeout(10):
+            while hosts[0].answered == answered:
+                assert await ask(20) <= {"a", "c"}
+        assert router.policy.outstanding == 0
+    finally:
+        await reader.close()
+        await targets.close()
+        await router.close()
+        await link.close()
+        await asyncio.gather(*(server.drain(0.1) for server in servers))
 
 
 async def test_only_the_role_sync_is_a_controller(folders: Path) -> None:
