@@ -38,7 +38,7 @@ class ClientCounts:
     """What a client has seen so far; requests = answered + failures, once none is under way.
 
     `passed_on` counts requests that went through the router because no leased target could take them, `leases` the
-    leases that were given or renewed.
+    leases that were given or renewed, `dropped` what streams of the newest left out, once they have ended.
     """
 
     requests: int
@@ -46,6 +46,7 @@ class ClientCounts:
     hedges: int
     retries: int
     passed_on: int = 0
+    dropped: int = 0
     leases: int = 0
     failed: Mapping[Code, int] = field(default_factory=dict)
 

@@ -113,7 +113,7 @@ class AsyncClient:
         self._described: dict[str, ModelMetadata] = {}
         self._ids = itertools.count(1)
         self._prefix = secrets.token_hex(4)
-        self._requests = self._answered = self._passed_on = self._open = 0
+        self._requests = self._answered = self._passed_on = self._dropped = self._open = 0
         self._failed: dict[Code, int] = {}
         self._closed = False
 
@@ -135,6 +135,7 @@ class AsyncClient:
             hedges=self._router.statistics.hedges,
             retries=self._router.statistics.retries,
             passed_on=self._passed_on,
+            dropped=self._dropped,
             leases=self._nodes.leases,
             failed=dict(self._failed),
         )
@@ -349,8 +350,15 @@ class AsyncClient:
         stream = LatestFrames(
             self._nodes, self._policy, self._now, lambda frame: self._request(wish, frame), facts, metadata
         )
-        async with aclosing(stream.run(frames)) as answers:
-            async for answer in answers:
-                self._requests += 1
-                self._answered += 1
-                yield answer
+        try:
+            async with aclosing(stream.run(frames)) as answers:
+                async for answer in answers:
+                    self._requests += 1
+                    self._answered += 1
+                    yield answer
+        except MeshError as error:
+            self._requests += 1
+            self._failed[error.code] = self._failed.get(error.code, 0) + 1
+            raise
+        finally:
+            self._dropped += stream.dropped

@@ -232,6 +232,7 @@ async def test_streams_answer_in_order_or_only_the_newest() -> None:
         assert shown == sorted(set(shown))
         assert 5 <= len(shown) < 40
         assert shown[-1] == 59
+        assert len(shown) + client.counts.dropped == 60
         assert all(float(a.outputs["y"][0]) == 2.0 * a.index for a in newest)
         with pytest.raises(MeshError) as caught:
             _ = [a async for a in client.stream("unknown", frames(3), latest=True)]
