@@ -148,8 +148,8 @@ class Admission:
             reason, why = "tenant_share", f"Tenant {facts.tenant!r} has more than its share of {facts.model!r}"
         else:
             reason, why = "shed", f"{facts.model!r} is overloaded and serves more important requests"
-        # Within an interval the same request would be judged the same.
-        pause_s = max(wait - allowed_s, slack_s)
+        # Sooner than in half an interval the same request would be judged the same.
+        pause_s = max(wait - allowed_s, slack_s / 2.0)
         text = f"{why}; the queue takes {wait * 1e3:.0f} ms."
         return Reject(Code.OVERLOADED, text, math.ceil(pause_s * 1e3), reason)
 
