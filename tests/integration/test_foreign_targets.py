@@ -1,4 +1,7 @@
-"""Servers that know nothing of the mesh as targets of the router: a plain grpc.aio server, MLServer where it is."""
+"""Servers that know nothing of the mesh as targets of the router: a plain grpc.aio server.
+
+MLServer and Triton's core are in `tests/compat/test_peers_as_targets.py`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ import grpc
 import numpy as np
 import pytest
 
-from benchmarks.peers import MLSERVER, mlserver
 from nearcast.errors import Code, MeshError
 from nearcast.handler import RequestContext
 from nearcast.identity import CertificateAuthority, make_csr
@@ -208,22 +210,3 @@ async def test_over_tls_its_certificate_must_name_its_host(
 def test_what_only_a_foreign_server_needs_is_refused_elsewhere() -> None:
     with pytest.raises(ValueError, match='kind = "oip"'):
         TargetConfig(name="a", address="127.0.0.1:1", models=("m",))
-
-
-@pytest.mark.skipif(not MLSERVER.exists(), reason="MLServer's environment is missing: make bench-peers makes it")
-async def test_mlserver(tmp_path: Path, routed: Callable[..., Router]) -> None:
-    from tests.compat.servers import mlserver_server as peer
-
-    peer.write_models(tmp_path)
-    with mlserver(tmp_path, runtime=peer.RUNTIME, parallel_workers=0) as where:
-        router = routed(TargetConfig(name="ml", kind="oip", address=where["grpc"]))
-        await until(lambda: router.policy.holders("add", "1"))
-        a, b = np.float32([[1, 2, 3, 4]]), np.float32([[4, 3, 2, 1]])
-        asked = TensorRequest(model="add", inputs={"a": a, "b": b})
-        answers = await asyncio.gather(*(router.infer(asked, context()) for _ in range(8)))
-        assert [answer.decode()["sum"].tolist() for answer in answers] == [[[5.0] * 4]] * 8
-        assert {(answer.served.node, answer.served.version) for answer in answers} == {("ml", "1")}
-        with pytest.raises(MeshError) as caught:
-            await router.infer(TensorRequest(model="add", inputs={"a": a}), context())
-        assert caught.value.code in (Code.INVALID_REQUEST, Code.INTERNAL)
-        assert router.policy.outstanding == 0
