@@ -115,14 +115,27 @@ class DelayProxy:
         self._port = int(port)
         self._delay_s = delay_s
         self._tasks: set[asyncio.Task[None]] = set()
+        self._sinks: list[asyncio.StreamWriter] = []
+        self._server: asyncio.Server | None = None
 
     async def listen(self, port: int) -> str:
         """Begin; returns the address."""
-        server = await asyncio.start_server(self._connect, "127.0.0.1", port)
-        return f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        self._server = await asyncio.start_server(self._connect, "127.0.0.1", port)
+        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def close(self) -> None:
+        """Cut all connections."""
+        if self._server is not None:
+            self._server.close()
+        for sink in self._sinks:
+            sink.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, *(sink.wait_closed() for sink in self._sinks), return_exceptions=True)
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection(self._host, self._port)
+        self._sinks += (back, writer)
         for source, sink in ((reader, back), (there, writer)):
             chunks: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
             for work in (self._read(source, chunks), self._write(chunks, sink)):
