@@ -36,8 +36,8 @@ class Plan:
     many: dict[str, int]
 
 
-QUICK = Plan(5, {"600B": 500, "602kB": 40}, {"600B": 2_000, "602kB": 160})
-FULL = Plan(15, {"600B": 3_000, "602kB": 400}, {"600B": 20_000, "602kB": 1_500})
+QUICK = Plan(9, {"600B": 300, "602kB": 20}, {"600B": 1_000, "602kB": 80})
+FULL = Plan(31, {"600B": 1_500, "602kB": 150}, {"600B": 8_000, "602kB": 600})
 
 Ask = Callable[[dict[str, Any]], Awaitable[np.ndarray]]
 
