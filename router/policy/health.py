@@ -97,16 +97,18 @@ class Health:
                     Pace(tier=version.target.tier, p50_s=service.p50_s, best_s=service.floor_s, set_aside=aside)
                 )
         config = self._config
-        # Who has not been measured counts as healthy, but is not there to be counted on.
         found = slow(paces, score_max=config.slow_score_max, share_max=config.slow_share_max) if paces else []
         for at, version in enumerate(seen):
+            if version.sampled_at < version.slow_until:
+                # Who was set aside is judged again by what it does afterwards.
+                continue
             if at in found:
                 pause_s = config.slow_ms / 1e3 * 2.0**version.relapses
                 version.slow_until = now + min(pause_s, config.slow_ms_max / 1e3)
                 version.relapses = min(version.relapses + 1, 30)
                 version.settle(now)
-            elif not paces[at].set_aside and version.relapses:
-                version.relapses -= 1
+            else:
+                version.relapses = max(0, version.relapses - 1)
 
 
 def _declare_panic(now: float, table: Candidates) -> None:

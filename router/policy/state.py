@@ -172,6 +172,10 @@ class TargetState:
         """The breaker of one model here."""
         breaker = self.breakers.get(model)
         if breaker is None:
+            if len(self.breakers) >= self.config.versions_max:
+                # Requests that others forward may name anything: those that we hold nothing of go first.
+                held = {version.model for version in self.versions.values()}
+                self.breakers = {name: known for name, known in self.breakers.items() if name in held}
             breaker = self.breakers[model] = make_breaker(self.config, failures_max=self.config.breaker_failures)
         return breaker
 
@@ -180,7 +184,7 @@ class VersionState:
     """One version of a model on one target."""
 
     __slots__ = (
-        "base50", "base95", "breaker", "candidates", "cost", "crowding95_s", "crowding_s", "delay_s", "drain_factor",
+        "base50", "base95", "breaker", "candidates", "claimed", "cost", "crowding95_s", "crowding_s", "delay_s", "drain_factor",
         "drain_s", "error", "forgiven", "load_s", "model", "number", "p50_claim_s", "p95_claim_s", "panic", "plain",
         "price", "quality", "ready_at", "relapses", "residency", "row", "sampled_at", "services", "settled_at",
         "slow_until", "smaller", "stateful", "target", "told_at", "unserved_until", "version", "wait_claim_s",
@@ -200,6 +204,7 @@ class VersionState:
         self.p95_claim_s = 0.0
         self.wait_claim_s = 0.0
         self.told_at = -INFINITY
+        self.claimed: VersionReport | None = None
         self.price = 0.0
         self.quality = 1.0
         self.smaller = ""
@@ -222,6 +227,7 @@ class VersionState:
 
     def claim(self, now: float, report: VersionReport) -> None:
         """Take what the target says; values are bounded, whatever it says."""
+        self.claimed = report
         self.residency = report.residency
         eta_s = _claimed_s(report.eta_ms * 1e3)
         self.ready_at = now + eta_s
