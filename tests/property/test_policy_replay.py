@@ -19,7 +19,7 @@ from router.policy.recorded import RecordedPolicy
 from simulations.replay import replay
 
 CONFIG = PolicyConfig(retry_burst=200.0, hedge_burst=200.0, brownout_share=1.0)
-EVENTS = 1_500
+EVENTS = 1_000
 
 
 class Memory:
@@ -41,7 +41,7 @@ class Memory:
         self.records.append(record)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 2**40), every=st.integers(5, 40))
 def test_a_log_replays_bit_for_bit(seed: int, every: int) -> None:
     memory = Memory(seed, every)
@@ -82,13 +82,17 @@ def digest() -> str:
 
 
 def test_the_order_of_hashes_changes_no_decision() -> None:
-    command = [sys.executable, __file__]
-    runs = [
-        subprocess.Popen(command, env={**os.environ, "PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, text=True)
-        for seed in ("1", "2")
-    ]
-    said = {run.communicate(timeout=60)[0] for run in runs}
-    assert said == {digest() + "\n"}
+    """Of sets and names: another process has another one."""
+    seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
+    other = subprocess.run(
+        [sys.executable, __file__],
+        env={**os.environ, "PYTHONHASHSEED": seed},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert other.stdout == digest() + "\n"
 
 
 if __name__ == "__main__":
