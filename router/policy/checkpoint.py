@@ -24,6 +24,7 @@ _OTHERS = frozenset(
         ("collections", "OrderedDict"),
         ("nearcast.errors", "Code"),
         ("nearcast.handler", "Served"),
+        ("nearcast.load", "VersionReport"),
         ("msgspec._utils", "rebuild"),
     }
 )

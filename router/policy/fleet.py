@@ -81,8 +81,9 @@ class Fleet:
 
     def report(self, now: float, target: TargetState, report: NodeReport) -> None:
         """Take a report. Only what changes the set of candidates rebuilds the tables of a model."""
-        target.slots = max(1, min(report.slots, _IN_FLIGHT_MAX))
-        target.draining = report.draining
+        slots = max(1, min(report.slots, _IN_FLIGHT_MAX))
+        unsettled = slots != target.slots or report.draining != target.draining
+        target.slots, target.draining = slots, report.draining
         others = max(0, min(report.in_flight, _IN_FLIGHT_MAX)) - target.present
         if target.reported_at is None:
             target.others = others
@@ -98,15 +99,19 @@ class Fleet:
             if version is None:
                 version = target.versions[key] = VersionState(target, claim.model, claim.version)
                 changed.add(claim.model)
+            elif claim == version.claimed and version.residency == "hot":
+                continue  # as most of the time: nothing is new
             elif version.residency != claim.residency:
                 changed.add(claim.model)
             version.claim(now, claim)
+            unsettled = True
         for key in [key for key in target.versions if key not in seen]:
             del target.versions[key]
             changed.add(key[0])
         if changed:
             self.index(now, changed)
-        self.settle(now, target)
+        if unsettled:
+            self.settle(now, target)
 
     def settle(self, now: float, target: TargetState) -> None:
         """Bring the rows of one target up to date."""
