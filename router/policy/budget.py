@@ -23,6 +23,11 @@ class TokenBudget:
         self._per_s = per_s
         self.tokens = min(self.tokens, burst)
 
+    @property
+    def missing(self) -> float:
+        """The part of the burst that has been spent and not earned again, in [0, 1]."""
+        return 1.0 - self.tokens / self._burst if self._burst > 0.0 else 1.0
+
     def earn(self) -> None:
         """A request was sent."""
         self.tokens = min(self._burst, self.tokens + self._share)

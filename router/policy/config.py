@@ -97,7 +97,7 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     stale_ms: Positive = 2000.0
     stale_widening_max: NonNegative = 4.0
     refresh_ms: Positive = 50.0
-    hedge_share: Fraction = 0.05
+    hedge_share: Fraction = 0.049
     hedge_burst: NonNegative = 10.0
     hedge_delay_ms_min: NonNegative = 1.0
     brownout_share: Fraction = 0.2

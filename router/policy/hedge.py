@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from router.policy.budget import TokenBudget
 
+_PATIENCE = 0.5
+
 
 class BrownOut:
     """Share of requests that outlast their hedge delay, smoothed.
@@ -54,6 +56,11 @@ class Hedger:
         for gate in self.gates.values():
             gate.configure(share_max=brownout_share, smoothing=brownout_smoothing)
 
+    @property
+    def patience(self) -> float:
+        """By how much a hedge waits longer while tokens are few, so that what is left goes to the latest."""
+        return 1.0 + _PATIENCE * self.budget.missing**2
+
     def gate(self, tier: str) -> BrownOut:
         """The gate of one tier."""
         gate = self.gates.get(tier)
@@ -73,12 +80,15 @@ class Hedger:
         return False
 
 
-def hedge_delay_s(t95_s: float, second_t95_s: float, limit_s: float, *, minimum_s: float) -> float | None:
+def hedge_delay_s(
+    t95_s: float, second_t95_s: float, limit_s: float, *, minimum_s: float, patience: float = 1.0
+) -> float | None:
     """Delay after which a copy to the second target starts; None if it could not be in time.
 
-    The 95th percentile of the chosen target, or earlier where the deadline would leave the second too little.
+    The 95th percentile of the chosen target, `patience` times that while the budget is low, or earlier where the
+    deadline would leave the second too little.
     """
     latest = limit_s - second_t95_s
     if latest < minimum_s:
         return None
-    return max(minimum_s, min(t95_s, latest))
+    return max(minimum_s, min(t95_s * patience, latest))

@@ -28,6 +28,7 @@ _FOREVER_S = 1e9
 _PUSHBACK_DEFAULT_MS = 20
 _MISPLACED = frozenset({Code.MODEL_NOT_FOUND, Code.VERSION_MISMATCH})
 _MISPLACED_S = 1.0
+_HEDGE_QUEUE_MAX = 1.0
 _SETTLE_PAUSE_S = 0.001
 
 
@@ -252,8 +253,8 @@ class Policy:
     def hedge(self, now: float, facts: RequestFacts, attempt: Attempt, tried: Sequence[str] = ()) -> Send | None:
         """Asked when a hedge delay has passed: where a copy goes, or None. `facts.remaining_s` is what is left now.
 
-        Same version, another target (in another failure domain if there is one), with a free slot, and able to answer
-        in time at its 95th percentile; within the budget and outside a brown-out.
+        Same version, another target (in another failure domain if there is one), with a slot free now or next, and
+        able to answer in time at its 95th percentile; within the budget and outside a brown-out.
         """
         if not attempt.open:
             return None
@@ -270,7 +271,7 @@ class Policy:
             return None
 
         def free(v: VersionState) -> bool:
-            return v.target is not own and v.target.queue <= 0.0 and v.target.name not in tried
+            return v.target is not own and v.target.queue <= _HEDGE_QUEUE_MAX and v.target.name not in tried
 
         def away(v: VersionState) -> bool:
             return v.target.domain != own.domain and free(v)
@@ -362,7 +363,9 @@ class Policy:
             return Send(version.target.name, version.version, None, (), reason, missed, (), model)
         delay: float | None = None
         if facts.idempotent and not version.stateful and not facts.stateful:
-            delay = hedge_delay_s(choice.t95_s, choice.second_t95_s, limit, minimum_s=self._delay_min_s)
+            delay = hedge_delay_s(
+                choice.t95_s, choice.second_t95_s, limit, minimum_s=self._delay_min_s, patience=self._hedger.patience
+            )
         return Send(version.target.name, version.version, delay, (second.target.name,), reason, missed, (), model)
 
     def _send_found(self, facts: RequestFacts, found: Found, limit: float) -> Send:

@@ -41,7 +41,7 @@ def test_a_compiler_takes_it_unchanged_and_finds_the_same() -> None:
         slots = [float(random.randrange(1, 9)) for _ in range(count)]
         size, limit, toll = float(random.randrange(1_000_000)), random.uniform(0.2, 4.0), random.random()
         costs = [0.0] * count
-        found = score(size, limit, toll, queues, places, *columns.values(), costs)
+        found = score(size, limit, toll, queues, places, *columns.values(), costs)  # type: ignore[call-arg]
         arrays = [np.array(column) for column in columns.values()]
         fast_costs = np.zeros(count)
         assert fast_score(size, limit, toll, np.array(queues), np.array(places), *arrays, fast_costs) == found
