@@ -1,17 +1,16 @@
 """Many short timers that almost never fire, on one timer of the loop.
 
 A hedge delay is set for nearly every request and cancelled for nearly every one; a timer of the loop for each would
-cost more than the routing decision.
+cost more than the routing decision, and so would a place in order: those of one millisecond share a list.
 """
 
 from __future__ import annotations
 
 import asyncio
 import heapq
-import itertools
 from collections.abc import Callable
 
-TICK_S = 0.001
+TICKS_PER_S = 1000
 
 
 class Timers:
@@ -22,40 +21,45 @@ class Timers:
     """
 
     def __init__(self) -> None:
-        self._entries: list[tuple[float, int, Callable[[], None]]] = []
-        self._order = itertools.count()
+        self._entries: dict[int, list[Callable[[], None]]] = {}
+        # The ticks that have entries, the earliest first.
+        self._ticks: list[int] = []
         self._armed: asyncio.TimerHandle | None = None
-        self._armed_at = float("inf")
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return sum(map(len, self._entries.values()))
 
     def call_at(self, when: float, callback: Callable[[], None]) -> None:
         """Call back once at the instant `when`."""
-        heapq.heappush(self._entries, (when, next(self._order), callback))
-        if when < self._armed_at - TICK_S:
-            self._arm(asyncio.get_running_loop(), when)
+        tick = int(when * TICKS_PER_S) + 1
+        entries = self._entries.get(tick)
+        if entries is not None:
+            entries.append(callback)
+            return
+        self._entries[tick] = [callback]
+        heapq.heappush(self._ticks, tick)
+        if self._ticks[0] == tick:
+            self._arm(asyncio.get_running_loop())
 
     def close(self) -> None:
         """Forget everything."""
         self._entries.clear()
+        self._ticks.clear()
         if self._armed is not None:
             self._armed.cancel()
             self._armed = None
-        self._armed_at = float("inf")
 
-    def _arm(self, loop: asyncio.AbstractEventLoop, when: float) -> None:
+    def _arm(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._armed is not None:
             self._armed.cancel()
-        self._armed_at = when
-        self._armed = loop.call_at(when, self._ring, loop)
+        self._armed = loop.call_at(self._ticks[0] / TICKS_PER_S, self._ring, loop)
 
     def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
         self._armed = None
-        self._armed_at = float("inf")
-        now = loop.time()
-        entries = self._entries
-        while entries and entries[0][0] <= now:
-            heapq.heappop(entries)[2]()
-        if entries:
-            self._arm(loop, max(entries[0][0], now + TICK_S))
+        # What rounding may take from a whole tick is no reason to ring again.
+        now = loop.time() * TICKS_PER_S + 0.01
+        while self._ticks and self._ticks[0] <= now:
+            for callback in self._entries.pop(heapq.heappop(self._ticks)):
+                callback()
+        if self._ticks:
+            self._arm(loop)
