@@ -184,10 +184,11 @@ class VersionState:
     """One version of a model on one target."""
 
     __slots__ = (
-        "base50", "base95", "breaker", "candidates", "claimed", "cost", "crowding95_s", "crowding_s", "delay_s", "drain_factor",
-        "drain_s", "error", "forgiven", "load_s", "model", "number", "p50_claim_s", "p95_claim_s", "panic", "plain",
-        "price", "quality", "ready_at", "relapses", "residency", "row", "sampled_at", "services", "settled_at",
-        "slow_until", "smaller", "stateful", "target", "told_at", "unserved_until", "version", "wait_claim_s",
+        "base50", "base95", "breaker", "candidates", "claimed", "cost", "crowding95_s", "crowding_s", "delay_s",
+        "drain_factor", "drain_s", "error", "forgiven", "load_s", "model", "number", "p50_claim_s", "p95_claim_s",
+        "panic", "plain", "price", "quality", "ready_at", "relapses", "residency", "row", "sampled_at", "services",
+        "settled_at", "slow_until", "smaller", "stateful", "target", "told_at", "unserved_until", "version",
+        "wait_claim_s",
     )  # fmt: skip
 
     def __init__(self, target: TargetState, model: str, version: str) -> None:
