@@ -185,9 +185,9 @@ def run(*, quick: bool) -> list[Row]:
     """A million random calls, looked at after each."""
     events = EVENTS_QUICK if quick else EVENTS
     storm = Storm(Policy(PolicyConfig(retry_burst=1e6, hedge_burst=1e6, brownout_share=1.0), SEED), SEED)
-    began = time.monotonic()
+    began = time.process_time()
     wrong = storm.run(events)
-    seconds = time.monotonic() - began
+    seconds = time.process_time() - began
     seen = storm.events
     kinds = ("first", "hedge", "retry", "forwarded", "reply_twice", "remove")
     note = ", ".join(f"{seen[kind]} {kind}" for kind in kinds)
@@ -195,5 +195,5 @@ def run(*, quick: bool) -> list[Row]:
         Row("accounting.events", events, "1", note),
         Row("accounting.wrong_sums", wrong, "1", "calls after which in-flight was not what is outstanding"),
         Row("accounting.left_after_drain", 0.0 if storm.drain() else 1.0, "1"),
-        Row("accounting.seconds", seconds, "s"),
+        Row("accounting.seconds", seconds, "s", "processor time"),
     ]
