@@ -20,6 +20,7 @@ from router.policy.state import VersionState
 from router.policy.tenants import RANKS, Tenants
 
 _SHED_GAIN = 0.02
+_PATIENCE_GAIN = 0.05
 _JITTER_MIN, _JITTER_SPAN = 0.8, 0.4
 _HINT_MS_MAX = 30_000
 
@@ -28,8 +29,7 @@ class _Queue:
     """The queue for one model, as decisions see it.
 
     `since`: none has found a free slot from then on; None = the last one did. `shed` is the smoothed share of requests
-    that were refused. `patience` holds for each rank how long its least patient request of late could wait, and when
-    that was.
+    that were refused. `patience` holds for each rank how much time its requests have, smoothed, and when the last came.
     """
 
     __slots__ = ("patience", "shed", "since")
@@ -37,7 +37,7 @@ class _Queue:
     def __init__(self) -> None:
         self.since: float | None = None
         self.shed = 0.0
-        self.patience: list[tuple[float, float]] = [(math.inf, 0.0)] * RANKS
+        self.patience: list[tuple[float, float]] = [(0.0, -math.inf)] * RANKS
 
 
 class Admission:
@@ -87,11 +87,12 @@ class Admission:
 
         `late`: the choice is by its median, and so would be the other one.
         """
-        slack_s = min(max(limit_s - choice.t95_s + choice.wait_s, 0.0), self._wait_max_s)
+        idle_s = choice.t95_s - choice.wait_s
+        slack_s = min(max(limit_s - idle_s, 0.0), self._wait_max_s)
         queue = self.queues.get(facts.model)
         if queue is None:
             queue = self.queues[facts.model] = _Queue()
-        allowed_s = self._allowance_s(now, queue, facts, slack_s)
+        allowed_s = self._allowance_s(now, queue, facts, slack_s, idle_s)
         other: Choice | None = choice
         full = self._full
         if choice.wait_s > allowed_s or full(choice.version):
@@ -125,14 +126,15 @@ class Admission:
         for model in [m for m, q in self.queues.items() if q.since is None and q.shed < _SHED_GAIN / 2]:
             del self.queues[model]
 
-    def _allowance_s(self, now: float, queue: _Queue, facts: RequestFacts, slack_s: float) -> float:
-        """How long a queue the request may join; `slack_s` is how long it could wait and still be in time."""
+    def _allowance_s(self, now: float, queue: _Queue, facts: RequestFacts, slack_s: float, idle_s: float) -> float:
+        """How long a queue the request may join, if it could wait `slack_s` and an idle target takes `idle_s`."""
         if queue.since is None:
             queue.since = now
         rank = rank_of(facts.priority)
-        least_s, at = queue.patience[rank]
-        if slack_s < least_s or now - at > self._memory_s:
-            queue.patience[rank] = (slack_s, now)
+        mean_s, at = queue.patience[rank]
+        time_s = slack_s + idle_s
+        gain = _PATIENCE_GAIN if now - at <= self._memory_s else 1.0
+        queue.patience[rank] = (mean_s + gain * (time_s - mean_s), now)
         share = self.tenants.share(facts.model, facts.tenant)
         part = self._class_shares[rank]
         if now - queue.since < slack_s:
@@ -140,7 +142,7 @@ class Admission:
         elif share.exceeded(rank):
             # Beyond its share a tenant is everybody's lowest class, whatever it says of its requests.
             part, rank = self._class_shares[-1], RANKS
-        return part * self._least_s(now, queue, slack_s, rank)
+        return part * self._least_s(now, queue, slack_s, idle_s, rank)
 
     def _refuse(self, facts: RequestFacts, wait: float, allowed_s: float, slack_s: float) -> Reject:
         """The refusal of a request that would be in time, but has to leave its place to others."""
@@ -153,11 +155,14 @@ class Admission:
         text = f"{why}; the queue takes {wait * 1e3:.0f} ms."
         return Reject(Code.OVERLOADED, text, math.ceil(pause_s * 1e3), reason)
 
-    def _least_s(self, now: float, queue: _Queue, slack_s: float, rank: int) -> float:
-        """The least patience of this request and of the ranks above: who has time must not fill their queue."""
-        for least_s, at in queue.patience[:rank]:
-            if least_s < slack_s and now - at <= self._memory_s:
-                slack_s = least_s
+    def _least_s(self, now: float, queue: _Queue, slack_s: float, idle_s: float, rank: int) -> float:
+        """The least patience of this request and of the ranks above: who has time must not fill their queue.
+
+        Those for whom this way is too far even without a queue do not count.
+        """
+        for mean_s, at in queue.patience[:rank]:
+            if idle_s < mean_s < idle_s + slack_s and now - at <= self._memory_s:
+                slack_s = mean_s - idle_s
         return slack_s
 
 
