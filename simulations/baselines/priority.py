@@ -29,7 +29,7 @@ class PriorityFailover(Balancer):
     """
 
     name = "priority-failover"
-    home = "flash-crowd"
+    home = "reconnect-storm"
 
     def __init__(self, random: Random) -> None:
         super().__init__(random)
