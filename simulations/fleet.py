@@ -78,8 +78,10 @@ class Node:
         return max(0, ahead) * self._mean_s / max(1, self.slots)
 
     def submit(self, job: Job) -> None:
-        """Take a request that has just arrived."""
+        """Take a request that has just arrived; one that was cancelled on its way never does."""
         now = self._world.now
+        if job.state == "dropped":
+            return
         if self.fails_after_s is not None:
             if job.heard is not None:
                 self._world.after(self.fails_after_s, job.heard, None, Code.INTERNAL, None)
@@ -109,6 +111,8 @@ class Node:
         job.heard = None
         if job.state == "waiting":
             self._drop(job)
+        elif job.state == "new":
+            job.state = "dropped"
 
     def bring_in(self, model: str) -> None:
         """Begin to load a cold model."""

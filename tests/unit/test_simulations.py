@@ -80,6 +80,10 @@ def test_cancelled_work_never_runs_and_a_broken_account_is_seen():
     assert node.in_flight == 1
     world.run(until_s=1.0)
     assert (heard, node.in_flight) == (["first"], 0)
+    overtaken = Job(0.01, 0.0, lambda *_: heard.append("overtaken"))
+    node.cancel(overtaken)
+    node.submit(overtaken)
+    assert node.in_flight == 0
     node.check()
     node.arrived += 1
     with pytest.raises(RuntimeError, match="3 came, 2 left"):
