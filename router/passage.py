@@ -110,7 +110,7 @@ class Passage:
         if attempt.open:
             self._close(now, attempt, Outcome(Code.DEADLINE) if is_late else ABANDONED)
         if self._call is not None:
-            self._call.abandon()
+            self._call.abandon(is_late=is_late)
         if self._task is not None:
             self._task.cancel()
         if is_late and self._counts is not None:
@@ -120,6 +120,24 @@ class Passage:
     # What the channel says.
 
     def on_answer(self, pieces: Sequence[bytes], trailers: Fields) -> None:
+        try:
+            self._pass_back(pieces, trailers)
+        except Exception:  # noqa: BLE001 - it would end the connection, and with it everybody else's calls
+            self._break("answer_failed")
+
+    def on_error(self, error: CallError, *, is_refused: bool) -> None:
+        self._call = None
+        attempt = cast("Attempt", self._attempt)
+        try:
+            if is_refused:
+                # The channel knows how to wait and ask again; for the policy it is still the same send.
+                self._task = self._router.spawn(self._walk(attempt, cast("Send", self._send)))
+            else:
+                self._fail(attempt, error)
+        except Exception:  # noqa: BLE001 - as above
+            self._break("retry_failed")
+
+    def _pass_back(self, pieces: Sequence[bytes], trailers: Fields) -> None:
         attempt = cast("Attempt", self._attempt)
         target = attempt.target
         served, passed = read_served(trailers, target, attempt.release)
@@ -134,14 +152,11 @@ class Passage:
             self._counts.succeed(self._facts.model, served.version, served, now - self._began)
         self._end().pass_back(pieces, passed)
 
-    def on_error(self, error: CallError, *, is_refused: bool) -> None:
-        self._call = None
-        attempt = cast("Attempt", self._attempt)
-        if is_refused:
-            # The channel knows how to wait and ask again; for the policy it is still the same send.
-            self._task = self._router.spawn(self._walk(attempt, cast("Send", self._send)))
-        else:
-            self._fail(attempt, error)
+    def _break(self, event: str) -> None:
+        """Something that cannot happen has happened: the client is answered all the same."""
+        _log.exception(event)
+        if self._responder is not None:
+            self._refuse(MeshError(Code.INTERNAL, _BROKEN, sent=True))
 
     # The slow ways.
 

@@ -58,8 +58,11 @@ class Timers:
         self._armed = None
         # What rounding may take from a whole tick is no reason to ring again.
         now = loop.time() * TICKS_PER_S + 0.01
-        while self._ticks and self._ticks[0] <= now:
-            for callback in self._entries.pop(heapq.heappop(self._ticks)):
-                callback()
-        if self._ticks:
-            self._arm(loop)
+        try:
+            while self._ticks and self._ticks[0] <= now:
+                for callback in self._entries.pop(heapq.heappop(self._ticks)):
+                    callback()
+        finally:
+            # One that raises must not keep the others from ringing later.
+            if self._ticks:
+                self._arm(loop)

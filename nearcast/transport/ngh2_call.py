@@ -126,10 +126,12 @@ class PassedCall(ClientCall):
         self._pieces: list[bytes] = []
         self._size_bytes = 0
 
-    def abandon(self) -> None:
-        """Reset the call; its receiver hears no more of it."""
+    def abandon(self, *, is_late: bool = False) -> None:
+        """Reset the call; its receiver hears no more of it. `is_late`: because its deadline has passed."""
         self._receiver = None
         self.connection.abandon(self)
+        if is_late:
+            self.connection.suspect(self)
 
     def receive(self, data: bytes) -> None:
         connection = self.connection

@@ -193,8 +193,11 @@ class ClientConnection(Ngh2Connection):
     def _expire(self, call: ClientCall) -> None:
         call.fail(CallError(Code.DEADLINE, f"{self._address} did not answer before the deadline.", sent=True))
         self.abandon(call)
+        self.suspect(call)
+
+    def suspect(self, call: ClientCall) -> None:
+        """Ask for a sign of life if nothing was heard since a late call began: the peer may be gone without a word."""
         if self.last_read_at <= call.started_at and self.is_open:
-            # Nothing was heard since the call began: the peer may be gone without a word.
             self._probe()
 
     # A peer that lost power sends no FIN. Whether it is there is asked only while calls wait for it.

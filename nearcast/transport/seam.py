@@ -200,8 +200,8 @@ class Receiver(Protocol):
 class PassedCall(Protocol):
     """A call whose answer goes on as it comes."""
 
-    def abandon(self) -> None:
-        """Reset the call; its receiver hears no more of it."""
+    def abandon(self, *, is_late: bool = False) -> None:
+        """Reset the call; its receiver hears no more of it. `is_late`: because its deadline has passed."""
         ...
 
 

@@ -180,6 +180,17 @@ async def test_a_deadline_ends_it_everywhere(hop: Hop) -> None:
     assert host.seen[0][1].deadline is not None
 
 
+async def test_a_node_that_falls_silent_is_asked_for_a_sign_of_life(hop: Hop) -> None:
+    host = await hop.node("a", delay_s=0.001)
+    host.delay_s = 5.0
+    connection = hop.nodes["a"]._channel._connection  # type: ignore[attr-defined]
+    connection.transport.pause_reading()
+    with pytest.raises(MeshError):
+        await hop.ask(timeout_s=0.05)
+    assert connection._is_probing
+    connection.transport.resume_reading()
+
+
 async def test_a_hedge_wins_and_its_loser_is_cancelled(hop: Hop) -> None:
     stalled, quick = await hop.node("a", delay_s=0.001), await hop.node("b", delay_s=0.02)
     for _ in range(12):
