@@ -139,6 +139,7 @@ export class MeshClient {
     clearTimeout(timer);
     this.slowShare += SLOW_WEIGHT * ((early === undefined ? 1 : 0) - this.slowShare);
     if (early !== undefined) return early;
+    target.outlasted(performance.now());
     const open = this.open(lease, tried);
     const away = open.filter((other) => other.said!.domain !== target.said?.domain);
     const other = choose(away.length > 0 ? away : open, lease, sizeBytes, left(), true);
@@ -171,8 +172,14 @@ export class MeshClient {
       answer = response;
     });
     const ended = new Promise<Ended>((resolve) => {
+      const giveUp = () => {
+        resolve({ target, code: "UNAVAILABLE", wasSent: true, retryAfterMs: undefined });
+        call.cancel();
+      };
+      target.giveUps.add(giveUp);
       call.on("status", (status: grpc.StatusObject) => {
         target.mine -= 1;
+        target.giveUps.delete(giveUp);
         resolve(read(target, status, answer, error, performance.now() - began));
       });
     });

@@ -4,10 +4,16 @@ import type { InferenceStub, Lease, LeaseTarget, Wire } from "./wire.js";
 const LOST_MS = 250;
 const LOST_MAX_MS = 5000;
 const PUSHBACK_MAX_MS = 1000;
+const OVERDUE_MAX = 3;
+const OVERDUE_MS = 50;
 const TARGETS_MAX = 128;
 
 export class Target {
   mine = 0;
+  /** Ends the calls that are out, each as if its connection had broken. */
+  readonly giveUps = new Set<() => void>();
+  private overdue = 0;
+  private overdueSince = 0;
   private rttMs: number | undefined;
   private lostMs = LOST_MS;
   private awayUntil = 0;
@@ -28,6 +34,18 @@ export class Target {
     this.rttMs = this.rttMs === undefined ? rttMs : this.rttMs + 0.2 * (rttMs - this.rttMs);
     this.lostMs = LOST_MS;
     this.isTrying = false;
+    this.overdue = 0;
+  }
+
+  /** A call has outlasted its hedge delay: perhaps the node hangs. */
+  outlasted(now: number): void {
+    if (this.overdue === 0) this.overdueSince = now;
+    this.overdue += 1;
+    const isLost = this.isTrying || (this.overdue >= OVERDUE_MAX && now - this.overdueSince >= OVERDUE_MS);
+    if (!isLost) return;
+    this.overdue = 0;
+    this.lost(now);
+    for (const giveUp of [...this.giveUps]) giveUp();
   }
 
   lost(now: number): void {
