@@ -37,11 +37,11 @@ class Window:
         count = len(ordered)
         run = 0
         if count >= _JUDGED_MIN:
-            if value > ordered[int(0.95 * count)]:
+            if value > ordered[19 * count // 20]:
                 self._above += 1
                 self._below = 0
                 run = self._above
-            elif value < ordered[int(0.05 * count)]:
+            elif value < ordered[count // 20]:
                 self._below += 1
                 self._above = 0
                 run = self._below
