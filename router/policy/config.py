@@ -114,7 +114,7 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     sequences_max: Count = 10_000
     targets_max: Count = 256
     versions_max: Count = 1024
-    class_shares: Annotated[tuple[Fraction, ...], msgspec.Meta(min_length=1, max_length=4)] = (1.0, 0.5, 0.35, 0.2)
+    class_shares: Annotated[tuple[Fraction, ...], msgspec.Meta(min_length=1, max_length=4)] = (1.0, 0.35, 0.25, 0.15)
     burst_share: Fraction = 0.8
     patience_ms: NonNegative = 5000.0
     tenant_shares_max: Count = 10_000
