@@ -6,7 +6,8 @@ A full scan of expected completion times; two random choices would mostly sample
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+
+import msgspec
 
 from router.policy.candidates import Candidates, size_class
 from router.policy.config import PolicyConfig
@@ -15,7 +16,7 @@ from router.policy.score import INFINITY, draw, score
 from router.policy.state import EJECTIONS, VersionState
 
 
-class Choice(NamedTuple):
+class Choice(msgspec.Struct, frozen=True, gc=False):
     """What a scan found; times in seconds."""
 
     version: VersionState

@@ -59,7 +59,8 @@ class Hedger:
     @property
     def patience(self) -> float:
         """By how much a hedge waits longer while tokens are few, so that what is left goes to the latest."""
-        return 1.0 + _PATIENCE * self.budget.missing**2
+        missing = self.budget.missing
+        return 1.0 + _PATIENCE * missing * missing
 
     def gate(self, tier: str) -> BrownOut:
         """The gate of one tier."""
