@@ -131,7 +131,12 @@ def _ratio(one: Summary, other: Summary) -> float:
 
 def render(scenarios: dict[str, Scenario], tables: Tables) -> str:
     """All tables for people."""
-    lines = ["# Scenarios", "", "Milliseconds over all replications, ± 95 % interval across them (Student).", ""]
+    lines = [
+        "# Scenarios",
+        "",
+        "Milliseconds, the mean over replications of one run each, ± its 95 % interval (Student).",
+        "",
+    ]
     for name, scenario in scenarios.items():
         seeds = next(iter(tables[name].values())).seeds
         lines += [f"## {name}: {scenario.title}", "", scenario.why, ""]

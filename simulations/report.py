@@ -1,4 +1,4 @@
-"""What runs say, and how sure it is: percentiles over all replications, 95 % intervals across them."""
+"""What runs say, and how sure it is: percentiles of each replication, their mean, 95 % intervals across them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A figure over all replications, and half the width of its 95 % interval (NaN from one replication)."""
+    """The mean over all replications, and half the width of its 95 % interval (NaN from one replication)."""
 
     value: float
     half_width: float
@@ -68,10 +68,7 @@ def summarize(scenario: Scenario, runs: Sequence[Run]) -> Summary:
         p50_ms=_percentile(runs, 0.50),
         p99_ms=_percentile(runs, 0.99),
         p999_ms=_percentile(runs, 0.999),
-        slo_share=estimate(
-            float(np.mean(latency_ms <= scenario.slo_ms)),
-            [float(np.mean(run.latency_s * 1e3 <= scenario.slo_ms)) for run in runs],
-        ),
+        slo_share=estimate([float(np.mean(run.latency_s * 1e3 <= scenario.slo_ms)) for run in runs]),
         slo_share_in_fault=float(np.mean(in_fault <= scenario.slo_ms)) if len(in_fault) else math.nan,
         hedge_share=sum(count for count, _, _ in hedges) / max(1, len(latency_ms)),
         hedge_share_max=max(worst for _, _, worst in hedges),
@@ -129,9 +126,10 @@ def recovery_s(runs: Sequence[Run], scenario: Scenario, end_s: float, *, window_
     return math.inf
 
 
-def estimate(value: float, replications: Sequence[float]) -> Estimate:
-    """A value with Student's 95 % interval across replications."""
+def estimate(replications: Sequence[float]) -> Estimate:
+    """The mean with Student's 95 % interval across replications. One infinite replication makes it infinite."""
     count = len(replications)
+    value = float(np.mean(replications))
     if count < 2 or not all(map(math.isfinite, replications)):
         return Estimate(value=value, half_width=math.nan)
     t = _T_975[count - 2] if count - 2 < len(_T_975) else _T_975_LAST
@@ -146,5 +144,4 @@ def quantile(ordered: Sequence[float] | Floats, q: float) -> float:
 
 
 def _percentile(runs: Sequence[Run], q: float) -> Estimate:
-    each = [quantile(np.sort(run.latency_s), q) * 1e3 for run in runs]
-    return estimate(quantile(np.sort(np.concatenate([run.latency_s for run in runs])), q) * 1e3, each)
+    return estimate([quantile(np.sort(run.latency_s), q) * 1e3 for run in runs])
