@@ -134,7 +134,7 @@ def render(scenarios: dict[str, Scenario], tables: Tables) -> str:
     lines = [
         "# Scenarios",
         "",
-        "Milliseconds, the mean over replications of one run each, ± its 95 % interval (Student).",
+        "Milliseconds: the mean over replications, ± its 95 % interval (Student).",
         "",
     ]
     for name, scenario in scenarios.items():
