@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from router.policy.candidates import Candidates
 from router.policy.config import PolicyConfig
-from router.policy.events import Attempt, Outcome
+from router.policy.events import FAULTS, Attempt, Outcome
 from router.policy.fleet import Fleet
 from router.policy.limiter import Limiter
 from router.policy.outliers import Pace, slow
@@ -34,8 +34,11 @@ class Health:
         self._config = config
         self._wait_max_s = config.queue_wait_ms_max / 1e3
 
-    def note(self, now: float, attempt: Attempt, outcome: Outcome, *, failed: bool) -> None:
-        """Take the end of an attempt that was not given up."""
+    def note(self, now: float, attempt: Attempt, outcome: Outcome) -> None:
+        """Take the end of an attempt that was not given up. Refusals and errors of the request say nothing here."""
+        failed = outcome.code is not None
+        if failed and outcome.code not in FAULTS:
+            return
         version = attempt.version
         target = version.target
         served = outcome.served

@@ -464,7 +464,6 @@ class Policy:
         elif code is Code.UNAVAILABLE or code is Code.INTERNAL or (code is Code.DEADLINE and latency > version.base95):
             version.observe_fault()
             version.breaker.fail(now)
-        if code is None or code in FAULTS:
-            self._health.note(now, attempt, outcome, failed=code is not None)
+        self._health.note(now, attempt, outcome)
         if version.breaker.state != "closed" or attempt.trials:
             self._fleet.settle(now, target)
