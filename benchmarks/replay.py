@@ -12,9 +12,9 @@ from pathlib import Path
 from urllib.request import urlopen
 
 from benchmarks.live_mesh import Answer, LiveMesh, drive
-from benchmarks.policy import fill
 from benchmarks.rows import Row
 from nearcast.handler import Served
+from nearcast.load import NodeReport, VersionReport
 from router.decision_log import SUFFIX
 from router.policy import Outcome, Policy, PolicyConfig, RequestFacts, Send
 from router.policy.log import Checkpoint, Record, encode
@@ -117,8 +117,8 @@ def _measure_cost(*, quick: bool) -> list[Row]:
     plain, recorded, encoded = [], [], []
     for _ in range(3 if quick else COST_ROUNDS):
         kept = _Kept()
-        plain.append(_request_us(fill(Policy(PolicyConfig(), 1), 8)))
-        recorded.append(_request_us(fill(RecordedPolicy(PolicyConfig(), 1, kept), 8)))
+        plain.append(_request_us(_fill(Policy(PolicyConfig(), 1))))
+        recorded.append(_request_us(_fill(RecordedPolicy(PolicyConfig(), 1, kept))))
         began = time.process_time()
         for at in range(0, len(kept.records), 256):
             encode(kept.records[at : at + 256])
@@ -139,6 +139,17 @@ class _Kept:
 
     def begin(self, record: Checkpoint) -> None:
         return
+
+
+def _fill(policy: Policy) -> Policy:
+    """Eight targets that hold the model, at rising distances."""
+    for i in range(8):
+        name = f"node-{i}"
+        policy.add_target(0.0, name, "peer")
+        version = VersionReport(model="digits", version="1", service_p50_us=800.0 + 40 * i, service_p95_us=2000.0)
+        policy.on_report(0.0, name, NodeReport(node=name, role="edge", slots=4, versions=(version,)))
+        policy.on_probe(0.0, name, 0.002 + 0.0004 * i)
+    return policy
 
 
 def _request_us(policy: Policy) -> float:
