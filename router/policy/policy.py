@@ -212,6 +212,7 @@ class Policy:
         share.enter()
         attempt = Attempt(version, now, facts.size_bytes, kind, target.present, facts.remaining_s, share)
         target.own += 1
+        version.own += 1
         target.weigh()
         self.outstanding += 1
         if version.forgiven:
@@ -238,6 +239,7 @@ class Policy:
         target = version.target
         self.outstanding -= 1
         target.own -= 1
+        version.own -= 1
         target.answered += 1
         target.weigh()
         for breaker in attempt.trials:

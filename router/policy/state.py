@@ -185,10 +185,10 @@ class VersionState:
 
     __slots__ = (
         "base50", "base95", "breaker", "candidates", "claimed", "cost", "crowding95_s", "crowding_s", "delay_s",
-        "drain_factor", "drain_s", "error", "forgiven", "load_s", "model", "number", "p50_claim_s", "p95_claim_s",
-        "panic", "plain", "price", "quality", "ready_at", "relapses", "residency", "row", "sampled_at", "services",
-        "settled_at", "slow_until", "smaller", "stateful", "target", "told_at", "unserved_until", "version",
-        "wait_claim_s",
+        "drain_factor", "drain_s", "error", "forgiven", "load_s", "model", "number", "own", "p50_claim_s",
+        "p95_claim_s", "panic", "plain", "price", "quality", "ready_at", "relapses", "residency", "row", "sampled_at",
+        "services", "settled_at", "slow_until", "smaller", "stateful", "target", "told_at", "unserved_until",
+        "version", "wait_claim_s",
     )  # fmt: skip
 
     def __init__(self, target: TargetState, model: str, version: str) -> None:
@@ -221,6 +221,7 @@ class VersionState:
         self.relapses = 0
         self.delay_s = 0.0
         self.forgiven = False
+        self.own = 0
         self.sampled_at = self.settled_at = -INFINITY
         self.base50 = self.base95 = self.cost = 0.0
         self.candidates: Candidates | None = None
@@ -326,7 +327,7 @@ class VersionState:
         p50, p95 = service.p50_s, service.p95_s
         idle_s = now - self.sampled_at
         forgive_s = self.target.config.forgive_ms / 1e3
-        if idle_s > forgive_s and p50 > service.floor_s and self.target.own == 0:
+        if idle_s > forgive_s and p50 > service.floor_s and self.own == 0:
             # Nobody has seen it for a while: let one request see whether it is still that slow.
             keep = 0.5 ** (idle_s / forgive_s - 1.0)
             forgiven = service.floor_s + (p50 - service.floor_s) * keep
