@@ -13,6 +13,7 @@ from ngh2 import NGH2Error
 
 from nearcast.errors import Code, MeshError
 from nearcast.transport.call_status import call_error
+from nearcast.transport.ngh2_connection import UNREAD_SIZE_BYTES_MAX
 from nearcast.transport.ngh2_framing import PREFIX_SIZE_BYTES, MessageReader, frame, is_one_message, whole_message
 from nearcast.transport.ngh2_headers import OK, read_trailers
 from nearcast.transport.ngh2_inbox import Inbox
@@ -112,7 +113,7 @@ class UnaryCall(ClientCall):
 class PassedCall(ClientCall):
     """A unary call whose answer goes on as it came. It keeps no time of its own, beyond the channel's cap."""
 
-    __slots__ = ("_pieces", "_receiver", "_size_bytes")
+    __slots__ = ("_pieces", "_receiver", "_size_bytes", "_unread_bytes")
 
     def __init__(self, connection: ClientConnection, stream_id: int, ends_at: float, receiver: Receiver) -> None:
         self.connection = connection
@@ -124,11 +125,13 @@ class PassedCall(ClientCall):
         self.has_sent_all = True
         self._receiver: Receiver | None = receiver
         self._pieces: list[bytes] = []
+        self._unread_bytes = 0
         self._size_bytes = 0
 
     def abandon(self, *, is_late: bool = False) -> None:
         """Reset the call; its receiver hears no more of it. `is_late`: because its deadline has passed."""
         self._receiver = None
+        self._give_back()
         self.connection.abandon(self)
         if is_late:
             self.connection.suspect(self)
@@ -136,13 +139,16 @@ class PassedCall(ClientCall):
     def receive(self, data: bytes) -> None:
         connection = self.connection
         if data:
-            connection.acknowledge(len(data), self.id)
             self._pieces.append(data)
             self._size_bytes += len(data)
+            self._unread_bytes += len(data)
+            if self._unread_bytes >= UNREAD_SIZE_BYTES_MAX:
+                self._give_back()
             if self._size_bytes > connection.limits.message_size_bytes_max + PREFIX_SIZE_BYTES:
                 raise MeshError(Code.TOO_LARGE, "it is larger than this side takes.")
 
     def conclude(self, fields: Fields) -> None:
+        self._give_back()
         if OK not in fields:
             super().conclude(fields)
         elif not is_one_message(self._pieces, self._size_bytes):
@@ -152,9 +158,15 @@ class PassedCall(ClientCall):
             receiver.on_answer(self._pieces, fields)
 
     def fail(self, error: BaseException) -> None:
+        self._give_back()
         if self._receiver is not None:
             receiver, self._receiver = self._receiver, None
             receiver.on_error(cast("CallError", error), is_refused=self.is_refused)
+
+    def _give_back(self) -> None:
+        if self._unread_bytes:
+            self.connection.acknowledge(self._unread_bytes, self.id)
+            self._unread_bytes = 0
 
 
 class StreamCall(ClientCall):

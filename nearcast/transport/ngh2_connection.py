@@ -19,6 +19,8 @@ from nearcast.transport.tls_stream import READ_SIZE_BYTES
 PULL_SIZE_BYTES = 256 * 1024
 """Bytes taken from the library at once; also what one streaming call may queue before its method waits."""
 STREAM_WINDOW_BYTES = 1 << 20
+UNREAD_SIZE_BYTES_MAX = STREAM_WINDOW_BYTES // 8
+"""Of a large message that is on its way, received before its window is given back: once for many frames."""
 FRAME_SIZE_BYTES_MAX = 1 << 20
 # One for all connections: the loops fill it and have it read in one breath.
 _READ_BUFFER = memoryview(bytearray(READ_SIZE_BYTES))

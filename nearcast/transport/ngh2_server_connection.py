@@ -30,9 +30,10 @@ from nearcast.transport.ngh2_connection import (
     FRAME_SIZE_BYTES_MAX,
     PULL_SIZE_BYTES,
     STREAM_WINDOW_BYTES,
+    UNREAD_SIZE_BYTES_MAX,
     Ngh2Connection,
 )
-from nearcast.transport.ngh2_framing import PREFIX_SIZE_BYTES, MessageReader, announced_size_bytes, whole_message
+from nearcast.transport.ngh2_framing import MessageReader, whole_message
 from nearcast.transport.ngh2_headers import RequestHead, read_request, write_error, write_http_error
 from nearcast.transport.ngh2_server_state import ServerState
 from nearcast.transport.ngh2_stream import ServerStream
@@ -44,8 +45,6 @@ _DRAIN_PING = b"nc-drain"
 _NO_ERROR = 0
 _REMEMBERED_SIZE_BYTES_MAX = 1024
 _AGE_JITTER = 0.1
-# A message in smaller pieces than these, on the average, is joined.
-_PIECE_SIZE_BYTES = 4096
 _KEEPALIVE_PING = b"nc-alive"
 
 
@@ -238,8 +237,18 @@ class ServerConnection(Ngh2Connection):
             if stream.stream_method is not None:
                 stream.receive(data)
                 return
+            pieces = stream.pieces
+            if pieces is not None and not is_end and stream.received_bytes + len(data) <= stream.pieces_size_bytes_max:
+                # As `_assemble` would: a large message comes in many frames.
+                pieces.append(data)
+                self.hold(stream, stream.received_bytes + len(data))
+                stream.unread_bytes += len(data)
+                if stream.unread_bytes >= UNREAD_SIZE_BYTES_MAX:
+                    self._give_back(stream)
+                return
             if data:
-                self.acknowledge(len(data), stream.id)
+                stream.unread_bytes += len(data)
+                self._give_back(stream)
             if is_end and stream.reader is None and stream.whole is None and stream.pieces is None:
                 # The whole request in one frame, or an empty call.
                 stream.whole = whole_message(data)
@@ -257,7 +266,7 @@ class ServerConnection(Ngh2Connection):
     def _assemble(self, stream: ServerStream, data: bytes) -> None:
         self.hold(stream, stream.received_bytes + len(data))
         if stream.reader is None:
-            if stream.pass_method is not None and self._gather(stream, data):
+            if stream.pass_method is not None and stream.gather(data):
                 return
             if stream.pieces is not None:
                 data = b"".join(stream.pieces)
@@ -270,20 +279,9 @@ class ServerConnection(Ngh2Connection):
         if stream.has_ended and (stream.whole is None or stream.reader.is_partial):
             raise MeshError(Code.INVALID_REQUEST, "The call ended before its message was complete.")
 
-    def _gather(self, stream: ServerStream, data: bytes) -> bool:
-        """Keep the message in its pieces, for who takes the call over; False = it must be looked at after all."""
-        pieces = stream.pieces = stream.pieces or []
-        if data:
-            pieces.append(data)
-        if not pieces or len(pieces[0]) < PREFIX_SIZE_BYTES:
-            return False
-        size_bytes = announced_size_bytes(pieces[0])
-        if size_bytes is None or size_bytes > self.limits.message_size_bytes_max:
-            return False
-        if not stream.has_ended:
-            return stream.received_bytes - PREFIX_SIZE_BYTES <= size_bytes
-        # Many small pieces would cost more to pass on than to join.
-        return size_bytes == stream.received_bytes - PREFIX_SIZE_BYTES and len(pieces) * _PIECE_SIZE_BYTES <= size_bytes
+    def _give_back(self, stream: ServerStream) -> None:
+        self.acknowledge(stream.unread_bytes, stream.id)
+        stream.unread_bytes = 0
 
     def hold(self, stream: ServerStream, size_bytes: int) -> None:
         """Note how much of a call's requests waits in memory.
@@ -349,8 +347,7 @@ class ServerConnection(Ngh2Connection):
         stream.whole = stream.reader = stream.pieces = None
         stream.inbox.clear()
         if stream.unread_bytes:
-            self.acknowledge(stream.unread_bytes, stream.id)
-            stream.unread_bytes = 0
+            self._give_back(stream)
         if not stream.has_ended and stream.stream_method is not None:
             self._half_closed.add(stream.id)
         if self.streams.pop(stream.id, None) is not None and not self.streams:

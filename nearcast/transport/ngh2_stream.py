@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 from ngh2 import NGH2Error
 
 from nearcast.errors import Code, MeshError
-from nearcast.transport.ngh2_framing import PREFIX_SIZE_BYTES, Deflated, MessageReader, frame
+from nearcast.transport.ngh2_framing import PREFIX_SIZE_BYTES, Deflated, MessageReader, announced_size_bytes, frame
 from nearcast.transport.ngh2_headers import RESPONSE, write_trailers
 from nearcast.transport.seam import Call, Fields, Metadata, PassMethod, Reply, StreamMethod, Taken, UnaryMethod
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _TURN_MESSAGES = 32
+# A message in smaller pieces than these, on the average, is joined.
+_PIECE_SIZE_BYTES = 4096
 _NO_INBOX: deque[bytes] = deque(maxlen=0)
 
 
@@ -43,11 +45,13 @@ class ServerStream:
     whole: bytes | None = None
     # As long as nobody had to look into it: the message in the pieces in which it comes, with its prefix.
     pieces: list[bytes] | None = None
+    pieces_size_bytes_max = 0
     reader: MessageReader | None = None
     received_bytes = 0
     # Streaming calls only; those have an inbox of their own.
     inbox = _NO_INBOX
     inbox_bytes = 0
+    # Received, and its window not given back yet.
     unread_bytes = 0
     wake_reader: asyncio.Future[None] | None = None
     wake_writer: asyncio.Future[None] | None = None
@@ -102,6 +106,23 @@ class ServerStream:
             self._send(pieces, trailers)
 
     # Taken over: whoever did so answers by one of `pass_back`, `reply` and `refuse`.
+
+    def gather(self, data: bytes) -> bool:
+        """Keep the message in its pieces, for who takes the call over; False = it must be looked at after all."""
+        pieces = self.pieces = self.pieces or []
+        if data:
+            pieces.append(data)
+        if not pieces or len(pieces[0]) < PREFIX_SIZE_BYTES:
+            return False
+        size_bytes = announced_size_bytes(pieces[0])
+        if size_bytes is None or size_bytes > self.connection.limits.message_size_bytes_max:
+            return False
+        self.pieces_size_bytes_max = size_bytes + PREFIX_SIZE_BYTES
+        if not self.has_ended:
+            return self.received_bytes <= self.pieces_size_bytes_max
+        # Many small pieces would cost more to pass on than to join.
+        is_whole = self.received_bytes == self.pieces_size_bytes_max
+        return is_whole and len(pieces) * _PIECE_SIZE_BYTES <= size_bytes
 
     def hand_over(self) -> bool:
         """Let the method take the call over; False = it does not want to. What is still compressed is not for it."""

@@ -148,10 +148,10 @@ async def test_another_node_answers_what_one_does_not_hold(hop: Hop, count: int)
 
 async def test_a_connection_that_breaks_in_flight_costs_nobody_an_answer(hop: Hop) -> None:
     dying = await hop.node("a", delay_s=0.02)
+    dying.delay_s = 5.0
     asked = [asyncio.ensure_future(hop.ask(count)) for count in (SMALL, LARGE) * 3]
     await until(lambda: dying.in_flight == 6)
     await hop.node("b", delay_s=0.001)
-    dying.delay_s = 5.0
     asked += [asyncio.ensure_future(hop.ask()) for _ in range(2)]
     hop.nodes["a"]._channel._connection.transport.abort()  # type: ignore[attr-defined]
     answers = await asyncio.gather(*asked)
