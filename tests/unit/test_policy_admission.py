@@ -252,3 +252,32 @@ def test_memory_stays_bounded_whatever_the_keys() -> None:
     policy.decide(20.0, facts())
     assert len(policy._admission.tenants) <= 2
     assert len(policy._admission.queues) == 0
+
+
+def test_a_cloud_that_is_late_for_a_second_is_set_aside_and_tried_with_few() -> None:
+    policy = make(version(), tier="cloud", names=("c1", "c2"))
+    policy.add_target(0.0, "here", "local")
+    policy.on_report(0.0, "here", report(version()))
+    for step in range(120):
+        attempt = policy.on_sent(step * 0.02, facts(), Send(f"c{step % 2 + 1}", "1"))
+        late = Served(compute_us=10_000, queue_us=900_000)
+        policy.on_reply(step * 0.02 + 0.019, attempt, Outcome(served=late))
+    verdicts = {t.target: t.verdict for t in policy.decide(2.4, facts(), explain=True).terms}
+    assert verdicts == {"here": "chosen", "c1": "tier_open", "c2": "tier_open"}
+    policy.remove_target(2.4, "here")
+    alone = policy.decide(2.4, facts())
+    assert isinstance(alone, Send)  # there is nothing else to choose
+    assert alone.reason == "panic"
+
+
+def test_where_most_of_a_tier_is_set_aside_it_is_used_all_the_same() -> None:
+    policy = make(version(), names=("a", "b", "c"), tier="peer")
+    policy.decide(0.0, facts())
+    for name in ("a", "b"):
+        opened = [policy.on_sent(0.0, facts(), Send(name, "1")) for _ in range(5)]
+        for attempt in opened:
+            policy.on_reply(0.01, attempt, Outcome(Code.INTERNAL, told=True))
+    before = {t.target: t.verdict for t in policy.decide(0.01, facts(), explain=True).terms}
+    assert before == {"a": "breaker_open", "b": "breaker_open", "c": "chosen"}
+    after = {t.target: t.verdict for t in policy.decide(0.1, facts(), explain=True).terms}
+    assert set(after.values()) == {"chosen", "feasible"}  # still behind the healthy one, by what their errors cost
