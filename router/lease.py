@@ -22,7 +22,7 @@ from nearcast.runtime.address import UNIX_PREFIX, format_address, is_loopback
 from nearcast.wire.lease import Lease, LeaseQuestion, LeaseTarget
 from router.policy import Policy, PolicyConfig, Reject, RequestFacts, Terms
 from router.policy.hedge import hedge_delay_s
-from router.policy.state import TargetState
+from router.policy.target import TargetState
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from nearcast.load import NodeReport, Tier
 from router.policy.candidates import Candidates
 from router.policy.config import PolicyConfig
-from router.policy.state import TargetState, VersionState
+from router.policy.state import VersionState
+from router.policy.target import TargetState
 from router.policy.tiers import TierGate
 
 _TIER_MIN = 3

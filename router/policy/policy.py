@@ -22,7 +22,8 @@ from router.policy.generator import SplitMix
 from router.policy.health import Health
 from router.policy.hedge import Hedger, hedge_delay_s
 from router.policy.sequences import Sequences
-from router.policy.state import TargetState, VersionState
+from router.policy.state import VersionState
+from router.policy.target import TargetState
 
 _FOREVER_S = 1e9
 _PUSHBACK_DEFAULT_MS = 20

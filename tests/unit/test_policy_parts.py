@@ -102,6 +102,15 @@ class TestHedging:
         assert hedger.budget.tokens == 2
         assert hedger.take(0.0, "peer")
 
+    def test_few_tokens_are_kept_for_the_latest(self) -> None:
+        hedger = Hedger(share=0.05, burst=2, brownout_share=0.2, brownout_smoothing=0.03)
+        waits = [hedger.patience]
+        while hedger.take(0.0, "peer"):
+            waits.append(hedger.patience)
+        assert waits == [1.0, 1.125, 1.5]
+        delay_s = hedge_delay_s(0.02, 0.05, 0.2, minimum_s=0.001, patience=hedger.patience)
+        assert delay_s == pytest.approx(0.03)
+
     @pytest.mark.parametrize(
         ("t95", "second", "limit", "expected"),
         [(0.02, 0.05, 0.2, 0.02), (0.18, 0.05, 0.2, 0.15), (0.02, 0.3, 0.2, None), (0.0001, 0.05, 0.2, 0.001)],
