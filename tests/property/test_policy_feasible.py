@@ -97,7 +97,7 @@ def is_idle_and_in_time(terms: Terms, limit_ms: float) -> bool:
     return terms.verdict in ("feasible", "hot", "chosen") and terms.wait_ms == 0.0 and terms.t95_ms <= limit_ms
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     fleet=st.lists(targets, min_size=1, max_size=6),
     asked=st.lists(st.tuples(st.floats(0, 0.3), requests), min_size=1, max_size=12),

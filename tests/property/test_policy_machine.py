@@ -211,5 +211,5 @@ class PolicyMachine(RuleBasedStateMachine):
                 assert math.isfinite(version.cost)
 
 
-PolicyMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=60, deadline=None)
+PolicyMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=60, deadline=None)
 TestPolicyMachine = PolicyMachine.TestCase

@@ -37,7 +37,7 @@ def share(policy: Policy, which: int) -> float:
     return hits / DRAWS
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     fleet=st.lists(st.tuples(st.floats(0.2, 20), st.integers(0, 5), st.floats(0.5, 10)), min_size=2, max_size=6),
     seed=st.integers(0, 1000),
@@ -61,7 +61,7 @@ def test_who_gets_slower_gets_no_more(
     assert after <= before + 0.12  # five standard deviations of 400 draws
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     count=st.integers(2, 10),
     load=st.integers(2, 12),

@@ -48,8 +48,8 @@ def test_other_settings_would_have_changed_some(log: Path) -> None:
     assert "would change" in said.output
     assert "first: record" in said.output
     found = json.loads(run(str(log), "--set", "policy.attempts_max=1", "--json").output)
-    assert set(found["different"]) == {"retry"}
-    assert {(change["to"]) for change in found["changes"]} == {"retry: no"}
+    assert found["different"]["retry"] > 0
+    assert "retry: no" in {change["to"] for change in found["changes"]}
     assert "nothing would change" in run(str(log), "--set", "policy.reserve_ms=1.0").output
 
 
