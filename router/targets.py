@@ -94,8 +94,11 @@ class TargetSet:
         await asyncio.gather(*self._closing, return_exceptions=True)
 
     def _gap_s(self) -> float:
-        """All targets together speak no more often than `reports_per_s_max`, but for the beat of each."""
-        return len(self._targets) / self._config.reports_per_s_max
+        """A changed load is told twice a beat, less often where all targets together would exceed the maximum.
+
+        Replies say the load, too: what matters at once is who drains, loads or has lost a version.
+        """
+        return max(self._config.report_ms / 2e3, len(self._targets) / self._config.reports_per_s_max)
 
     def _add(self, view: NodeView) -> None:
         try:

@@ -17,7 +17,7 @@ def command(path: Path | None, token: str, overrides: tuple[str, ...]) -> None:
     """Run a stand-alone router: it holds no models and sends each request to the node that can answer in time.
 
     It finds nodes in the directory of the mesh that it joined, or in [[targets]] of its configuration.
-    When it is ready it prints one JSON line with its addresses.
+    When it is ready it prints one JSON line with its addresses. SIGHUP has it read its configuration again.
     """
     from nearcast.runtime.start import quick_start
 

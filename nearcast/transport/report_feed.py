@@ -9,7 +9,7 @@ from dataclasses import replace
 from nearcast.load import NodeReport
 from nearcast.wire.report import encode_report
 
-LOOK_S = 0.05
+LOOK_S = 0.1
 """How often the report is read while somebody watches; no watcher hears more often."""
 INTERVAL_S_MIN, INTERVAL_S_MAX = 0.02, 60.0
 GAP_S_MAX = 10.0
