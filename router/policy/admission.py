@@ -9,7 +9,7 @@ interval is the time that the request itself could wait, so deadlines of 20 ms a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from nearcast.errors import Code
 from router.policy.candidates import Candidates
@@ -120,11 +120,12 @@ class Admission:
         hint_ms = min(_HINT_MS_MAX, max(1, math.ceil(reject.retry_after_ms * factor)))
         return Reject(reject.code, reject.message, hint_ms, reject.reason, reject.terms)
 
-    def sweep(self, now: float) -> None:
-        """Forget models and tenants that nobody has asked for; called as often as one likes."""
+    def sweep(self, now: float, models: Container[str]) -> None:
+        """Forget models that no target holds, and those and tenants that nobody asks for; as often as one likes."""
         self.tenants.sweep(now)
-        for model in [m for m, q in self.queues.items() if q.since is None and q.shed < _SHED_GAIN / 2]:
-            del self.queues[model]
+        for model, queue in list(self.queues.items()):
+            if model not in models or (queue.since is None and queue.shed < _SHED_GAIN / 2):
+                del self.queues[model]
 
     def _allowance_s(self, now: float, queue: _Queue, facts: RequestFacts, slack_s: float, idle_s: float) -> float:
         """How long a queue the request may join, if it could wait `slack_s` and an idle target takes `idle_s`."""

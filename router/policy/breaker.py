@@ -65,8 +65,10 @@ class Breaker:
             self.state = "closed"
             self._backoff_s = self._open_s
 
-    def fail(self, now: float) -> None:
-        """A request failed."""
+    def fail(self, now: float, *, trial: bool) -> None:
+        """A request failed. Half open only a `trial` counts: what was sent before it opened says nothing new."""
+        if self.state == "half_open" and not trial:
+            return
         self._failures += 1
         if self.state == "half_open" or (self.state == "closed" and self._failures >= self._failures_max):
             self.open(now)

@@ -52,7 +52,8 @@ class Health:
             # Nobody said how long it queued: what is beyond the usual.
             queued_s = max(0.0, now - attempt.sent_at - version.base95)
         gate = target.gate
-        if gate is not None and gate.note(now, useless=failed or queued_s > slack_s):
+        useless = failed or queued_s > slack_s
+        if gate is not None and gate.note(now, useless=useless, trial=gate in attempt.trials):
             self._fleet.settle_tier(now, target.tier)
         limiter = self.limiters.get(target.name)
         if limiter is None:

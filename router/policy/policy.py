@@ -342,7 +342,7 @@ class Policy:
         self._refreshed_at = now
         self._fleet.refresh(now, elapsed)
         self._health.refresh(now)
-        self._admission.sweep(now)
+        self._admission.sweep(now, self._fleet.models)
 
     def _table(self, model: str, version: str) -> Candidates | None:
         index = self._fleet.models.get(model)
@@ -466,7 +466,7 @@ class Policy:
             self._lose(now, target)
         elif code is Code.UNAVAILABLE or code is Code.INTERNAL or (code is Code.DEADLINE and latency > version.base95):
             version.observe_fault()
-            version.breaker.fail(now)
+            version.breaker.fail(now, trial=version.breaker in attempt.trials)
         self._health.note(now, attempt, outcome)
         if version.breaker.state != "closed" or attempt.trials:
             self._fleet.settle(now, target)

@@ -73,16 +73,20 @@ class TierGate:
         """A counted request has ended, whatever came of it."""
         self._in_flight -= 1
 
-    def note(self, now: float, *, useless: bool) -> bool:
+    def note(self, now: float, *, useless: bool, trial: bool) -> bool:
         """What became of a request: `useless` if it failed, or its queue alone took longer than it could wait.
+
+        While the gate is not closed only a `trial` counts: what was sent before it opened says nothing new.
 
         Returns:
             Whether the gate has just opened or closed.
         """
         breaker = self._breaker
+        if breaker.state != "closed" and not trial:
+            return False
         if breaker.state == "half_open":
             if useless:
-                breaker.fail(now)
+                breaker.fail(now, trial=True)
                 return True
             breaker.succeed()
             self.useless, self._bad_since, self._started_at = 0.0, None, now

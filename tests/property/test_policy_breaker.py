@@ -28,7 +28,7 @@ def test_half_open_breaker_admits_at_most_its_trials(failures: list[bool], trial
             breaker.end_trial()
             running -= 1
             if failed:
-                breaker.fail(now)
+                breaker.fail(now, trial=True)
             else:
                 breaker.succeed()
         if breaker.state == "closed":

@@ -18,7 +18,7 @@ CONFIG = PolicyConfig(tier_trip_ms=1000, tier_open_ms=500, tier_open_ms_max=2000
 
 def note(gate: TierGate, *, until: float, useless: bool, since: float = 0.0, per_s: int = 200) -> None:
     count = int((until - since) * per_s)
-    assert [gate.note(since + i / per_s, useless=useless) for i in range(count)]
+    assert [gate.note(since + i / per_s, useless=useless, trial=True) for i in range(count)]
 
 
 def enter(share: Share, count: int, *, rank: int = 1) -> None:
@@ -64,7 +64,7 @@ class TestTierGate:
         for _ in range(4):
             now = gate.until
             assert gate.obstacle(now) == ""
-            assert gate.note(now, useless=True)
+            assert gate.note(now, useless=True, trial=True)
             pauses.append(gate.until - now)
         assert pauses == pytest.approx([1.0, 2.0, 2.0, 2.0])
         assert first < gate.until
@@ -73,7 +73,7 @@ class TestTierGate:
         gate = tripped()
         now = gate.until
         assert gate.obstacle(now) == ""
-        assert gate.note(now, useless=False)
+        assert gate.note(now, useless=False, trial=True)
         assert [gate.start_trial() for _ in range(2)] == [True, True]
         assert gate.obstacle(now) == "tier_starting"
         assert gate.obstacle(now + 0.25) == ""

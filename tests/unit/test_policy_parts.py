@@ -22,12 +22,12 @@ class TestBreaker:
     def test_opens_after_consecutive_failures_only(self) -> None:
         breaker = make_breaker()
         for _ in range(5):
-            breaker.fail(0.0)
-            breaker.fail(0.0)
+            breaker.fail(0.0, trial=True)
+            breaker.fail(0.0, trial=True)
             breaker.succeed()
         assert breaker.state == "closed"
         for _ in range(3):
-            breaker.fail(0.0)
+            breaker.fail(0.0, trial=True)
         assert breaker.state == "open"
         assert not breaker.admits(0.1)
 
@@ -49,7 +49,7 @@ class TestBreaker:
             waits.append(breaker.until - now)
             now = breaker.until
             assert breaker.admits(now)
-            breaker.fail(now)
+            breaker.fail(now, trial=True)
         assert waits == [0.25, 0.5, 1.0, 1.0, 1.0]
 
     def test_many_lost_calls_of_one_connection_count_once(self) -> None:
