@@ -92,16 +92,19 @@ def _identical_share(result: ReplayResult) -> float:
 
 
 def _drive_with_a_kill(mesh: LiveMesh, scenario: Scenario) -> list[Answer]:
-    timers = [
-        threading.Timer(scenario.duration_s * share, call, (VICTIM,))
-        for kill, back in KILLS
-        for share, call in ((kill, mesh.kill), (back, mesh.start))
-    ]
-    for timer in timers:
-        timer.start()
+    began = time.monotonic()
+
+    def kill_and_start() -> None:
+        """In turn: on a busy machine a start may take longer than planned."""
+        for kill, back in KILLS:
+            for share, call in ((kill, mesh.kill), (back, mesh.start)):
+                time.sleep(max(0.0, began + share * scenario.duration_s - time.monotonic()))
+                call(VICTIM)
+
+    fate = threading.Thread(target=kill_and_start)
+    fate.start()
     answers = asyncio.run(drive(mesh.router["grpc"], scenario, SEED))
-    for timer in timers:
-        timer.join()
+    fate.join()
     return answers
 
 
