@@ -25,6 +25,7 @@ from router.passage import Passage
 from router.policy import Decision, Outcome, Policy, Reject, RequestFacts, Send, assign, sticky_key
 from router.policy.events import ABANDONED
 from router.policy.refuse import unknown_model
+from router.request_limits import read_limit
 from router.shadow import ShadowConfig, ShadowLimits, Shadows
 from router.splits import NoSplits, SplitSource
 from router.statistics import RouterCollector, RouterStatistics
@@ -346,7 +347,11 @@ class Router:
 
     def _facts(self, now: float, request: InferRequest, context: RequestContext) -> RequestFacts:
         parameters = request.parameters
-        sequence = request.sequence_id if parameters else ""
+        sequence, quality_min, price_max = "", 0.0, None
+        if parameters:
+            sequence = request.sequence_id
+            quality_min = read_limit(parameters, "quality_min") or 0.0
+            price_max = read_limit(parameters, "price_max")
         version, fallbacks = self._versions(
             request.model, request.version, sequence, context.principal, request.id, context.tenant
         )
@@ -361,6 +366,8 @@ class Router:
             priority=context.priority,
             sequence=sequence,
             tenant=context.tenant,
+            quality_min=quality_min,
+            price_max=price_max,
         )
 
     def _versions(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nearcast.errors import Code, MeshError
 from nearcast.handler import InferResponse, RequestContext
 from nearcast.identity import CertificateAuthority, Identity, load_identity, make_csr
 from nearcast.serving import HostLimits, ModelHost
@@ -221,3 +222,13 @@ async def test_a_shadow_takes_only_what_is_free_small_and_assigned(mesh: Mesh) -
 def test_a_shadow_of_the_same_version_is_no_shadow() -> None:
     with pytest.raises(ValueError, match="another one"):
         ShadowConfig(model="small", share=0.1)
+
+
+async def test_a_request_may_set_limits_to_quality_and_price(mesh: Mesh) -> None:
+    assert (await mesh.ask(SURE, parameters={"quality_min": 0.9, "price_max": 0.0})).served.node == "near"
+    with pytest.raises(MeshError, match="the best quality is 1") as found:
+        await mesh.ask(SURE, parameters={"quality_min": 1.1})
+    assert found.value.code is Code.UNSUPPORTED
+    with pytest.raises(MeshError, match="quality_min must be a number") as found:
+        await mesh.ask(SURE, parameters={"quality_min": "good"})
+    assert found.value.code is Code.INVALID_REQUEST
