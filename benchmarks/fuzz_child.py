@@ -15,7 +15,7 @@ import random
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import ngh2
 import uvloop
@@ -72,10 +72,14 @@ class Crashes(logging.Handler):
         loop.set_exception_handler(lambda _, context: self.note(f"loop: {context}"))
 
 
+Talker: TypeAlias = asyncio.Protocol | ServerConnection
+"""A connection's end under test, fed by `data_received`."""
+
+
 class Memory(asyncio.Transport):
     """A transport that keeps what was written."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, protocol: asyncio.Protocol) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, protocol: Talker) -> None:
         super().__init__()
         self._loop = loop
         self._protocol = protocol
@@ -118,7 +122,7 @@ def make_methods() -> Methods:
     return oip_methods(model, model, server_name="fuzz", trusted=False)
 
 
-async def make_factory(kind: str) -> tuple[Callable[[], asyncio.Protocol], list[Conversation]]:
+async def make_factory(kind: str) -> tuple[Callable[[], Talker], list[Conversation]]:
     """Makes the protocol objects of one kind of listener, and what good conversations with it are."""
     loop = asyncio.get_running_loop()
     if kind == "h2":
@@ -128,7 +132,7 @@ async def make_factory(kind: str) -> tuple[Callable[[], asyncio.Protocol], list[
     server = RestServer(model, model, address="127.0.0.1:0", server_name="fuzz", limits=LIMITS)
     await server.start()
     runner = cast("Any", server)._runner
-    return cast("Callable[[], asyncio.Protocol]", runner.server), record_rest()
+    return cast("Callable[[], Talker]", runner.server), record_rest()
 
 
 async def drive(kind: str, seed: int, count: int) -> None:
@@ -173,7 +177,7 @@ async def drive(kind: str, seed: int, count: int) -> None:
 
 
 async def converse(
-    factory: Callable[[], asyncio.Protocol], loop: asyncio.AbstractEventLoop, pieces: list[bytes], *, turns: int = 2
+    factory: Callable[[], Talker], loop: asyncio.AbstractEventLoop, pieces: list[bytes], *, turns: int = 2
 ) -> bytes:
     """One connection from its first byte to its loss."""
     protocol = factory()
@@ -191,7 +195,7 @@ async def converse(
 
 
 async def answers(
-    kind: str, factory: Callable[[], asyncio.Protocol], loop: asyncio.AbstractEventLoop, good: Conversation
+    kind: str, factory: Callable[[], Talker], loop: asyncio.AbstractEventLoop, good: Conversation
 ) -> bool:
     """Whether an honest conversation is still answered as it should be."""
     written = await converse(factory, loop, list(good), turns=20)

@@ -14,7 +14,7 @@ from nearcast.errors import Code, MeshError
 from nearcast.identity import peer_uri
 from nearcast.transport.peer import peer_name
 from nearcast.transport.seam import Limits
-from nearcast.transport.tls_stream import READ_SIZE_BYTES
+from nearcast.transport.tls_stream import BUFFERS
 
 PULL_SIZE_BYTES = 256 * 1024
 """Bytes taken from the library at once; also what one streaming call may queue before its method waits."""
@@ -22,8 +22,6 @@ STREAM_WINDOW_BYTES = 1 << 20
 UNREAD_SIZE_BYTES_MAX = STREAM_WINDOW_BYTES // 8
 """Of a large message that is on its way, received before its window is given back: once for many frames."""
 FRAME_SIZE_BYTES_MAX = 1 << 20
-# One for all connections: the loops fill it and have it read in one breath.
-_READ_BUFFER = memoryview(bytearray(READ_SIZE_BYTES))
 _WINDOW_BYTES_MAX = 2**31 - 1
 # The library kills the whole connection at its limit, so its limit lies above the one that refuses a single call.
 _HEADER_LIMIT_FACTOR = 4
@@ -37,6 +35,7 @@ class Ngh2Connection(asyncio.BufferedProtocol):
         "_flush_pending",
         "_is_reading",
         "_paused",
+        "_received",
         "gone",
         "h2",
         "identity",
@@ -65,6 +64,7 @@ class Ngh2Connection(asyncio.BufferedProtocol):
         self.sent_bytes = 0
         self.last_read_at = loop.time()
         self.gone: asyncio.Future[None] = loop.create_future()
+        self._received = BUFFERS.received
         self._paused = False
         self._flush_pending = False
         self._is_reading = False
@@ -105,10 +105,10 @@ class Ngh2Connection(asyncio.BufferedProtocol):
         self.flush()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return _READ_BUFFER
+        return self._received
 
     def buffer_updated(self, nbytes: int) -> None:
-        self.data_received(_READ_BUFFER[:nbytes])
+        self.data_received(self._received[:nbytes])
 
     def data_received(self, data: bytes | memoryview) -> None:
         """Take bytes of the peer; they are used before this returns."""

@@ -8,16 +8,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+import threading
 from contextlib import suppress
 from typing import Any, Protocol, cast
 
 _log = logging.getLogger(__name__)
 READ_SIZE_BYTES = 256 * 1024
 _RECORD_SIZE_BYTES_MAX = 16 * 1024
-# One for all connections: the loops fill it and have it read in one breath.
-_READ_BUFFER = memoryview(bytearray(READ_SIZE_BYTES))
-# What was read is shorter than its records, but part of a record may have been there before.
-_PLAIN_BUFFER = memoryview(bytearray(READ_SIZE_BYTES + 2 * _RECORD_SIZE_BYTES_MAX))
+
+
+class _Buffers(threading.local):
+    """One pair for all connections of a loop, which fills it and has it read in one breath; no two loops may share it.
+
+    `received` is for sockets. What was decrypted is shorter than its records, but part of one may have been there
+    before.
+    """
+
+    def __init__(self) -> None:
+        self.received = memoryview(bytearray(READ_SIZE_BYTES))
+        self.decrypted = memoryview(bytearray(READ_SIZE_BYTES + 2 * _RECORD_SIZE_BYTES_MAX))
+
+
+BUFFERS = _Buffers()
+"""Of the thread that asks: a loop's."""
 
 
 class Upper(Protocol):
@@ -62,6 +75,8 @@ class TlsStream(asyncio.Transport, asyncio.BufferedProtocol):
         self._tls = context.wrap_bio(
             self._incoming, self._outgoing, server_side=server_side, server_hostname=server_hostname
         )
+        self._received = BUFFERS.received
+        self._decrypted = BUFFERS.decrypted
         self._protocol = protocol
         self._loop = loop
         self._timeout_s = handshake_timeout_s
@@ -83,10 +98,10 @@ class TlsStream(asyncio.Transport, asyncio.BufferedProtocol):
         self._shake_hands()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return _READ_BUFFER
+        return self._received
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._incoming.write(_READ_BUFFER[:nbytes])
+        self._incoming.write(self._received[:nbytes])
         if not self._is_ready:
             self._shake_hands()
         if self._is_ready and self._incoming.pending and not self._is_closing:
@@ -175,7 +190,7 @@ class TlsStream(asyncio.Transport, asyncio.BufferedProtocol):
             self.ready.set_result(None)
 
     def _read(self) -> None:
-        tls, incoming, plain = self._tls, self._incoming, _PLAIN_BUFFER
+        tls, incoming, plain = self._tls, self._incoming, self._decrypted
         filled = 0
         has_ended = False
         try:
