@@ -43,7 +43,7 @@ def test_loops_never_see_bytes_of_one_another(tmp_path: Path, *, tls: bool) -> N
     def run(mark: int) -> None:
         try:
             asyncio.run(echo_with_itself(mark, identity, wrong))
-        except Exception as error:  # noqa: BLE001 - a thread's failure is the test's
+        except Exception as error:
             wrong.append(repr(error))
 
     threads = [threading.Thread(target=run, args=(mark,)) for mark in (1, 2, 3)]
