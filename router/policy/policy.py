@@ -320,8 +320,11 @@ class Policy:
             def keep(v: VersionState, here_too: bool = here_too) -> bool:  # noqa: FBT001
                 return here_too or v.target.name not in tried
 
-            choice = self._chooser.pick(now, table, facts, limit, keep) or self._chooser.pick_late(
-                now, table, facts, limit, keep
+            choice = (
+                self._chooser.pick(now, table, facts, limit, keep)
+                or self._chooser.pick_late(now, table, facts, limit, keep)
+                # Who was set aside is better than nobody.
+                or self._chooser.pick_late(now, table, facts, limit, keep, panic=True)
             )
             if choice is not None:
                 if not refused and not self._retries.spend(now):
