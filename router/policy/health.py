@@ -130,7 +130,8 @@ def _declare_panic(now: float, table: Candidates) -> None:
     for version in table.versions:
         tier = version.target.tier
         total[tier] = total.get(tier, 0) + 1
-        healthy[tier] = healthy.get(tier, 0) + (version.plain or not _is_set_aside(now, version))
+        is_there = version.target.breaker.state == "closed"
+        healthy[tier] = healthy.get(tier, 0) + (version.plain or (is_there and not _is_set_aside(now, version)))
     panicking = tiers_in_panic(healthy, total)
     for version in aside:
         is_free = version.target.tier in panicking
