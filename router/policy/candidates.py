@@ -76,12 +76,8 @@ class Candidates:
         return found
 
     def take(self, version: VersionState) -> None:
-        """The row of `version` has changed in what no size class has for itself."""
+        """What is known about the target of `version`, or whether it is usable, has changed."""
         row, target = version.row, version.target
-        self.drain[row] = version.drain_s
-        self.crowding[row] = version.crowding_s
-        self.crowding95[row] = version.crowding95_s
-        self.s_per_byte[row] = target.s_per_byte
         self.hot_above[row] = target.hot_above
         self.slots[row] = target.slots
         if not version.plain:

@@ -250,8 +250,11 @@ class Policy:
         if attempt.timed and not attempt.passed_delay:
             self._hedger.gate(target.tier).note(passed=False)
         self._learn(now, attempt, outcome)
-        if outcome.code is not None or now - version.settled_at >= _SETTLE_PAUSE_S:
+        if outcome.code is not None:
             version.settle(now)
+        elif now - version.settled_at >= _SETTLE_PAUSE_S:
+            # An ordinary answer of an ordinary candidate changes nothing but what was measured.
+            (version.measure if version.plain else version.settle)(now)
 
     def hedge(self, now: float, facts: RequestFacts, attempt: Attempt, tried: Sequence[str] = ()) -> Send | None:
         """Asked when a hedge delay has passed: where a copy goes, or None. `facts.remaining_s` is what is left now.

@@ -34,27 +34,37 @@ class Service:
             other.clear()
         return changed
 
-    def estimate(self, now: float, elapsed_s: float) -> bool:
+    def estimate(self, elapsed_s: float) -> bool:
         """Renew median and 95th percentile; False if nothing has ever been measured."""
-        window = self.free if len(self.free) >= _SAMPLES_MIN or len(self.free) >= len(self.busy) else self.busy
-        count = len(window)
+        ordered = self.free.ordered
+        count = len(ordered)
+        if count >= _SAMPLES_MIN or count >= len(self.busy.ordered):
+            window = self.free
+        else:
+            window = self.busy
+            ordered = window.ordered
+            count = len(ordered)
         if count >= _SAMPLES_MIN:
-            self.p50_s, self.p95_s = window.quantile(0.5), window.quantile(0.95)
+            # What `quantile` says, without the calls: a row is settled for every other answer.
+            self.p50_s, self.p95_s = ordered[count // 2], ordered[19 * count // 20]
         elif count:
             ratio = self.p95_s / self.p50_s if self.p50_s > 0.0 else _TAIL_FACTOR
             # Of very few the smallest: the first may have waited for what is made only once.
             self.p50_s = window.quantile(0.5 if count >= _SAMPLES_FEW else 0.0)
             self.p95_s = max(window.quantile(0.95), self.p50_s * ratio)
         if count:
-            rise = min(1.0, _FLOOR_RISE_PER_S * elapsed_s)
-            floor = self.floor_s or self.p50_s
-            self.floor_s = min(self.p50_s, floor + rise * (self.p50_s - floor))
+            p50 = self.p50_s
+            floor = self.floor_s or p50
+            floor += _FLOOR_RISE_PER_S * elapsed_s * (p50 - floor)
+            if floor > p50:
+                floor = p50
+            self.floor_s = floor
         return self.p50_s > 0.0
 
     def crowding_s(self) -> tuple[float, float]:
         """How much longer median and 95th percentile are when every slot is busy."""
         free, busy = self.free, self.busy
-        if len(busy) < _SAMPLES_MIN or len(free) < _SAMPLES_MIN:
+        if len(busy.ordered) < _SAMPLES_MIN or len(free.ordered) < _SAMPLES_MIN:
             return 0.0, 0.0
         middle = max(0.0, busy.quantile(0.5) - free.quantile(0.5))
         return middle, max(middle, busy.quantile(0.95) - free.quantile(0.95))

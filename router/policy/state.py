@@ -38,10 +38,10 @@ class VersionState:
 
     __slots__ = (
         "base50", "base95", "breaker", "candidates", "claimed", "cost", "crowding95_s", "crowding_s", "delay_s",
-        "drain_factor", "drain_s", "error", "forgiven", "load_s", "model", "number", "own", "p50_claim_s",
-        "p95_claim_s", "panic", "plain", "price", "quality", "ready_at", "relapses", "residency", "row", "sampled_at",
-        "services", "settled_at", "slow_until", "smaller", "stateful", "target", "told_at", "unserved_until",
-        "version", "wait_claim_s",
+        "drain_factor", "drain_s", "error", "forgiven", "load_s", "model", "number", "offer_s", "own",
+        "p50_claim_s", "p95_claim_s", "panic", "plain", "price", "quality", "ready_at", "relapses", "residency", "row",
+        "sampled_at", "services", "settled_at", "slow_until", "smaller", "stateful", "target", "told_at",
+        "unserved_until", "version", "wait_claim_s",
     )  # fmt: skip
 
     def __init__(self, target: TargetState, model: str, version: str) -> None:
@@ -61,6 +61,7 @@ class VersionState:
         self.claimed: VersionReport | None = None
         self.price = 0.0
         self.quality = 1.0
+        self.offer_s = (0.0, 0.0)
         self.smaller = ""
         self.drain_s = 0.0
         self.drain_factor = 1.0
@@ -168,7 +169,7 @@ class VersionState:
     def estimate(self, now: float, kind: int, prior_s: float, elapsed_s: float) -> tuple[float, float]:
         """Median and 95th percentile of the model time: measured here, else claimed, else the fleet's, else a guess."""
         service = self.services.get(kind) or self._similar(kind)
-        if service is None or not service.estimate(now, elapsed_s):
+        if service is None or not service.estimate(elapsed_s):
             p50 = self.p50_claim_s
             if p50 > 0.0:
                 # Nobody is believed to be more than twice as fast as what others were measured at.
@@ -178,10 +179,9 @@ class VersionState:
             p95 = max(self.p95_claim_s, p50 * _TAIL_FACTOR)
             return p50 + self.wait_claim_s / 2.0, p95 + self.wait_claim_s + 2.0 * self.target.jitter_s
         p50, p95 = service.p50_s, service.p95_s
-        idle_s = now - self.sampled_at
-        forgive_s = self.target.config.forgive_ms / 1e3
-        if idle_s > forgive_s and p50 > service.floor_s and self.own == 0:
+        if self.own == 0 and p50 > service.floor_s and now - self.sampled_at > self.target.forgive_s:
             # Nobody has seen it for a while: let one request see whether it is still that slow.
+            idle_s, forgive_s = now - self.sampled_at, self.target.forgive_s
             keep = 0.5 ** (idle_s / forgive_s - 1.0)
             forgiven = service.floor_s + (p50 - service.floor_s) * keep
             p50, p95 = forgiven, p95 * forgiven / p50
@@ -195,9 +195,7 @@ class VersionState:
 
     def settle(self, now: float) -> None:
         """Bring this row up to date."""
-        elapsed_s = min(1.0, now - self.settled_at)
-        self.settled_at = now
-        target, config, row = self.target, self.target.config, self.row
+        target, config, table = self.target, self.target.config, self.candidates
         self.plain = (
             not target.draining
             and not target.gone
@@ -209,21 +207,31 @@ class VersionState:
             and now >= self.slow_until
             and (target.gate is None or target.gate.quiet)
         )
-        self.delay_s = delay_s = 0.0 if self.plain else self.delay(now)
-        handicap_s = (
-            target.penalty_s
-            + self.error * config.error_penalty_ms / 1e3
-            + self.price * config.price_weight_ms / 1e3
-            + (1.0 - self.quality) * config.quality_weight_ms / 1e3
+        self.delay_s = 0.0 if self.plain else self.delay(now)
+        self.offer_s = (
+            self.price * config.price_weight_ms / 1e3,
+            (1.0 - self.quality) * config.quality_weight_ms / 1e3,
         )
-        widening = target.spread_factor(now)
-        table = self.candidates
+        self.measure(now)
+        if table is not None:
+            table.take(self)
+
+    def measure(self, now: float) -> None:
+        """Bring up to date what answers and time alone change. Whatever else happens settles the whole row."""
+        elapsed_s = now - self.settled_at
+        if elapsed_s > 1.0:
+            elapsed_s = 1.0
+        self.settled_at = now
         self.forgiven = False
+        target, table, row, delay_s = self.target, self.candidates, self.row, self.delay_s
+        price_s, quality_s = self.offer_s
+        handicap_s = target.penalty_s + self.error * target.config.error_penalty_ms / 1e3 + price_s + quality_s
+        widening, tail_weight = target.spread_factor(now), target.config.tail_weight
         for kind, columns in _ONE_CLASS if table is None else table.classes.items():
             p50, p95 = self.estimate(now, kind, columns.prior_s if columns is not None else 0.0, elapsed_s)
             base50 = target.rtt_s + p50
             spread_s = (p95 - p50) * widening
-            cost = base50 + config.tail_weight * spread_s + handicap_s
+            cost = base50 + tail_weight * spread_s + handicap_s
             if kind == 0:
                 self.base50, self.base95, self.cost = base50, base50 + spread_s, cost
                 self.drain_s = p50 / target.slots * self.drain_factor
@@ -234,7 +242,10 @@ class VersionState:
         service = self.services.get(0)
         self.crowding_s, self.crowding95_s = service.crowding_s() if service is not None else (0.0, 0.0)
         if table is not None:
-            table.take(self)
+            table.drain[row] = self.drain_s
+            table.crowding[row] = self.crowding_s
+            table.crowding95[row] = self.crowding95_s
+            table.s_per_byte[row] = target.s_per_byte
 
     def delay(self, now: float) -> float:
         """Seconds until a request could begin here; infinite if none may be sent now."""

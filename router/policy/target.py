@@ -30,9 +30,9 @@ class TargetState:
     """
 
     __slots__ = (
-        "answered", "breaker", "breakers", "config", "domain", "draining", "gate", "gone", "hot_above", "jitter_s",
-        "name", "others", "own", "penalty_s", "place", "probed_at", "pushed_back_until", "queues", "rate_per_s",
-        "reported_at", "rtt_measured", "rtt_s", "s_per_byte", "slots", "tier", "travelling", "versions",
+        "answered", "breaker", "breakers", "config", "domain", "draining", "forgive_s", "gate", "gone", "hot_above",
+        "jitter_s", "name", "others", "own", "penalty_s", "place", "probed_at", "pushed_back_until", "queues",
+        "rate_per_s", "reported_at", "rtt_measured", "rtt_s", "s_per_byte", "slots", "tier", "travelling", "versions",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +73,7 @@ class TargetState:
     def configure(self, config: PolicyConfig) -> None:
         """Go on with other parameters; what is known and measured stays."""
         self.config = config
+        self.forgive_s = config.forgive_ms / 1e3
         if self.tier != "local":
             self.penalty_s = (config.cloud_penalty_ms if self.tier == "cloud" else config.peer_penalty_ms) / 1e3
 
@@ -145,8 +146,12 @@ class TargetState:
         """How much wider the spread is taken because the report is old; 1 = fresh. Never ends dispatch."""
         if self.reported_at is None:
             return 2.0
-        age_s = max(0.0, now - self.reported_at)
-        return 1.0 + min(age_s * 1e3 / self.config.stale_ms, self.config.stale_widening_max)
+        age = (now - self.reported_at) * 1e3 / self.config.stale_ms
+        if age <= 0.0:
+            return 1.0
+        if age > self.config.stale_widening_max:
+            age = self.config.stale_widening_max
+        return 1.0 + age
 
     def breaker_of(self, model: str) -> Breaker:
         """The breaker of one model here."""
