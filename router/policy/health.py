@@ -94,9 +94,7 @@ class Health:
         paces: list[Pace] = []
         for version in table.versions:
             service = version.services.get(0)
-            # Who is lost stands in for nobody: the last one that is there is never set aside.
-            is_there = version.target.breaker.state == "closed"
-            if is_there and service is not None and len(service.free) + len(service.busy) >= _SAMPLES_MIN:
+            if service is not None and len(service.free) + len(service.busy) >= _SAMPLES_MIN:
                 seen.append(version)
                 aside = now < version.slow_until
                 paces.append(

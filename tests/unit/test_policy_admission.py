@@ -211,58 +211,45 @@ def test_a_sequence_never_moves_without_a_word() -> None:
     assert (moved.target != first.target, moved.reason) == (True, "moved")
 
 
-def test_a_slow_target_is_set_aside_and_comes_back() -> None:
-    policy = make(version(), names=("a", "b", "c"), tier="peer")
-    for step in range(40):
-        for name in ("a", "b", "c"):
-            took_s = 0.15 if name == "a" and step >= 10 else 0.01
-            attempt = policy.on_sent(step * 0.2 - took_s, facts(), Send(name, "1"))
-            policy.on_reply(step * 0.2, attempt, Outcome(served=Served(compute_us=int(took_s * 1e6))))
-        policy.decide(step * 0.2, facts())
-    verdicts = {t.target: t.verdict for t in policy.decide(7.9, facts(), explain=True).terms}
-    assert verdicts["a"] == "slow"
-    later = {t.target: t.verdict for t in policy.decide(30.0, facts(), explain=True).terms}
-    assert later["a"] != "slow"
-
-
-def slow_down(policy: Policy, name: str, *others: str) -> float:
-    """One target takes 15 times as long as it did, the others do not; the instant at the end."""
+def slow_down(policy: Policy, name: str, *others: str) -> dict[str, str]:
+    """One target takes 15 times as long as it did, the others do not; the verdicts after 7.9 s of it."""
     for step in range(40):
         for each in (name, *others):
             took_s = 0.15 if each == name and step >= 10 else 0.01
             attempt = policy.on_sent(step * 0.2 - took_s, facts(), Send(each, "1"))
             policy.on_reply(step * 0.2, attempt, Outcome(served=Served(compute_us=int(took_s * 1e6))))
         policy.decide(step * 0.2, facts())
-    return 7.9
+    return verdicts_at(policy, 7.9)
+
+
+def verdicts_at(policy: Policy, now: float) -> dict[str, str]:
+    return {term.target: term.verdict for term in policy.decide(now, facts(), explain=True).terms}
+
+
+def test_a_slow_target_is_set_aside_and_comes_back() -> None:
+    policy = make(version(), names=("a", "b", "c"), tier="peer")
+    assert slow_down(policy, "a", "b", "c")["a"] == "slow"
+    assert verdicts_at(policy, 30.0)["a"] != "slow"
 
 
 def test_a_slow_target_saves_what_was_tried_on_a_dead_one() -> None:
     policy = make(version(), names=("slow", "dead"), tier="peer")
-    now = slow_down(policy, "slow", "dead")
-    assert {t.target: t.verdict for t in policy.decide(now, facts(), explain=True).terms}["slow"] == "slow"
-    attempt = policy.on_sent(now, facts(), Send("dead", "1"))
+    assert slow_down(policy, "slow", "dead")["slow"] == "slow"
+    attempt = policy.on_sent(7.9, facts(), Send("dead", "1"))
     lost = Outcome(Code.UNAVAILABLE, sent=False)
-    policy.on_reply(now, attempt, lost)
-    again = policy.retry(now, facts(), attempt, lost, ("dead",))
+    policy.on_reply(7.9, attempt, lost)
+    again = policy.retry(7.9, facts(), attempt, lost, ("dead",))
     assert again is not None
     assert again.target == "slow"
 
 
-def test_the_last_target_that_is_there_is_never_set_aside() -> None:
-    policy = make(version(), names=("slow", "dead"), tier="peer")
-    policy.on_probe(0.0, "dead", None)
-    now = slow_down(policy, "slow")
-    assert {t.target: t.verdict for t in policy.decide(now, facts(), explain=True).terms}["slow"] != "slow"
-
-
 def test_who_was_set_aside_is_a_candidate_again_once_the_other_is_lost() -> None:
     policy = make(version(), names=("slow", "dead"), tier="peer")
-    now = slow_down(policy, "slow", "dead")
-    policy.on_connection_lost(now, "dead")
-    policy.decide(now + 0.1, facts())
-    decision = policy.decide(now + 0.26, facts(), explain=True)
+    assert slow_down(policy, "slow", "dead")["slow"] == "slow"
+    policy.on_connection_lost(7.9, "dead")
+    policy.decide(8.0, facts())
     # The dead one may be tried again by now: that is no reason to try it.
-    assert {t.target: t.verdict for t in decision.terms}["slow"] in ("chosen", "feasible")
+    assert verdicts_at(policy, 8.16)["slow"] in ("chosen", "feasible")
 
 
 def test_every_reason_has_a_meaning_and_one_only() -> None:
