@@ -83,6 +83,8 @@ class Breaker:
         self._backoff_s = min(self._backoff_s * 2.0, self._open_max_s)
 
     def probe_succeeded(self) -> None:
-        """The target answered a probe: let requests try, no matter how much time is left."""
+        """The target answered a probe: let requests try, no matter how much time is left; after a second one, all."""
         if self.state == "open":
             self.state = "half_open"
+        elif self.state == "half_open":
+            self.state = "closed"

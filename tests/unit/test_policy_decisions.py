@@ -141,6 +141,8 @@ def test_a_lost_connection_closes_a_target_and_an_answered_probe_opens_it() -> N
     assert first.target == "near"
     policy.on_sent(1.1, facts(), first)
     assert sent(policy.decide(1.1, facts())).target == "far"  # one trial at a time
+    policy.on_probe(1.35, "near", 0.003)
+    assert [sent(policy.decide(1.35, facts())).target for _ in range(3)] == ["near"] * 3  # back without more trials
 
 
 def test_pushback_is_obeyed_but_not_for_ever() -> None:
