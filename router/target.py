@@ -187,6 +187,9 @@ class Target:
         while True:
             if self._is_due(self._now()):
                 await self._probe()
+                if not (self._failures or self._is_measured):
+                    # The first answer took the making of the connection along: the second one measures the way.
+                    await self._probe()
             # A target that does not answer is asked less often, up to four times the pause.
             patience = min(_PATIENCE_MAX, 1.0 + self._failures)
             pause_s = self.config.report_ms / 1e3 * random.uniform(1 - _JITTER, 1 + _JITTER) * patience
