@@ -27,6 +27,7 @@ TOP_SHARE = 0.15
 LOW_SHARE = 0.5
 """Of the other requests."""
 STEADY_S = 30.0
+COUNTED_S = (5.0, STEADY_S - 1.0)
 TRIGGER_AT_S, TRIGGER_S, AFTER_S = 10.0, 4.0, 16.0
 NORMAL_LOAD = 0.7
 SEEDS, SEEDS_QUICK = tuple(range(201, 206)), (201,)
@@ -43,6 +44,7 @@ def overload(factor: float) -> Scenario:
         title=f"{factor:g} times the capacity",
         why="The top class takes 15 % of the capacity, the rest is half ordinary and half batch.",
         duration_s=STEADY_S,
+        warmup_s=0.0,
         slo_ms=DEADLINE_MS,
         deadline_ms=DEADLINE_MS,
         retries=RETRIES,
@@ -100,24 +102,24 @@ def run(*, quick: bool) -> list[Row]:
         name = f"{factor:g}x".replace(".", "_")
         rows += [
             Row(f"overload.goodput_{name}", live[0], "x", f"of {CAPACITY_RPS:.0f} rps; {note}"),
-            Row(
-                f"overload.top_class_in_time_{name}",
-                live[1],
-                "",
-                f"answered: ordinary {live[2]:.1%}, batch {live[3]:.1%}",
-            ),
+            Row(f"overload.top_class_in_time_{name}", live[1], "", "at the first try; 15 % of the capacity"),
+            Row(f"overload.ordinary_answered_{name}", live[2], "", f"{COMPARED}: {other[2]:.1%}"),
+            Row(f"overload.batch_answered_{name}", live[3], "", f"{COMPARED}: {other[3]:.1%}"),
         ]
     return rows + recoveries(TRIGGER_SEEDS_QUICK if quick else TRIGGER_SEEDS)
 
 
 def steady(runs: Sequence[Run]) -> tuple[float, float, float, float]:
-    """Answers over capacity, the share of the top class in time, and of the others those answered after any try."""
-    begin_s, end_s = 5.0, STEADY_S - 1.0
-    answered = sum(
-        int(((each.at_s + each.latency_s >= begin_s) & (each.at_s + each.latency_s < end_s)).sum()) for each in runs
-    )
+    """Answers over capacity, the share of the top class in time, and of the others those answered after any try.
+
+    Answers count whenever their users came: who came early and asks again uses the capacity of the counted time, too.
+    """
+    begin_s, end_s = COUNTED_S
+    answered_s = np.concatenate([each.at_s + each.latency_s for each in runs])
+    answered = int(((answered_s >= begin_s) & (answered_s < end_s)).sum())
     latency_ms = {
-        rank: np.concatenate([each.latency_s[each.priority == rank] for each in runs]) * 1e3 for rank in (1, 0, 2)
+        rank: np.concatenate([e.latency_s[(e.priority == rank) & (e.at_s >= begin_s)] for e in runs]) * 1e3
+        for rank in (1, 0, 2)
     }
     in_time = float(np.mean(latency_ms[1] <= DEADLINE_MS))
     ordinary, batch = (float(np.mean(np.isfinite(latency_ms[rank]))) for rank in (0, 2))

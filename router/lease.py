@@ -20,7 +20,7 @@ from nearcast.load import NodeReport, VersionReport
 from nearcast.runtime import parse_address
 from nearcast.runtime.address import UNIX_PREFIX, format_address, is_loopback
 from nearcast.wire.lease import Lease, LeaseQuestion, LeaseTarget
-from router.policy import Policy, PolicyConfig, Reject, RequestFacts, Terms
+from router.policy import Policy, PolicyConfig, Reject, RequestFacts, Send, Terms
 from router.policy.hedge import hedge_delay_s
 from router.policy.target import TargetState
 
@@ -136,7 +136,10 @@ def rank(policy: Policy, now: float, facts: RequestFacts, announced: Iterable[An
     Raises:
         MeshError: as an inference with these facts would be refused.
     """
-    decision = policy.decide(now, facts, explain=True)
+    # A lease is demand like a request, and is refused like one; to explain alone would leave no trace.
+    decision = policy.decide(now, facts)
+    if isinstance(decision, Send):
+        decision = policy.decide(now, facts, explain=True)
     if isinstance(decision, Reject):
         raise MeshError(decision.code, decision.message, retry_after_ms=decision.retry_after_ms)
     known = {item.report.node: item for item in announced}

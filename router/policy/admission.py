@@ -1,4 +1,4 @@
-"""Who may still join a queue: classes of requests, shed lowest first, and no tenant beyond its share while one stands.
+"""Who may still join a queue: classes of requests, shed lowest first, and in each first who is beyond its share.
 
 What counts is the queue wait ahead of a request, never the time of its answer (DAGOR, Zhou et al., SoCC 2018): a slow
 model is not overload. A queue that was empty a moment ago is a burst, which may wait; one that has not been empty for
@@ -9,7 +9,8 @@ interval is the time that the request itself could wait, so deadlines of 20 ms a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 
 from nearcast.errors import Code
 from router.policy.candidates import Candidates
@@ -23,6 +24,7 @@ _SHED_GAIN = 0.02
 _PATIENCE_GAIN = 0.05
 _JITTER_MIN, _JITTER_SPAN = 0.8, 0.4
 _HINT_MS_MAX = 30_000
+_ORDINARY = 1
 
 
 class _Queue:
@@ -39,6 +41,12 @@ class _Queue:
         self.shed = 0.0
         self.patience: list[tuple[float, float]] = [(0.0, -math.inf)] * RANKS
 
+    def copy(self) -> _Queue:
+        """Another one that knows the same."""
+        other = _Queue()
+        other.since, other.shed, other.patience = self.since, self.shed, self.patience[:]
+        return other
+
 
 class Admission:
     """Asked only where a request would wait.
@@ -49,21 +57,40 @@ class Admission:
         full: whether a target takes no more than it has.
     """
 
-    __slots__ = ("_burst_share", "_class_shares", "_full", "_memory_s", "_random", "_wait_max_s", "queues", "tenants")
+    __slots__ = (
+        "_beyond_shares", "_burst_share", "_class_shares", "_full", "_memory_s", "_random", "_rehearsing",
+        "_wait_max_s", "queues", "tenants",
+    )  # fmt: skip
 
     def __init__(self, config: PolicyConfig, random: Callable[[], float], full: Callable[[VersionState], bool]) -> None:
         self._random = random
         self._full = full
         self.configure(config)
+        self._rehearsing = False
         self.queues: dict[str, _Queue] = {}
         self.tenants = Tenants(shares_max=config.tenant_shares_max, idle_s=config.tenant_idle_ms / 1e3)
 
     def configure(self, config: PolicyConfig) -> None:
         """Go on with other parameters; queues and shares stay as they are."""
-        self._class_shares = (config.class_shares + config.class_shares[-1:] * RANKS)[:RANKS]
+        shares = (config.class_shares + config.class_shares[-1:] * RANKS)[:RANKS]
+        # Half of the way down to the next class: below the others of the same, above all of the lower ones.
+        lower = [max((other for other in shares if other < share), default=0.0) for share in shares]
+        self._class_shares = shares
+        self._beyond_shares = tuple((share + below) / 2.0 for share, below in zip(shares, lower, strict=True))
         self._burst_share = config.burst_share
         self._wait_max_s = config.queue_wait_ms_max / 1e3
         self._memory_s = config.patience_ms / 1e3
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """What is asked within leaves no trace: queues are copies, and who asks is not counted as wanting something."""
+        queues = self.queues
+        self.queues = {model: queue.copy() for model, queue in queues.items()}
+        self._rehearsing = True
+        try:
+            yield
+        finally:
+            self.queues, self._rehearsing = queues, False
 
     def relax(self, model: str) -> None:
         """A request of this model found a free slot: no queue stands. Only worth a call while `queues` is not empty."""
@@ -136,18 +163,20 @@ class Admission:
         time_s = slack_s + idle_s
         gain = _PATIENCE_GAIN if now - at <= self._memory_s else 1.0
         queue.patience[rank] = (mean_s + gain * (time_s - mean_s), now)
-        share = self.tenants.share(facts.model, facts.tenant)
+        if not self._rehearsing:
+            self.tenants.share(facts.model, facts.tenant, rank)
         part = self._class_shares[rank]
         if now - queue.since < slack_s:
             part = max(part, self._burst_share)
-        elif share.exceeded(rank):
-            # Beyond its share a tenant is everybody's lowest class, whatever it says of its requests.
-            part, rank = self._class_shares[-1], RANKS
+        elif self._is_beyond(facts):
+            # Behind the others of its class, before all lower ones. Too much of the highest is ordinary.
+            rank = max(rank, _ORDINARY)
+            part, rank = self._beyond_shares[rank], rank + 1
         return part * self._least_s(now, queue, slack_s, idle_s, rank)
 
     def _refuse(self, facts: RequestFacts, wait: float, allowed_s: float, slack_s: float) -> Reject:
         """The refusal of a request that would be in time, but has to leave its place to others."""
-        if self.tenants.share(facts.model, facts.tenant).exceeded(rank_of(facts.priority)):
+        if self._is_beyond(facts):
             reason, why = "tenant_share", f"Tenant {facts.tenant!r} has more than its share of {facts.model!r}"
         else:
             reason, why = "shed", f"{facts.model!r} is overloaded and serves more important requests"
@@ -155,6 +184,10 @@ class Admission:
         pause_s = max(wait - allowed_s, slack_s / 2.0)
         text = f"{why}; the queue takes {wait * 1e3:.0f} ms."
         return Reject(Code.OVERLOADED, text, math.ceil(pause_s * 1e3), reason)
+
+    def _is_beyond(self, facts: RequestFacts) -> bool:
+        share = self.tenants.known(facts.model, facts.tenant)
+        return share is not None and share.exceeded(rank_of(facts.priority))
 
     def _least_s(self, now: float, queue: _Queue, slack_s: float, idle_s: float, rank: int) -> float:
         """The least patience of this request and of the ranks above: who has time must not fill their queue.

@@ -58,7 +58,8 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         targets_max: targets that are known at the same time.
         versions_max: versions that one target may report; the rest of its report is not read.
         class_shares: for each class of requests, highest first: the part of the time it could wait that a standing
-            queue may take before it is refused; the default class is the second.
+            queue may take before it is refused; the default class is the second. Who is beyond its share gets the mean
+            of its own class and the next lower one.
         burst_share: the same for every class but the highest while the queue is not older than that time.
         patience_ms: for this long a queue is kept short enough for the least patient request of a higher class.
         tenant_shares_max: tenants, counted once for each model they use, that are told apart; the rest share one part.
@@ -114,7 +115,7 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     sequences_max: Count = 10_000
     targets_max: Count = 256
     versions_max: Count = 1024
-    class_shares: Annotated[tuple[Fraction, ...], msgspec.Meta(min_length=1, max_length=4)] = (1.0, 0.35, 0.25, 0.15)
+    class_shares: Annotated[tuple[Fraction, ...], msgspec.Meta(min_length=1, max_length=4)] = (1.0, 0.3, 0.2, 0.1)
     burst_share: Fraction = 0.8
     patience_ms: NonNegative = 5000.0
     tenant_shares_max: Count = 10_000

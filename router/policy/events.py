@@ -38,11 +38,14 @@ ABANDONED = Outcome(code=Code.CANCELLED)
 
 
 class Attempt:
-    """One send, open until `Policy.on_reply` has closed it. Only the policy changes it; a recorder numbers it."""
+    """One send, open until `Policy.on_reply` has closed it. Only the policy changes it; a recorder numbers it.
+
+    `doubted`: the model has failed on this request elsewhere.
+    """
 
     __slots__ = (
-        "kind", "load_at_send", "number", "open", "passed_delay", "remaining_s", "sent_at", "share", "size_bytes",
-        "timed", "trials", "version",
+        "doubted", "kind", "load_at_send", "number", "open", "passed_delay", "remaining_s", "sent_at", "share",
+        "size_bytes", "timed", "trials", "version",
     )  # fmt: skip
 
     number: int
@@ -66,7 +69,7 @@ class Attempt:
         self.load_at_send = load_at_send
         self.open = True
         self.trials: tuple[Breaker | TierGate, ...] = ()
-        self.timed = False
+        self.timed = self.doubted = False
         self.passed_delay = False
 
     @property

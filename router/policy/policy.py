@@ -17,7 +17,7 @@ from router.policy.config import LASTING, PolicyConfig
 from router.policy.degrade import Degrader, Found
 from router.policy.events import FAULTS, Attempt, Outcome
 from router.policy.facts import Decision, Reject, RequestFacts, Send
-from router.policy.fleet import Fleet, ModelIndex
+from router.policy.fleet import Fleet
 from router.policy.generator import SplitMix
 from router.policy.health import Health
 from router.policy.hedge import Hedger, hedge_delay_s
@@ -31,6 +31,7 @@ _MISPLACED = frozenset({Code.MODEL_NOT_FOUND, Code.VERSION_MISMATCH})
 _MISPLACED_S = 1.0
 _HEDGE_QUEUE_MAX = 1.0
 _SETTLE_PAUSE_S = 0.001
+_DOUBTED = "second_opinion"
 
 
 class Policy:
@@ -47,7 +48,8 @@ class Policy:
     def __init__(self, config: PolicyConfig, seed: int = 0, *, random: Callable[[], float] | None = None) -> None:
         self.config = config
         self._fleet = Fleet(config)
-        draw = random or SplitMix(seed).random
+        self._generator = SplitMix(seed)
+        draw = random or self._generator.random
         self._chooser = Chooser(config, draw)
         self._health = Health(config, self._fleet)
         self._admission = Admission(config, draw, self._health.full)
@@ -166,7 +168,12 @@ class Policy:
     # One request -----------------------------------------------------------------------------------------------------
 
     def decide(self, now: float, facts: RequestFacts, *, explain: bool = False) -> Decision:
-        """Where the request goes, or why nowhere. Changes nothing that counts: only `on_sent` does."""
+        """Where the request goes, or why nowhere. Only `on_sent` counts it.
+
+        With `explain` it comes with the terms of every candidate, and later decisions are as if nobody had asked.
+        """
+        if explain:
+            return self._explain(now, facts)
         if self._refreshed_at is None or now - self._refreshed_at >= self._refresh_s:
             self._refresh(now)
         index = self._fleet.models.get(facts.model)
@@ -194,8 +201,6 @@ class Policy:
                 decision = found if isinstance(found, Reject) else self._send_found(facts, found, limit)
             if facts.sequence:
                 decision = self._say_moved(facts, decision)
-        if explain:
-            decision = self._explain(now, facts, decision, index, limit)
         return decision
 
     def on_sent(self, now: float, facts: RequestFacts, send: Send, kind: str = "first") -> Attempt:
@@ -209,7 +214,8 @@ class Policy:
         if version is None:
             # Forwarded to us, or the report has just changed: count it all the same.
             version = VersionState(target, send.model or facts.model, send.version)
-        share = self._admission.tenants.share(version.model, facts.tenant).parts[rank_of(facts.priority)]
+        rank = rank_of(facts.priority)
+        share = self._admission.tenants.share(version.model, facts.tenant, rank).parts[rank]
         share.enter()
         attempt = Attempt(version, now, facts.size_bytes, kind, target.present, facts.remaining_s, share)
         target.own += 1
@@ -225,6 +231,8 @@ class Policy:
             attempt.timed = send.hedge_after_s is not None
             self._hedger.budget.earn()
             self._retries.earn()
+        elif send.reason == _DOUBTED:
+            attempt.doubted = True
         if facts.sequence and (facts.stateful or version.stateful):
             self._sequences.bind(facts.tenant, facts.model, facts.sequence, send.target, send.version)
         return attempt
@@ -249,7 +257,11 @@ class Policy:
             self._fleet.release(target)
         if attempt.timed and not attempt.passed_delay:
             self._hedger.gate(target.tier).note(passed=False)
-        self._learn(now, attempt, outcome)
+        if attempt.doubted and outcome.code is Code.INTERNAL:
+            # Two fail alike: rather the request is to blame than both, and the first has answered for it.
+            self._fleet.settle(now, target)
+        else:
+            self._learn(now, attempt, outcome)
         if outcome.code is not None:
             version.settle(now)
         elif now - version.settled_at >= _SETTLE_PAUSE_S:
@@ -333,7 +345,8 @@ class Policy:
                 if not refused and not self._retries.spend(now):
                     return None
                 missed = version != attempt.release
-                return Send(choice.version.target.name, version, None, (), "retry", missed, (), stand_in)
+                reason = _DOUBTED if code is Code.INTERNAL else "retry"
+                return Send(choice.version.target.name, version, None, (), reason, missed, (), stand_in)
         return None
 
     # Inside ----------------------------------------------------------------------------------------------------------
@@ -424,9 +437,15 @@ class Policy:
         found = self._admission.ration(now, facts, choice, table, limit, self._chooser, late=late)
         return (None, found) if isinstance(found, Reject) else (found, None)
 
-    def _explain(
-        self, now: float, facts: RequestFacts, decision: Decision, index: ModelIndex, limit: float
-    ) -> Decision:
+    def _explain(self, now: float, facts: RequestFacts) -> Decision:
+        drawn = self._generator.state
+        with self._admission.rehearsal():
+            decision = Policy.decide(self, now, facts)
+        self._generator.state = drawn
+        index = self._fleet.models.get(facts.model)
+        if index is None:
+            return decision
+        limit = _FOREVER_S if facts.remaining_s is None else facts.remaining_s - self._reserve_s
         # A bound sequence goes on with the version that it began with, whatever is asked for.
         bound = (decision.version,) if isinstance(decision, Send) and not decision.model else ()
         names = dict.fromkeys((facts.version or index.newest, *facts.fallbacks, *bound))

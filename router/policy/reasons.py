@@ -14,6 +14,7 @@ SENDS: Final[dict[str, str]] = {
     "smaller": "nothing of the model asked for is in time; the model that stands in for it answers",
     "hedge": "a copy, because the first send takes longer than nearly all do",
     "retry": "once more elsewhere, after a failure",
+    "second_opinion": "once more elsewhere, after the model failed; if it fails again the request is to blame",
 }
 """Reasons of `Send`."""
 

@@ -1,7 +1,8 @@
 """Who uses a model now, and whether one tenant has more than its share of it: max-min fairness by counting.
 
 A share is a part of what the fleet really carries, so it needs no configured capacity, and it is only asked for while a
-queue stands: who is alone may use everything.
+queue stands: who is alone may use everything. Tenants are compared class by class, with those who want something of
+that class or a higher one. A lower class has no say, except against the highest: anybody could call everything that.
 """
 
 from __future__ import annotations
@@ -12,58 +13,81 @@ _NAMELESS = "\0"
 
 
 class Crowd:
-    """The tenants of one model: open attempts in all, and how many tenants want something."""
+    """The tenants of one model: by rank the open attempts, and how many tenants want that rank or a higher one."""
 
-    __slots__ = ("in_flight", "tenants")
+    __slots__ = ("in_flight", "tenants", "wanting")
 
     def __init__(self) -> None:
-        self.in_flight = 0
+        self.in_flight = [0] * RANKS
+        self.wanting = [0] * RANKS
         self.tenants: dict[str, Share] = {}
 
 
 class Share:
-    """What one tenant has of one model, by rank of request. `wanted`: something was asked for since the last sweep."""
+    """What one tenant has of one model, by rank of request.
 
-    __slots__ = ("crowd", "parts", "wanted")
+    `wanted` is the highest rank asked for since the last sweep, `rank` the one that the tenant counts with.
+    """
+
+    __slots__ = ("crowd", "parts", "rank", "wanted")
 
     def __init__(self, crowd: Crowd) -> None:
         self.crowd = crowd
-        self.parts = tuple(Part(self) for _ in range(RANKS))
-        self.wanted = True
+        self.parts = tuple(Part(crowd, rank) for rank in range(RANKS))
+        self.rank = self.wanted = RANKS
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing is open."""
-        return not any(part.in_flight for part in self.parts)
+    def want(self, rank: int) -> None:
+        """Something of this rank is asked for, higher than all since the last sweep."""
+        self.wanted = rank
+        if rank < self.rank:
+            self._count_with(rank)
+
+    def sweep(self) -> bool:
+        """Count with what was wanted since the last time, and what is open. False = nothing at all."""
+        held = next((rank for rank, part in enumerate(self.parts) if part.in_flight), RANKS)
+        self._count_with(min(held, self.wanted))
+        self.wanted = RANKS
+        return self.rank < RANKS
 
     def exceeded(self, rank: int) -> bool:
-        """Whether the requests of this rank and above are more than the tenant's part, while others want something too.
+        """Whether the requests of this rank and above are more than the tenant's part of all such.
 
-        A tenant that floods with its lowest class does not lose the places of its highest.
+        A tenant that floods with its lowest class does not lose the places of its highest. Those of the highest are
+        compared with everything: they are the tenant's part of the model at most, even if nobody else has such.
         """
         crowd = self.crowd
         mine = sum(part.in_flight for part in self.parts[: rank + 1])
-        return mine * len(crowd.tenants) > crowd.in_flight + 1
+        last = rank + 1 if rank else RANKS
+        return mine * crowd.wanting[last - 1] > sum(crowd.in_flight[:last]) + 1
+
+    def _count_with(self, rank: int) -> None:
+        wanting = self.crowd.wanting
+        for each in range(rank, self.rank):
+            wanting[each] += 1
+        for each in range(self.rank, rank):
+            wanting[each] -= 1
+        self.rank = rank
 
 
 class Part:
     """The open attempts of one rank of a share."""
 
-    __slots__ = ("in_flight", "share")
+    __slots__ = ("_crowd", "_rank", "in_flight")
 
-    def __init__(self, share: Share) -> None:
-        self.share = share
+    def __init__(self, crowd: Crowd, rank: int) -> None:
+        self._crowd = crowd
+        self._rank = rank
         self.in_flight = 0
 
     def enter(self) -> None:
         """One more attempt is open."""
         self.in_flight += 1
-        self.share.crowd.in_flight += 1
+        self._crowd.in_flight[self._rank] += 1
 
     def leave(self) -> None:
         """One attempt less."""
         self.in_flight -= 1
-        self.share.crowd.in_flight -= 1
+        self._crowd.in_flight[self._rank] -= 1
 
 
 class Tenants:
@@ -81,15 +105,20 @@ class Tenants:
     def __len__(self) -> int:
         return self._count
 
-    def share(self, model: str, tenant: str) -> Share:
-        """The share of a tenant that wants something of a model now."""
+    def known(self, model: str, tenant: str) -> Share | None:
+        """The share that a tenant has of a model, its own or a common one; None = neither. Changes nothing."""
+        crowd = self._crowds.get(model) or self._crowds.get(_NAMELESS)
+        return (crowd.tenants.get(tenant) or crowd.tenants.get(_NAMELESS)) if crowd is not None else None
+
+    def share(self, model: str, tenant: str, rank: int) -> Share:
+        """The share of a tenant that wants something of this rank of a model now."""
         crowd = self._crowds.get(model)
-        if crowd is not None:
-            share = crowd.tenants.get(tenant)
-            if share is not None:
-                share.wanted = True
-                return share
-        return self._new(model, tenant)
+        share = crowd.tenants.get(tenant) if crowd is not None else None
+        if share is None:
+            share = self._new(model, tenant)
+        if rank < share.wanted:
+            share.want(rank)
+        return share
 
     def sweep(self, now: float) -> None:
         """Forget who has wanted nothing for an idle time; called as often as one likes."""
@@ -98,10 +127,9 @@ class Tenants:
         self._swept_at = now
         for model, crowd in list(self._crowds.items()):
             for tenant, share in list(crowd.tenants.items()):
-                if share.is_idle and not share.wanted:
+                if not share.sweep():
                     del crowd.tenants[tenant]
                     self._count -= 1
-                share.wanted = False
             if not crowd.tenants:
                 del self._crowds[model]
 
@@ -115,5 +143,4 @@ class Tenants:
             # The shares without a name come on top of the bound: one for each model that is known, one for the rest.
             share = crowd.tenants[tenant] = Share(crowd)
             self._count += 1
-        share.wanted = True
         return share

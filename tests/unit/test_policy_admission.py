@@ -110,18 +110,66 @@ class TestHints:
 
 
 class TestTenants:
-    def test_a_flood_does_not_starve_the_other_tenant(self) -> None:
+    def test_the_class_comes_first_and_then_who_is_beyond_its_share(self) -> None:
+        policy = make(version(), names=("a", "b"), tier="peer", slots=8)
+        for priority in (0, 2):
+            quiet = facts(tenant="quiet", priority=priority)
+            policy.on_sent(0.0, quiet, Send("a", "1"))
+        half = [stand(policy, facts(tenant="flood", priority=priority)) for priority in (2, 0)]
+        opened = half[0] + [policy.on_sent(0.0, facts(tenant="flood"), Send("b", "1")) for _ in half[0]] + half[1]
+        asked = [facts(tenant=tenant, priority=p) for p in (0, 2) for tenant in ("quiet", "flood")]
+        verdicts: list[tuple[bool, ...]] = []
+        while opened:
+            policy.on_reply(STALE_S, opened.pop(0), Outcome(Code.CANCELLED))
+            verdicts.append(tuple(isinstance(policy.decide(STALE_S, each), Send) for each in asked))
+        # As the queue gets shorter: the quiet tenant's ordinary requests, the flood's, then batch in the same order.
+        assert list(dict.fromkeys(verdicts))[:5] == [tuple(i < n for i in range(4)) for n in range(5)]
+
+    def test_to_call_everything_urgent_is_worth_no_more_than_the_share(self) -> None:
         policy = make(version())
-        opened = stand(policy, facts(tenant="flood", priority=1))
-        for attempt in opened[len(opened) // 3 :]:
-            policy.on_reply(STALE_S, attempt, Outcome(Code.CANCELLED))
-        alone = policy.decide(STALE_S, facts(tenant="flood", priority=1))
-        other = policy.decide(STALE_S, facts(tenant="other"))
-        refused = policy.decide(STALE_S, facts(tenant="flood", priority=1))
-        assert isinstance(alone, Send)
-        assert isinstance(other, Send)
+        urgent, ordinary = facts(tenant="flood", priority=1), facts(tenant="other")
+        opened = stand(policy, urgent)
+        policy.on_reply(STALE_S, opened.pop(), Outcome(Code.CANCELLED))
+        assert isinstance(policy.decide(STALE_S, urgent), Send)  # nobody else wants anything
+        while isinstance(policy.decide(STALE_S, ordinary), Reject):
+            policy.on_reply(STALE_S, opened.pop(), Outcome(Code.CANCELLED))
+        refused = policy.decide(STALE_S, urgent)
         assert isinstance(refused, Reject)
         assert refused.reason == "tenant_share"
+
+
+def test_to_explain_leaves_no_trace() -> None:
+    def decisions(*, explain: bool) -> list[object]:
+        policy = make(version(), names=("a", "b", "c"), tier="peer")
+        opened = stand(policy, facts())
+        found: list[object] = []
+        for step in range(60):
+            now = STALE_S + step * 0.01
+            policy.on_reply(now, opened.pop(0), Outcome(Code.CANCELLED))
+            found.append(policy.decide(now, facts(priority=step % 4)))
+            for p in range(4 if explain else 0):
+                policy.decide(now, facts(priority=p, tenant=f"t{p}"), explain=True)
+        return found
+
+    assert decisions(explain=False) == decisions(explain=True)
+
+
+def test_one_poisonous_request_counts_against_one_target() -> None:
+    policy = make(version(), names=("a", "b", "c"), tier="peer")
+    for step in range(12):
+        now, tried = step * 0.01, []
+        decision: object = policy.decide(now, facts())
+        kind = "first"
+        while isinstance(decision, Send):
+            tried.append(decision.target)
+            attempt = policy.on_sent(now, facts(), decision, kind)
+            failed = Outcome(Code.INTERNAL, told=True)
+            policy.on_reply(now, attempt, failed)
+            decision, kind = policy.retry(now, facts(), attempt, failed, tried), "retry"
+            assert decision is None or decision.reason == "second_opinion"
+        assert len(tried) == len(set(tried)) == 3
+    failures = [version.breaker for target in policy.targets for version in target.versions.values()]
+    assert sum(breaker.state != "closed" for breaker in failures) <= 2
 
 
 class TestQualityAndPrice:

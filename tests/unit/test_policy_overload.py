@@ -10,7 +10,7 @@ from router.policy import PolicyConfig
 from router.policy.limiter import LIMIT_MAX, Limiter
 from router.policy.outliers import Pace, scores, slow
 from router.policy.panic import tiers_in_panic
-from router.policy.tenants import Share, Tenants
+from router.policy.tenants import RANKS, Share, Tenants
 from router.policy.tiers import TierGate
 
 CONFIG = PolicyConfig(tier_trip_ms=1000, tier_open_ms=500, tier_open_ms_max=2000, tier_trials=2, tier_start_ms=800)
@@ -181,46 +181,71 @@ class TestLimiter:
             assert slots <= limiter.limit <= LIMIT_MAX
 
 
+def tenants(**wanted: int) -> dict[str, Share]:
+    """Tenants of one model who each want something of a rank."""
+    book = Tenants(shares_max=8, idle_s=1.0)
+    return {name: book.share("m", name, rank) for name, rank in wanted.items()}
+
+
 class TestTenants:
     def test_who_is_alone_may_use_everything(self) -> None:
-        share = Tenants(shares_max=8, idle_s=1.0).share("m", "a")
+        share = tenants(a=1)["a"]
         enter(share, 50)
         assert not share.exceeded(1)
 
     def test_a_flood_is_beyond_its_share_as_soon_as_somebody_else_wants_something(self) -> None:
-        tenants = Tenants(shares_max=8, idle_s=1.0)
-        flood = tenants.share("m", "a")
+        book = Tenants(shares_max=8, idle_s=1.0)
+        flood = book.share("m", "a", 1)
         enter(flood, 50)
-        quiet = tenants.share("m", "b")
+        quiet = book.share("m", "b", 1)
         assert flood.exceeded(1)
         assert not quiet.exceeded(1)
-        assert not tenants.share("other", "a").exceeded(1)
+        assert not book.share("other", "a", 1).exceeded(1)
 
     def test_a_flood_of_the_lowest_class_leaves_the_highest_of_the_same_tenant_alone(self) -> None:
-        tenants = Tenants(shares_max=8, idle_s=1.0)
-        flood = tenants.share("m", "a")
+        flood = tenants(a=0, b=3)["a"]
         enter(flood, 50, rank=3)
         enter(flood, 3, rank=0)
-        tenants.share("m", "b")
         assert [flood.exceeded(rank) for rank in range(4)] == [False, False, False, True]
 
+    def test_a_lower_class_is_no_competitor_unless_everything_is_urgent(self) -> None:
+        both = tenants(ordinary=1, batch=2)
+        enter(both["ordinary"], 50, rank=1)
+        enter(both["batch"], 10, rank=2)
+        assert not both["ordinary"].exceeded(1)
+        urgent = tenants(urgent=0, batch=2)
+        enter(urgent["urgent"], 50, rank=0)
+        enter(urgent["batch"], 10, rank=2)
+        assert urgent["urgent"].exceeded(0)
+
     def test_who_wants_nothing_leaves_its_part(self) -> None:
-        tenants = Tenants(shares_max=8, idle_s=1.0)
-        flood, _ = tenants.share("m", "a"), tenants.share("m", "b")
+        book = Tenants(shares_max=8, idle_s=1.0)
+        flood, _ = book.share("m", "a", 1), book.share("m", "b", 1)
         enter(flood, 5)
-        tenants.sweep(1.0)
+        book.sweep(1.0)
         assert flood.exceeded(1)
-        tenants.sweep(2.0)
+        book.sweep(2.0)
         assert not flood.exceeded(1)
+
+    @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, RANKS - 1), st.booleans()), max_size=40))
+    def test_who_wants_what_is_counted_right(self, events: list[tuple[str, int, bool]]) -> None:
+        book = Tenants(shares_max=8, idle_s=0.0)
+        for now, (name, rank, sweeps) in enumerate(events):
+            share = book.share("m", name, rank)
+            if sweeps:
+                book.sweep(float(now))
+            crowd = share.crowd
+            ranks = [each.rank for each in crowd.tenants.values()]
+            assert crowd.wanting == [sum(r <= rank for r in ranks) for rank in range(RANKS)]
 
     @pytest.mark.parametrize("models", [1, 100_000])
     def test_a_flood_of_names_is_bounded(self, models: int) -> None:
-        tenants = Tenants(shares_max=100, idle_s=1.0)
-        parts = [tenants.share(f"m{i % models}", f"t{i}").parts[1] for i in range(100_000)]
-        assert len(tenants) <= 202
+        book = Tenants(shares_max=100, idle_s=1.0)
+        parts = [book.share(f"m{i % models}", f"t{i}", 1).parts[1] for i in range(100_000)]
+        assert len(book) <= 202
         for part in parts:
             part.enter()
             part.leave()
-        tenants.sweep(1.0)
-        tenants.sweep(2.0)
-        assert len(tenants) == 0
+        book.sweep(1.0)
+        book.sweep(2.0)
+        assert len(book) == 0
