@@ -30,7 +30,8 @@ class TokenBudget:
 
     def earn(self) -> None:
         """A request was sent."""
-        self.tokens = min(self._burst, self.tokens + self._share)
+        tokens = self.tokens + self._share
+        self.tokens = tokens if tokens < self._burst else self._burst  # noqa: FURB136 - asked for each request, and twice as fast
 
     def spend(self, now: float) -> bool:
         """Take one token; False if there is none."""

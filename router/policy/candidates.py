@@ -15,14 +15,17 @@ if TYPE_CHECKING:
     from router.policy.state import VersionState
 
 SIZE_CLASSES = 5
+SMALL_BYTES = 4096
 _SMALLEST_BITS = 10
 _BITS_PER_CLASS = 3
 
 
 def size_class(size_bytes: int) -> int:
     """Class of a request's size: below 4 KiB, 32 KiB, 256 KiB, 2 MiB, and above."""
+    if size_bytes < SMALL_BYTES:
+        return 0
     found = (size_bytes.bit_length() - _SMALLEST_BITS) // _BITS_PER_CLASS
-    return 0 if found < 0 else found if found < SIZE_CLASSES else SIZE_CLASSES - 1
+    return found if found < SIZE_CLASSES else SIZE_CLASSES - 1  # noqa: FURB136 - on the way of each request
 
 
 class Columns:

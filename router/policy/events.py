@@ -37,40 +37,25 @@ ANSWERED = Outcome()
 ABANDONED = Outcome(code=Code.CANCELLED)
 
 
-class Attempt:
+class Attempt(msgspec.Struct, eq=False):
     """One send, open until `Policy.on_reply` has closed it. Only the policy changes it; a recorder numbers it.
 
     `doubted`: the model has failed on this request elsewhere.
     """
 
-    __slots__ = (
-        "doubted", "kind", "load_at_send", "number", "open", "passed_delay", "remaining_s", "sent_at", "share",
-        "size_bytes", "timed", "trials", "version",
-    )  # fmt: skip
-
-    number: int
-
-    def __init__(
-        self,
-        version: VersionState,
-        sent_at: float,
-        size_bytes: int,
-        kind: str,
-        load_at_send: float,
-        remaining_s: float | None = None,
-        share: Part | None = None,
-    ) -> None:
-        self.version = version
-        self.share = share
-        self.sent_at = sent_at
-        self.size_bytes = size_bytes
-        self.remaining_s = remaining_s
-        self.kind = kind
-        self.load_at_send = load_at_send
-        self.open = True
-        self.trials: tuple[Breaker | TierGate, ...] = ()
-        self.timed = self.doubted = False
-        self.passed_delay = False
+    version: VersionState
+    sent_at: float
+    size_bytes: int
+    kind: str
+    load_at_send: float
+    remaining_s: float | None
+    share: Part
+    timed: bool = False
+    trials: tuple[Breaker | TierGate, ...] = ()
+    open: bool = True
+    passed_delay: bool = False
+    doubted: bool = False
+    number: int = -1
 
     @property
     def target(self) -> str:

@@ -217,18 +217,17 @@ class Policy:
         rank = rank_of(facts.priority)
         share = self._admission.tenants.share(version.model, facts.tenant, rank).parts[rank]
         share.enter()
-        attempt = Attempt(version, now, facts.size_bytes, kind, target.present, facts.remaining_s, share)
-        target.own += 1
+        first = kind == "first"
+        timed = first and send.hedge_after_s is not None
+        attempt = Attempt(version, now, facts.size_bytes, kind, target.enter(), facts.remaining_s, share, timed)
         version.own += 1
-        target.weigh()
         self.outstanding += 1
         if version.forgiven:
             version.settle(now)
         if not version.plain:
             gates = (target.breaker, version.breaker, target.gate)
             attempt.trials = tuple(gate for gate in gates if gate is not None and gate.start_trial())
-        if kind == "first":
-            attempt.timed = send.hedge_after_s is not None
+        if first:
             self._hedger.budget.earn()
             self._retries.earn()
         elif send.reason == _DOUBTED:
@@ -242,8 +241,7 @@ class Policy:
         if not attempt.open:
             return
         attempt.open = False
-        if attempt.share is not None:
-            attempt.share.leave()
+        attempt.share.leave()
         version = attempt.version
         target = version.target
         self.outstanding -= 1
@@ -257,11 +255,13 @@ class Policy:
             self._fleet.release(target)
         if attempt.timed and not attempt.passed_delay:
             self._hedger.gate(target.tier).note(passed=False)
-        if attempt.doubted and outcome.code is Code.INTERNAL:
+        if outcome.code is None:
+            self._learn_answer(now, attempt, outcome)
+        elif attempt.doubted and outcome.code is Code.INTERNAL:
             # Two fail alike: rather the request is to blame than both, and the first has answered for it.
             self._fleet.settle(now, target)
         else:
-            self._learn(now, attempt, outcome)
+            self._learn_failure(now, attempt, outcome, outcome.code)
         if outcome.code is not None:
             version.settle(now)
         elif now - version.settled_at >= _SETTLE_PAUSE_S:
@@ -457,10 +457,24 @@ class Policy:
             target.breaker.open(now)
             self._fleet.settle(now, target)
 
-    def _learn(self, now: float, attempt: Attempt, outcome: Outcome) -> None:
+    def _learn_answer(self, now: float, attempt: Attempt, outcome: Outcome) -> None:
         version = attempt.version
         target = version.target
-        code = outcome.code
+        # What nobody waits for teaches how long it takes, and nothing else.
+        counts = attempt.kind != "shadow"
+        if counts:
+            target.breaker.succeed()
+            version.breaker.succeed()
+        latency = max(0.0, now - attempt.sent_at)
+        version.observe(now, latency, outcome.served, attempt.size_bytes, attempt.load_at_send)
+        if counts:
+            self._health.note(now, attempt, outcome)
+            if attempt.trials or version.breaker.state != "closed":
+                self._fleet.settle(now, target)
+
+    def _learn_failure(self, now: float, attempt: Attempt, outcome: Outcome, code: Code) -> None:
+        version = attempt.version
+        target = version.target
         latency = max(0.0, now - attempt.sent_at)
         if code is Code.CANCELLED:
             if attempt.passed_delay:
@@ -468,16 +482,12 @@ class Policy:
                 version.sample(now, latency - target.rtt_s, attempt.size_bytes, free=True)
             return
         if attempt.kind == "shadow":
-            # What nobody waits for teaches how long it takes; its failures must not set a target aside for users.
-            if code is None:
-                version.observe(now, latency, outcome.served, attempt.size_bytes, attempt.load_at_send)
+            # Its failures must not set a target aside for users.
             return
         if code not in FAULTS:
             target.breaker.succeed()
             version.breaker.succeed()
-        if code is None:
-            version.observe(now, latency, outcome.served, attempt.size_bytes, attempt.load_at_send)
-        elif code is Code.OVERLOADED:
+        if code is Code.OVERLOADED:
             wait_ms = _PUSHBACK_DEFAULT_MS if outcome.retry_after_ms is None else outcome.retry_after_ms
             wait_s = min(float(wait_ms), self.config.pushback_ms_max) / 1e3
             # Who was refused for being in a hurry says nothing to those who have time.

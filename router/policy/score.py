@@ -34,7 +34,7 @@ def score(
         crowding: what the median takes longer than that where no slot is free.
         crowding95: what the 95th percentile takes longer.
         s_per_byte: of the way there.
-        hot_above: the length of the queue above which the target is hot; infinite = never.
+        hot_above: the length of the queue, never negative, above which the target is hot; infinite = never.
         costs: is filled with the cost of each candidate.
 
     Returns:
@@ -50,10 +50,11 @@ def score(
             wait = queue * drain[i]
             t95 += wait + crowding95[i]
             total += wait + wait * toll + crowding[i]
+            if queue > hot_above[i] and base95[i] + t95 <= limit_s:
+                skipped = True
+                costs[i] = infinity
+                continue
         if base95[i] + t95 > limit_s:
-            costs[i] = infinity
-        elif queue > hot_above[i]:
-            skipped = True
             costs[i] = infinity
         else:
             costs[i] = total = total + cost[i]

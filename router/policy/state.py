@@ -122,7 +122,9 @@ class VersionState:
             else:
                 # The first requests may have waited for the connection to be made.
                 self.sample(now, min(served.compute_us / 1e6, latency_s), size_bytes, free=free)
-            target.observe_transfer(now, max(latency_s - queued_s - served.compute_us / 1e6, _FLOOR_S), size_bytes)
+            if target.rtt_measured and target.tier != "local":
+                away_s = latency_s - queued_s - served.compute_us / 1e6
+                target.observe_transfer(now, max(away_s, _FLOOR_S), size_bytes)
             target.observe_others(served.in_flight - present)
             if not free and self.drain_s > 0.0:
                 # How fast the queue really moves: batching and other models' runs are in here.
@@ -152,7 +154,9 @@ class VersionState:
         service = self.services.get(kind)
         if service is None:
             service = self.services[kind] = Service(self.target.config)
-        if service.add(now, max(service_s, _FLOOR_S), free=free):
+        if service_s < _FLOOR_S:
+            service_s = _FLOOR_S
+        if service.add(now, service_s, free=free):
             self.settled_at = -INFINITY
         self.sampled_at = now
 
