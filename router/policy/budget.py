@@ -9,7 +9,7 @@ class TokenBudget:
     Over any window: spent <= burst + share * requests + per_s * seconds.
     """
 
-    __slots__ = ("_at", "_burst", "_per_s", "_share", "tokens")
+    __slots__ = ("_at", "_per_s", "_share", "burst", "tokens")
 
     def __init__(self, *, share: float, burst: float, per_s: float = 0.0) -> None:
         self._at: float | None = None
@@ -19,25 +19,25 @@ class TokenBudget:
     def configure(self, *, share: float, burst: float, per_s: float = 0.0) -> None:
         """Go on with other parameters; tokens beyond the burst are lost."""
         self._share = share
-        self._burst = burst
+        self.burst = burst
         self._per_s = per_s
         self.tokens = min(self.tokens, burst)
 
     @property
     def missing(self) -> float:
         """The part of the burst that has been spent and not earned again, in [0, 1]."""
-        return 1.0 - self.tokens / self._burst if self._burst > 0.0 else 1.0
+        return 1.0 - self.tokens / self.burst if self.burst > 0.0 else 1.0
 
     def earn(self) -> None:
         """A request was sent."""
         tokens = self.tokens + self._share
-        self.tokens = tokens if tokens < self._burst else self._burst  # noqa: FURB136 - asked for each request, and twice as fast
+        self.tokens = tokens if tokens < self.burst else self.burst  # noqa: FURB136 - asked for each request, and twice as fast
 
     def spend(self, now: float) -> bool:
         """Take one token; False if there is none."""
         if self._per_s > 0.0:
             if self._at is not None and now > self._at:
-                self.tokens = min(self._burst, self.tokens + (now - self._at) * self._per_s)
+                self.tokens = min(self.burst, self.tokens + (now - self._at) * self._per_s)
             self._at = now
         if self.tokens < 1.0:
             return False

@@ -25,7 +25,7 @@ def size_class(size_bytes: int) -> int:
     if size_bytes < SMALL_BYTES:
         return 0
     found = (size_bytes.bit_length() - _SMALLEST_BITS) // _BITS_PER_CLASS
-    return found if found < SIZE_CLASSES else SIZE_CLASSES - 1  # noqa: FURB136 - on the way of each request
+    return found if found < SIZE_CLASSES else SIZE_CLASSES - 1
 
 
 class Columns:

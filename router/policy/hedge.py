@@ -25,9 +25,9 @@ class BrownOut:
         self._share_max = share_max
         self._smoothing = smoothing
 
-    def note(self, *, passed: bool) -> None:
-        """A request with a hedge delay outlasted it, or did not."""
-        self.share += self._smoothing * ((1.0 if passed else 0.0) - self.share)
+    def note(self, passed: float) -> None:
+        """A request with a hedge delay outlasted it (1), or did not (0)."""
+        self.share += self._smoothing * (passed - self.share)
 
     @property
     def frozen(self) -> bool:
@@ -59,6 +59,8 @@ class Hedger:
     @property
     def patience(self) -> float:
         """By how much a hedge waits longer while tokens are few, so that what is left goes to the latest."""
+        if self.budget.tokens >= self.budget.burst > 0.0:
+            return 1.0
         missing = self.budget.missing
         return 1.0 + _PATIENCE * missing * missing
 
@@ -82,7 +84,7 @@ class Hedger:
 
 
 def hedge_delay_s(
-    t95_s: float, second_t95_s: float, limit_s: float, *, minimum_s: float, patience: float = 1.0
+    t95_s: float, second_t95_s: float, limit_s: float, minimum_s: float, patience: float = 1.0
 ) -> float | None:
     """Delay after which a copy to the second target starts; None if it could not be in time.
 
@@ -92,4 +94,9 @@ def hedge_delay_s(
     latest = limit_s - second_t95_s
     if latest < minimum_s:
         return None
-    return max(minimum_s, min(t95_s * patience, latest))
+    delay_s = t95_s * patience
+    if delay_s > latest:
+        delay_s = latest
+    if delay_s < minimum_s:
+        delay_s = minimum_s
+    return delay_s

@@ -254,7 +254,7 @@ class Policy:
         if target.gone:
             self._fleet.release(target)
         if attempt.timed and not attempt.passed_delay:
-            self._hedger.gate(target.tier).note(passed=False)
+            self._hedger.gate(target.tier).note(0.0)
         if outcome.code is None:
             self._learn_answer(now, attempt, outcome)
         elif attempt.doubted and outcome.code is Code.INTERNAL:
@@ -278,7 +278,7 @@ class Policy:
             return None
         if attempt.timed and not attempt.passed_delay:
             attempt.passed_delay = True
-            self._hedger.gate(attempt.version.target.tier).note(passed=True)
+            self._hedger.gate(attempt.version.target.tier).note(1.0)
         if self._keeps_state(facts, attempt.version) or not facts.idempotent:
             return None
         limit = _FOREVER_S if facts.remaining_s is None else facts.remaining_s - self._reserve_s
@@ -370,28 +370,18 @@ class Policy:
     def _keeps_state(self, facts: RequestFacts, version: VersionState) -> bool:
         return facts.stateful or version.stateful
 
-    def _send(
-        self,
-        facts: RequestFacts,
-        choice: Choice,
-        limit: float,
-        reason: str,
-        *,
-        missed: bool = False,
-        model: str = "",
-    ) -> Send:
+    def _send(self, facts: RequestFacts, choice: Choice, limit: float, reason: str) -> Send:
         version, second = choice.version, choice.second
         if second is None:
-            return Send(version.target.name, version.version, None, (), reason, missed, (), model)
+            return Send(version.target.name, version.version, None, (), reason)
         delay: float | None = None
         if facts.idempotent and not version.stateful and not facts.stateful:
-            delay = hedge_delay_s(
-                choice.t95_s, choice.second_t95_s, limit, minimum_s=self._delay_min_s, patience=self._hedger.patience
-            )
-        return Send(version.target.name, version.version, delay, (second.target.name,), reason, missed, (), model)
+            delay = hedge_delay_s(choice.t95_s, choice.second_t95_s, limit, self._delay_min_s, self._hedger.patience)
+        return Send(version.target.name, version.version, delay, (second.target.name,), reason)
 
     def _send_found(self, facts: RequestFacts, found: Found, limit: float) -> Send:
-        return self._send(facts, found.choice, limit, found.reason, missed=found.missed, model=found.model)
+        send = self._send(facts, found.choice, limit, found.reason)
+        return msgspec.structs.replace(send, missed=found.missed, model=found.model)
 
     def _bound(self, now: float, facts: RequestFacts, versions: dict[str, Candidates], limit: float) -> Decision | None:
         """A known sequence goes to the target that holds its state, as the version that it began with."""
@@ -479,7 +469,7 @@ class Policy:
         if code is Code.CANCELLED:
             if attempt.passed_delay:
                 # The loser of a hedge took at least this long; without it a slow target would never look slow.
-                version.sample(now, latency - target.rtt_s, attempt.size_bytes, free=True)
+                version.sample(now, latency - target.rtt_s, attempt.size_bytes, 0.0)
             return
         if attempt.kind == "shadow":
             # Its failures must not set a target aside for users.

@@ -26,9 +26,9 @@ class Service:
         self.busy = Window(size=config.window_size, age_max_s=age_s, pause_s=pause_s)
         self.p50_s = self.p95_s = self.floor_s = 0.0
 
-    def add(self, now: float, value_s: float, *, free: bool) -> bool:
-        """Take a sample; True if it ended what was known before."""
-        mine, other = (self.free, self.busy) if free else (self.busy, self.free)
+    def add(self, now: float, value_s: float, waiting: float) -> bool:
+        """Take a sample of when `waiting` more were there than slots; True if it ended what was known before."""
+        mine, other = (self.busy, self.free) if waiting > 0.0 else (self.free, self.busy)
         changed = mine.add(now, value_s)
         if changed:
             other.clear()

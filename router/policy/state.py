@@ -111,22 +111,20 @@ class VersionState:
         away_s = target.rtt_s + size_bytes * target.s_per_byte
         if served is None or not (served.compute_us or served.queue_us):
             waited = present + max(0.0, target.others) + 1.0 - target.slots
-            free = waited <= 0.0
-            self.sample(now, latency_s - away_s - (0.0 if free else waited * self.drain_s), size_bytes, free=free)
+            self.sample(now, latency_s - away_s - (waited * self.drain_s if waited > 0.0 else 0.0), size_bytes, waited)
         else:
             queued_s = served.queue_us / 1e6
             waiting = served.in_flight + 1 - target.slots
-            free = waiting <= 0
             if target.rtt_measured or target.tier == "local":
-                self.sample(now, latency_s - away_s - (0.0 if free else queued_s), size_bytes, free=free)
+                self.sample(now, latency_s - away_s - (queued_s if waiting > 0 else 0.0), size_bytes, waiting)
             else:
                 # The first requests may have waited for the connection to be made.
-                self.sample(now, min(served.compute_us / 1e6, latency_s), size_bytes, free=free)
+                self.sample(now, min(served.compute_us / 1e6, latency_s), size_bytes, waiting)
             if target.rtt_measured and target.tier != "local":
                 away_s = latency_s - queued_s - served.compute_us / 1e6
                 target.observe_transfer(now, max(away_s, _FLOOR_S), size_bytes)
             target.observe_others(served.in_flight - present)
-            if not free and self.drain_s > 0.0:
+            if waiting > 0 and self.drain_s > 0.0:
                 # How fast the queue really moves: batching and other models' runs are in here.
                 seen = self.drain_factor * queued_s / waiting / self.drain_s
                 factor = self.drain_factor + _DRAIN_GAIN * (min(seen, _DRAIN_FACTOR_MAX) - self.drain_factor)
@@ -146,8 +144,8 @@ class VersionState:
             target = self.target
             target.observe_others(min(load.utilization, _UTILIZATION_MAX) * target.slots - present)
 
-    def sample(self, now: float, service_s: float, size_bytes: int, *, free: bool) -> None:
-        """Take one service time; at high rates a full window takes only some of them."""
+    def sample(self, now: float, service_s: float, size_bytes: int, waiting: float) -> None:
+        """Take one service time of when `waiting` more were there than slots; at high rates only some of them."""
         if now - self.sampled_at < _SAMPLE_PAUSE_S:
             return
         kind = size_class(size_bytes)
@@ -156,7 +154,7 @@ class VersionState:
             service = self.services[kind] = Service(self.target.config)
         if service_s < _FLOOR_S:
             service_s = _FLOOR_S
-        if service.add(now, service_s, free=free):
+        if service.add(now, service_s, waiting):
             self.settled_at = -INFINITY
         self.sampled_at = now
 
