@@ -129,7 +129,7 @@ class PolicyMachine(RuleBasedStateMachine):
     def send(self, facts: RequestFacts) -> tuple[RequestFacts, Attempt]:
         decision = self.policy.decide(self.now, facts, explain=True)
         if isinstance(decision, Reject):
-            nothing = Attempt(None, 0.0, 0, "none", 0)  # type: ignore[arg-type]
+            nothing = Attempt(None, 0.0, 0, "none", 0, None, None)  # type: ignore[arg-type]
             nothing.open = False
             return facts, nothing
         self.check_choice(decision)

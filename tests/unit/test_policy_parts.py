@@ -86,18 +86,18 @@ class TestHedging:
     def test_brownout_freezes_and_thaws(self) -> None:
         gate = BrownOut(share_max=0.2, smoothing=0.03)
         for i in range(200):
-            gate.note(passed=i % 20 == 0)
+            gate.note(float(i % 20 == 0))
         assert not gate.frozen
         for _ in range(10):
-            gate.note(passed=True)
+            gate.note(1.0)
         assert gate.frozen
         for _ in range(50):
-            gate.note(passed=False)
+            gate.note(0.0)
         assert not gate.frozen
 
     def test_a_frozen_gate_spends_no_token(self) -> None:
         hedger = Hedger(share=0.05, burst=2, brownout_share=0.2, brownout_smoothing=1.0)
-        hedger.gate("cloud").note(passed=True)
+        hedger.gate("cloud").note(1.0)
         assert not hedger.take(0.0, "cloud")
         assert hedger.budget.tokens == 2
         assert hedger.take(0.0, "peer")
