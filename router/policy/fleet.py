@@ -49,7 +49,10 @@ class Fleet:
         known = self.targets.get(name)
         if known is not None:
             # Also if it came back as another kind of node: requests of before are still open there.
-            known.tier, known.domain, known.gate = tier, domain or name, self.gates.get(tier)
+            known.domain, known.gate = domain or name, self.gates.get(tier)
+            if known.tier != tier:
+                known.place_in(tier, self._config)
+                self.settle(now, known)
             if known.gone:
                 known.gone = False
                 self.index(now, {version.model for version in known.versions.values()})

@@ -181,12 +181,19 @@ class VersionState:
             p95 = max(self.p95_claim_s, p50 * _TAIL_FACTOR)
             return p50 + self.wait_claim_s / 2.0, p95 + self.wait_claim_s + 2.0 * self.target.jitter_s
         p50, p95 = service.p50_s, service.p95_s
-        if self.own == 0 and p50 > service.floor_s and now - self.sampled_at > self.target.forgive_s:
+        if p50 < prior_s * _CLAIM_TRUST and len(service.free.ordered) < len(service.busy.ordered):
+            # Measured less a queue that only the target has seen: a claim like any other.
+            p50 = prior_s * _CLAIM_TRUST
+            p95 = max(p95, p50)
+        unsure = service.guessed or p50 > service.floor_s
+        if unsure and self.own == 0 and now - self.sampled_at > self.target.forgive_s:
             # Nobody has seen it for a while: let one request see whether it is still that slow.
             idle_s, forgive_s = now - self.sampled_at, self.target.forgive_s
             keep = 0.5 ** (idle_s / forgive_s - 1.0)
             forgiven = service.floor_s + (p50 - service.floor_s) * keep
-            p50, p95 = forgiven, p95 * forgiven / p50
+            # A spread that was measured stays as wide as that; one that was guessed is forgiven as well.
+            spread_s = (p95 - p50) * keep if service.guessed else (p95 / p50 - 1.0) * forgiven
+            p50, p95 = forgiven, forgiven + spread_s
             self.forgiven = True
         return p50, p95
 
@@ -227,7 +234,10 @@ class VersionState:
         self.forgiven = False
         target, table, row, delay_s = self.target, self.candidates, self.row, self.delay_s
         price_s, quality_s = self.offer_s
-        handicap_s = target.penalty_s + self.error * target.config.error_penalty_ms / 1e3 + price_s + quality_s
+        # One failure is no pattern: who fails one in a hundred would lose its place for seconds each time.
+        excess = self.error - _ERROR_GAIN
+        error_s = excess * target.config.error_penalty_ms / 1e3 if excess > 0.0 else 0.0
+        handicap_s = target.penalty_s + error_s + price_s + quality_s
         widening, tail_weight = target.spread_factor(now), target.config.tail_weight
         for kind, columns in _ONE_CLASS if table is None else table.classes.items():
             p50, p95 = self.estimate(now, kind, columns.prior_s if columns is not None else 0.0, elapsed_s)

@@ -39,20 +39,10 @@ class TargetState:
         self, name: str, tier: Tier, domain: str, config: PolicyConfig, queues: list[float], place: int
     ) -> None:
         self.name = name
-        self.tier: Tier = tier
         self.domain = domain or name
-        self.penalty_s = 0.0
-        self.configure(config)
         self.queues = queues
         self.place = place
-        self.rtt_s = 0.0
-        self.s_per_byte = 0.0
-        if tier != "local":
-            self.rtt_s = config.rtt_seed_ms / 1e3 * (_CLOUD_RTT_FACTOR if tier == "cloud" else 1.0)
-            self.s_per_byte = 1.0 / config.bytes_per_s_seed
-        self.jitter_s = self.rtt_s / 4.0
-        self.rtt_measured = False
-        self.probed_at = -INFINITY
+        self.place_in(tier, config)
         self.slots = 1
         self.own = 0
         self.others = 0.0
@@ -69,6 +59,18 @@ class TargetState:
         self.breakers: dict[str, Breaker] = {}
         self.versions: dict[tuple[str, str], VersionState] = {}
         self.weigh()
+
+    def place_in(self, tier: Tier, config: PolicyConfig) -> None:
+        """Belong to a tier: of the way there nothing is known but a first guess."""
+        self.tier: Tier = tier
+        self.penalty_s = self.rtt_s = self.s_per_byte = 0.0
+        self.configure(config)
+        if tier != "local":
+            self.rtt_s = config.rtt_seed_ms / 1e3 * (_CLOUD_RTT_FACTOR if tier == "cloud" else 1.0)
+            self.s_per_byte = 1.0 / config.bytes_per_s_seed
+        self.jitter_s = self.rtt_s / 4.0
+        self.rtt_measured = False
+        self.probed_at = -INFINITY
 
     def configure(self, config: PolicyConfig) -> None:
         """Go on with other parameters; what is known and measured stays."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nearcast.errors import Code
+from nearcast.handler import Served
 from nearcast.load import NodeReport, VersionReport
 from router.policy.breaker import Breaker
 from router.policy.config import PolicyConfig
@@ -64,3 +65,89 @@ def test_only_a_trial_opens_a_half_open_breaker_again():
     assert breaker.admits(1.0)
     breaker.fail(1.0, trial=True)
     assert not breaker.admits(1.5)
+
+
+FACTS = RequestFacts(model="m", remaining_s=0.5)
+
+
+def report(name: str) -> NodeReport:
+    version = VersionReport(model="m", version="1", service_p50_us=20_000.0, service_p95_us=30_000.0)
+    return NodeReport(node=name, role="peer", slots=4, versions=(version,))
+
+
+def make_fleet(*names: str) -> Policy:
+    """Targets of four slots and 20 ms: "edge" is local, "cloud" 60 ms away, all others 8 ms."""
+    policy = Policy(PolicyConfig(), 1)
+    for name in names:
+        policy.add_target(0.0, name, {"edge": "local", "cloud": "cloud"}.get(name, "peer"))  # type: ignore[arg-type]
+        policy.on_probe(0.0, name, 0.060 if name == "cloud" else 0.008)
+        policy.on_report(0.0, name, report(name))
+    return policy
+
+
+def answer(policy: Policy, now: float, node: str, ms: float, served: Served) -> None:
+    attempt = policy.on_sent(now, FACTS, Send(node, "1"))
+    policy.on_reply(now + ms / 1e3, attempt, Outcome(served=served))
+
+
+def test_one_failure_in_a_hundred_does_not_send_everybody_to_the_cloud():
+    policy = make_fleet("edge", "cloud")
+    at_edge = 0
+    for number in range(500):
+        now = 0.05 * number
+        send = policy.decide(now, FACTS)
+        assert isinstance(send, Send)
+        attempt = policy.on_sent(now, FACTS, send)
+        at_edge += send.target == "edge"
+        if send.target == "edge" and at_edge % 100 == 50:
+            policy.on_reply(now + 0.001, attempt, Outcome(code=Code.INTERNAL, told=True))
+        else:
+            way_s = 0.0 if send.target == "edge" else 0.060
+            policy.on_reply(now + 0.02 + way_s, attempt, Outcome(served=Served(compute_us=20_000)))
+    assert at_edge > 450
+
+
+def test_who_blames_its_queue_for_everything_does_not_look_fast():
+    policy = make_fleet("a", "b", "c", "liar")
+    for number in range(60):
+        now = 0.1 * number
+        for node in ("a", "b", "c"):
+            answer(policy, now, node, 28.0, Served(compute_us=20_000))
+        answer(policy, now, "liar", 68.0, Served(queue_us=59_900, compute_us=100, in_flight=4))
+    targets = []
+    for number in range(100):
+        send = policy.decide(6.1 + number / 1e3, FACTS)
+        assert isinstance(send, Send)
+        targets.append(send.target)
+    assert targets.count("liar") <= 50
+
+
+def test_a_wide_first_guess_does_not_keep_an_idle_target_idle():
+    policy = make_fleet("a", "b")
+    answer(policy, 0.0, "b", 38.0, Served(compute_us=30_000))
+    answer(policy, 0.1, "b", 28.0, Served(compute_us=20_000))
+    for number in range(20):
+        answer(policy, 0.2 + number / 20, "a", 28.0, Served(compute_us=20_000))
+    at_b = 0
+    for number in range(100):
+        now = 1.5 + 0.15 * number
+        for name in ("a", "b"):
+            policy.on_report(now, name, report(name))
+        send = policy.decide(now, FACTS)
+        assert isinstance(send, Send)
+        at_b += send.target == "b"
+        answer(policy, now, send.target, 28.0, Served(compute_us=20_000))
+    assert at_b >= 8, "about one probe a second and a half"
+
+
+def test_a_target_of_another_tier_has_another_way():
+    policy = make_fleet("cloud")
+    answer(policy, 0.0, "cloud", 80.0, Served(compute_us=20_000))
+    policy.add_target(1.0, "cloud", "local")
+    target = policy.targets[0]
+    assert (target.penalty_s, target.rtt_s, target.s_per_byte, target.rtt_measured) == (0.0, 0.0, 0.0, False)
+    policy.add_target(2.0, "cloud", "peer")
+    config = policy.config
+    assert target.penalty_s == config.peer_penalty_ms / 1e3
+    assert target.rtt_s == config.rtt_seed_ms / 1e3
+    assert target.s_per_byte == 1.0 / config.bytes_per_s_seed
