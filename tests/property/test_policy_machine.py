@@ -203,6 +203,13 @@ class PolicyMachine(RuleBasedStateMachine):
             assert all(breaker.trials >= 0 for breaker in target.breakers.values())
 
     @invariant()
+    def who_is_ordinary_has_no_obstacle(self) -> None:
+        """Answers do not look at obstacles again, so whatever makes one has to settle the row itself."""
+        here = (target for target in self.policy.targets if not target.gone)
+        for version in (version for target in here for version in target.versions.values()):
+            assert not version.plain or version.obstacle(self.now) == ("", 0.0)
+
+    @invariant()
     def sums_are_finite(self) -> None:
         for target in self.policy.targets:
             assert all(math.isfinite(x) for x in (target.load, target.rtt_s, target.jitter_s, target.s_per_byte))
