@@ -29,7 +29,6 @@ _FOREVER_S = 1e9
 _PUSHBACK_DEFAULT_MS = 20
 _MISPLACED = frozenset({Code.MODEL_NOT_FOUND, Code.VERSION_MISMATCH})
 _MISPLACED_S = 1.0
-_HEDGE_QUEUE_MAX = 1.0
 _SETTLE_PAUSE_S = 0.001
 _DOUBTED = "second_opinion"
 
@@ -271,7 +270,7 @@ class Policy:
     def hedge(self, now: float, facts: RequestFacts, attempt: Attempt, tried: Sequence[str] = ()) -> Send | None:
         """Asked when a hedge delay has passed: where a copy goes, or None. `facts.remaining_s` is what is left now.
 
-        Same version, another target (in another failure domain if there is one), with a slot free now or next, and
+        Same version, another target (in another failure domain if there is one), that would begin within one run, and
         able to answer in time at its 95th percentile; within the budget and outside a brown-out.
         """
         if not attempt.open:
@@ -289,7 +288,7 @@ class Policy:
             return None
 
         def free(v: VersionState) -> bool:
-            return v.target is not own and v.target.queue <= _HEDGE_QUEUE_MAX and v.target.name not in tried
+            return v.target is not own and v.target.queue <= v.target.slots and v.target.name not in tried
 
         def away(v: VersionState) -> bool:
             return v.target.domain != own.domain and free(v)
