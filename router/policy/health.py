@@ -99,9 +99,12 @@ class Health:
             if service is not None and len(service.free) + len(service.busy) >= _SAMPLES_MIN:
                 seen.append(version)
                 aside = now < version.slow_until
-                paces.append(
-                    Pace(tier=version.target.tier, p50_s=service.p50_s, best_s=service.floor_s, set_aside=aside)
-                )
+                p50_s = service.p50_s
+                if len(service.busy) >= _SAMPLES_MIN:
+                    # Who is slow is so under load, too. Few requests find a free slot then, and losers of hedges count
+                    # among them: their median alone set a healthy node aside.
+                    p50_s = min(p50_s, max(service.floor_s, service.busy.quantile(0.5)))
+                paces.append(Pace(tier=version.target.tier, p50_s=p50_s, best_s=service.floor_s, set_aside=aside))
         config = self._config
         found = slow(paces, score_max=config.slow_score_max, share_max=config.slow_share_max) if paces else []
         for at, version in enumerate(seen):
