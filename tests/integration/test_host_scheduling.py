@@ -252,7 +252,7 @@ async def test_a_stream_that_asks_for_the_latest_frame_gets_each_frame_answered_
         for _ in range(2):
             with refused(Code.SUPERSEDED, "newer frame"):
                 decode_answer(await stream.read(), Served())
-        assert one.ran == [0.0]
+        await until(lambda: one.ran == [0.0])
         await stream.write(request(5.0, id="late", parameters={"timeout": 20_000}).encode())
         with refused(Code.SUPERSEDED):
             decode_answer(await stream.read(), Served())
