@@ -122,16 +122,18 @@ check: install-dev ## format, lint, types, layers, stubs
 	@$(MAKE) stubs-check
 	@echo "check: all fine"
 
-# Two halves at once: tests over processes and sockets mostly wait.
+# Three parts at once: tests over processes and sockets mostly wait, those of the agent's processes most of all.
 ABUSE := $(wildcard tests/integration/test_abuse_*.py)
+PROCESSES := $(patsubst %,tests/integration/test_%.py,agent_process certificate_renewal controller github_action key_drills trial)
 .PHONY: test
 test: install-dev $(S3_VENV)/.s3 $(NODE_CLIENT)/.npm $(MOBILE)/.npm ## run the tests; ARGS="-k name" narrows them
 	@if [ -n "$(ARGS)" ]; then exec $(BIN)/pytest $(ARGS); fi; \
-	log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
-	$(BIN)/pytest -p no:cacheprovider tests/e2e tests/unit tests/property tests/architecture tests/crash tests/compat $(ABUSE) >"$$log" 2>&1 & other=$$!; \
-	failed=0; $(BIN)/pytest tests/integration $(ABUSE:%=--ignore=%) || failed=$$?; \
-	other_failed=0; wait $$other || other_failed=$$?; \
-	cat "$$log"; exit $$((failed || other_failed))
+	logs=$$(mktemp -d); trap 'rm -rf "$$logs"' EXIT; run() { $(BIN)/pytest -p no:cacheprovider "$$@"; }; \
+	run tests/unit tests/property tests/architecture tests/crash tests/compat $(ABUSE) tests/e2e >"$$logs/1" 2>&1 & first=$$!; \
+	run $(PROCESSES) >"$$logs/2" 2>&1 & second=$$!; failed=0; \
+	run tests/integration $(foreach path,$(ABUSE) $(PROCESSES),--ignore=$(path)) || failed=$$?; \
+	wait $$second || failed=$$?; wait $$first || failed=$$?; \
+	cat "$$logs/2" "$$logs/1"; exit $$failed
 
 # The suite is not ours and not in this repository: https://github.com/theupdateframework/tuf-conformance
 .PHONY: conformance

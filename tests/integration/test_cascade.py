@@ -173,13 +173,11 @@ def shadowed(mesh: Mesh) -> dict[str, int]:
 
 async def test_a_shadow_compares_and_changes_nothing(mesh: Mesh) -> None:
     mesh.router.shadow([ShadowConfig(model="small", to_model="large", share=1.0, compare="y")])
-    for number in range(10):
+    while shadowed(mesh).get("same", 0) < 5:
         answer = await mesh.ask(SURE)
         assert (answer.model, answer.served.node) == ("small", "near")
-        await until(lambda number=number: sum(shadowed(mesh).values()) == number + 1)  # type: ignore[misc]
-    # A copy takes only a free place, and on a busy machine there may be none for a moment.
-    assert set(shadowed(mesh)) <= {"same", "dropped_busy"}
-    assert shadowed(mesh)["same"] >= 5
+        # A copy takes only a free place, and on a busy machine there may be none for a moment.
+        assert set(shadowed(mesh)) <= {"same", "dropped_busy", "dropped_full", "dropped_refused"}
     await until(lambda: mesh.router.policy.outstanding == 0)
 
 
