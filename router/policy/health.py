@@ -15,7 +15,8 @@ from router.policy.outliers import Pace, slow
 from router.policy.panic import tiers_in_panic
 from router.policy.state import VersionState
 
-_SAMPLES_MIN = 8
+_SAMPLES_MIN = 16
+"""Fewer say more about the requests that happened to come than about the target: a few losers of hedges, say."""
 
 
 class Health:
@@ -96,7 +97,7 @@ class Health:
         paces: list[Pace] = []
         for version in table.versions:
             service = version.services.get(0)
-            if service is not None and len(service.free) + len(service.busy) >= _SAMPLES_MIN:
+            if service is not None and service.best_s and len(service.free) + len(service.busy) >= _SAMPLES_MIN:
                 seen.append(version)
                 aside = now < version.slow_until
                 p50_s = service.p50_s
@@ -104,7 +105,7 @@ class Health:
                     # Who is slow is so under load, too. Few requests find a free slot then, and losers of hedges count
                     # among them: their median alone set a healthy node aside.
                     p50_s = min(p50_s, max(service.floor_s, service.busy.quantile(0.5)))
-                paces.append(Pace(tier=version.target.tier, p50_s=p50_s, best_s=service.floor_s, set_aside=aside))
+                paces.append(Pace(tier=version.target.tier, p50_s=p50_s, best_s=service.best_s, set_aside=aside))
         config = self._config
         found = slow(paces, score_max=config.slow_score_max, share_max=config.slow_share_max) if paces else []
         for at, version in enumerate(seen):

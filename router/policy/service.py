@@ -15,17 +15,18 @@ class Service:
     """How long one version runs for one size of request, seen from here: from the last byte there to the answer.
 
     Two windows, as Prequal does by load at arrival: with a slot free then, waiting for a batch included; and without,
-    less the queue. `floor_s` is the best it has been; that memory fades in about a minute. `guessed`:
-    there never were enough samples for a 95th percentile.
+    less the queue. `floor_s` is the best it has been; that memory fades in about a minute. `best_s` is the same of
+    medians of enough samples alone: what a few lucky ones say is no measure for those that follow. `guessed`: there
+    never were enough samples for a 95th percentile.
     """
 
-    __slots__ = ("busy", "floor_s", "free", "guessed", "p50_s", "p95_s")
+    __slots__ = ("best_s", "busy", "floor_s", "free", "guessed", "p50_s", "p95_s")
 
     def __init__(self, config: PolicyConfig) -> None:
         age_s, pause_s = config.window_age_ms_max / 1e3, config.forgive_ms / 1e3
         self.free = Window(size=config.window_size, age_max_s=age_s, pause_s=pause_s)
         self.busy = Window(size=config.window_size, age_max_s=age_s, pause_s=pause_s)
-        self.p50_s = self.p95_s = self.floor_s = 0.0
+        self.p50_s = self.p95_s = self.floor_s = self.best_s = 0.0
         self.guessed = True
 
     def add(self, now: float, value_s: float, waiting: float) -> bool:
@@ -50,6 +51,8 @@ class Service:
             # What `quantile` says, without the calls: a row is settled for every other answer.
             self.p50_s, self.p95_s = ordered[count // 2], ordered[19 * count // 20]
             self.guessed = False
+            best = self.best_s or self.p50_s
+            self.best_s = min(self.p50_s, best + _FLOOR_RISE_PER_S * elapsed_s * (self.p50_s - best))
         elif count:
             ratio = self.p95_s / self.p50_s if self.p50_s > 0.0 else _TAIL_FACTOR
             # Of very few the smallest: the first may have waited for what is made only once.
