@@ -322,6 +322,7 @@ class Policy:
             if code is not Code.OVERLOADED and not facts.idempotent:
                 return None
         limit = _FOREVER_S if facts.remaining_s is None else facts.remaining_s - self._reserve_s
+        lost = code is Code.UNAVAILABLE and limit > 0.0
         model = attempt.version.model
         stand_in = "" if model == facts.model else model
         for version in (attempt.release, *(() if stand_in else facts.fallbacks)):
@@ -337,8 +338,8 @@ class Policy:
             choice = (
                 self._chooser.pick(now, table, facts, limit, keep)
                 or self._chooser.pick_late(now, table, facts, limit, keep)
-                # Who was set aside is better than nobody.
-                or self._chooser.pick_late(now, table, facts, limit, keep, panic=True)
+                # Who was set aside is better than nobody; who may be late, by our guess, better than a sure failure.
+                or self._chooser.pick_late(now, table, facts, _FOREVER_S if lost else limit, keep, panic=True)
             )
             if choice is not None:
                 if not refused and not self._retries.spend(now):

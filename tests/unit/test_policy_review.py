@@ -151,3 +151,22 @@ def test_a_target_of_another_tier_has_another_way():
     assert target.penalty_s == config.peer_penalty_ms / 1e3
     assert target.rtt_s == config.rtt_seed_ms / 1e3
     assert target.s_per_byte == 1.0 / config.bytes_per_s_seed
+
+
+def test_a_request_that_was_lost_is_sent_again_even_where_it_may_be_late():
+    policy = Policy(PolicyConfig(), 1)
+    for name, p50_us in (("fast", 10_000.0), ("busy", 300_000.0)):
+        policy.add_target(0.0, name, "peer")
+        policy.on_probe(0.0, name, 0.001)
+        version = VersionReport(model="m", version="1", service_p50_us=p50_us, service_p95_us=p50_us)
+        policy.on_report(0.0, name, NodeReport(node=name, role="edge", in_flight=0, versions=(version,)))
+    facts = RequestFacts(model="m", version="1", remaining_s=0.2)
+    send = policy.decide(0.0, facts)
+    assert isinstance(send, Send)
+    attempt = policy.on_sent(0.0, facts, send)
+    outcome = Outcome(code=Code.UNAVAILABLE)
+    policy.on_reply(0.01, attempt, outcome)
+    again = policy.retry(0.01, facts, attempt, outcome, ("fast",))
+    assert (send.target, again and again.target) == ("fast", "busy")
+    refused = Outcome(code=Code.OVERLOADED)
+    assert policy.retry(0.01, facts, attempt, refused, ("fast",)) is None
