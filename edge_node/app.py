@@ -10,8 +10,8 @@ from pathlib import Path
 
 from edge_node.broker import Broker
 from edge_node.config import EdgeConfig
-from edge_node.mqtt.backoff import full_jitter_s
 from nearcast import telemetry
+from nearcast.backoff import full_jitter_s
 from nearcast.errors import Code, MeshError
 from nearcast.runtime import ExitCode, Shutdown
 from nearcast.runtime import run as run_process
@@ -82,9 +82,9 @@ async def devices(
     if not broker:
         yield
         return
-    from edge_node.mqtt.connection import parse_url
-    from edge_node.mqtt.message import MqttLimits
+    from edge_node.mqtt.limits import MqttLimits
     from edge_node.mqtt.worker import MqttWorker
+    from nearcast.transport.mqtt.connection import parse_url
 
     host, port, _ = parse_url(broker)
     worker = MqttWorker(

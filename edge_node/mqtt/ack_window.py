@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from edge_node.mqtt.message import Message
+from nearcast.transport.mqtt.message import Message
 
 
 @dataclass(slots=True, eq=False)

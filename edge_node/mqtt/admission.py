@@ -7,10 +7,11 @@ from typing import Literal
 
 import msgspec
 
-from edge_node.mqtt import topics
 from edge_node.mqtt.idempotency import digest_of
-from edge_node.mqtt.message import Message, MqttLimits
+from edge_node.mqtt.limits import MqttLimits
 from nearcast.errors import Code
+from nearcast.transport.mqtt import topics
+from nearcast.transport.mqtt.message import Message
 
 STATUS_EXPIRED = 408
 STATUS_UNSUPPORTED_TYPE = 415

@@ -15,10 +15,10 @@ import msgspec
 
 from edge_node.mqtt.admission import Refusal, Request
 from edge_node.mqtt.inbox import Reply
-from edge_node.mqtt.message import Message
 from nearcast.errors import CATALOGUE, Code, MeshError
 from nearcast.handler import InferRequest, InferResponse, ModelMetadata, Parameter, Served, TensorSpec
 from nearcast.transport.json_tensors import Wanted, decode_request, encode_response
+from nearcast.transport.mqtt.message import Message
 from nearcast.transport.outputs import as_they_are, refuse_forms
 from nearcast.wire.request import TensorRequest, WireRequest
 from nearcast.wire.tensors import datatype_of, from_raw, size_bytes, to_raw

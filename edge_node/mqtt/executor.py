@@ -10,7 +10,7 @@ from edge_node.mqtt import envelope
 from edge_node.mqtt.admission import STATUS_EXPIRED, Request
 from edge_node.mqtt.inbox import Reply
 from edge_node.mqtt.lanes import Lanes, Recent
-from edge_node.mqtt.message import MqttLimits
+from edge_node.mqtt.limits import MqttLimits
 from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError
 from nearcast.handler import (

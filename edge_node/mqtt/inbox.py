@@ -18,7 +18,7 @@ import msgspec
 from edge_node.mqtt.admission import Request
 from edge_node.mqtt.group_commit import GroupCommit
 from edge_node.mqtt.idempotency import Known, Verdict, decide
-from edge_node.mqtt.message import MqttLimits
+from edge_node.mqtt.limits import MqttLimits
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS inbox (

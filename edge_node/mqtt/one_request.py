@@ -6,11 +6,11 @@ import asyncio
 import secrets
 from collections.abc import Mapping
 
-from edge_node.mqtt import topics
-from edge_node.mqtt.connection import Connection, ConnectionSettings, parse_url
-from edge_node.mqtt.message import Message
 from nearcast.errors import CATALOGUE, Code, MeshError
 from nearcast.handler import InferRequest, Served
+from nearcast.transport.mqtt import topics
+from nearcast.transport.mqtt.connection import Connection, ConnectionSettings, parse_url
+from nearcast.transport.mqtt.message import Message
 from nearcast.wire.response import WireResponse
 
 CONTENT_TYPE = "application/x-protobuf"

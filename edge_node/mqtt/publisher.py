@@ -8,12 +8,13 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edge_node.mqtt.connection import Connection
 from edge_node.mqtt.inbox import Inbox, Outgoing
-from edge_node.mqtt.message import Message, MqttLimits
+from edge_node.mqtt.limits import MqttLimits
 from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError
 from nearcast.telemetry import get_logger
+from nearcast.transport.mqtt.connection import Connection
+from nearcast.transport.mqtt.message import Message
 
 _log = get_logger("nearcast.mqtt")
 

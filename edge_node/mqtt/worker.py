@@ -13,21 +13,22 @@ from pathlib import Path
 import msgspec
 from prometheus_client import CollectorRegistry
 
-from edge_node.mqtt import topics
 from edge_node.mqtt.ack_window import AckWindow, Ticket
 from edge_node.mqtt.admission import Refusal, Request, admit
-from edge_node.mqtt.backoff import full_jitter_s
-from edge_node.mqtt.connection import Connection, ConnectionSettings
 from edge_node.mqtt.envelope import refusal_message, refusal_of
 from edge_node.mqtt.executor import Executor
 from edge_node.mqtt.inbox import Inbox, Reply, Unanswered, boot_identity
-from edge_node.mqtt.message import Message, MqttLimits
+from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.metrics import MqttMetrics
 from edge_node.mqtt.publisher import Publisher
+from nearcast.backoff import full_jitter_s
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import CATALOGUE, Code, MeshError
 from nearcast.handler import InferenceHandler, ModelDirectory
 from nearcast.telemetry import get_logger
+from nearcast.transport.mqtt import topics
+from nearcast.transport.mqtt.connection import Connection, ConnectionSettings
+from nearcast.transport.mqtt.message import Message
 
 PRUNE_INTERVAL_S = 5.0
 STABLE_AFTER_S = 5.0

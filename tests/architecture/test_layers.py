@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HEAVY = (
     *("ai_edge_litert", "aiohttp", "asyncio", "cryptography", "google.protobuf", "grpc", "msgspec", "ngh2", "numpy"),
-    *("onnxruntime", "paho", "prometheus_client", "rich", "structlog", "tuf", "uvloop"),
+    *("onnxruntime", "mqtt5", "cbor2", "prometheus_client", "rich", "structlog", "tuf", "uvloop"),
 )
 
 

@@ -56,6 +56,6 @@ def test_a_role_installs_nothing_of_the_demo_or_of_development(name):
 
 def test_only_nodes_with_devices_install_mqtt_and_only_serving_roles_an_engine():
     packages = {name: {package for package, _ in pins(name)} for name in ROLES}
-    assert [name for name in ROLES if "paho-mqtt" in packages[name]] == ["edge"]
+    assert [name for name in ROLES if "mqtt5" in packages[name]] == ["edge"]
     assert "onnxruntime" not in packages["router"]
     assert "ai-edge-litert" not in packages["cloud"]

@@ -18,9 +18,9 @@ import pytest
 from edge_node import broker as broker_module
 from edge_node.app import keep_alive
 from edge_node.broker import Broker, BrokerLimits, find_broker, mosquitto_config
-from edge_node.mqtt.connection import Connection, ConnectionSettings
-from edge_node.mqtt.message import Message
 from nearcast.errors import Code, MeshError
+from nearcast.transport.mqtt.connection import Connection, ConnectionSettings
+from nearcast.transport.mqtt.message import Message
 from router.child import ChildLimits
 
 KINDS = [

@@ -15,9 +15,9 @@ import threading
 import pytest
 import uvloop
 
-from edge_node.mqtt.connection import Connection, ConnectionSettings
-from edge_node.mqtt.message import Message
 from nearcast.errors import MeshError
+from nearcast.transport.mqtt.connection import Connection, ConnectionSettings
+from nearcast.transport.mqtt.message import Message
 
 CONNACK = bytes([0x20, 0x03, 0x00, 0x00, 0x00])
 RESET = struct.pack("ii", 1, 0)

@@ -18,7 +18,7 @@ import pytest
 from paho.mqtt import client as paho
 
 from edge_node.broker import Broker, find_broker
-from edge_node.mqtt.message import MqttLimits
+from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.worker import MqttWorker
 from nearcast.handler import Served
 from nearcast.wire.request import TensorRequest

@@ -3,11 +3,12 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_node.mqtt import topics
 from edge_node.mqtt.ack_window import AckWindow
 from edge_node.mqtt.admission import Refusal, admit
 from edge_node.mqtt.idempotency import Known, decide, digest_of
-from edge_node.mqtt.message import Message, MqttLimits
+from edge_node.mqtt.limits import MqttLimits
+from nearcast.transport.mqtt import topics
+from nearcast.transport.mqtt.message import Message
 
 IDS = st.from_regex(topics.ID_PATTERN, fullmatch=True).filter(lambda name: name not in topics.RESERVED_DEVICES)
 VERSIONS = st.just("") | st.from_regex(topics.VERSION_PATTERN, fullmatch=True)

@@ -9,7 +9,7 @@ import pytest
 
 from edge_node.mqtt.admission import Request
 from edge_node.mqtt.inbox import Inbox, Reply
-from edge_node.mqtt.message import MqttLimits
+from edge_node.mqtt.limits import MqttLimits
 from nearcast.errors import Code, MeshError
 
 

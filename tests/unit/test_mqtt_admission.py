@@ -5,7 +5,8 @@ import json
 import pytest
 
 from edge_node.mqtt.admission import Refusal, Request, admit
-from edge_node.mqtt.message import Message, MqttLimits
+from edge_node.mqtt.limits import MqttLimits
+from nearcast.transport.mqtt.message import Message
 
 LIMITS = MqttLimits(payload_bytes_max=64, correlation_bytes_max=8, ttl_max_ms=60_000)
 TOPIC = "nc/v1/local/cam/up/infer/digits"

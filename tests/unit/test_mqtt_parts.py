@@ -6,12 +6,12 @@ from random import Random
 import pytest
 
 from edge_node.mqtt.ack_window import AckWindow
-from edge_node.mqtt.backoff import full_jitter_s
-from edge_node.mqtt.connection import parse_url
 from edge_node.mqtt.idempotency import Known, decide
 from edge_node.mqtt.lanes import Lanes, Recent
-from edge_node.mqtt.message import Message
+from nearcast.backoff import full_jitter_s
 from nearcast.errors import MeshError
+from nearcast.transport.mqtt.connection import parse_url
+from nearcast.transport.mqtt.message import Message
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from edge_node.mqtt import topics
 from nearcast.errors import MeshError
+from nearcast.transport.mqtt import topics
 
 
 def test_a_request_topic_names_tenant_device_model_and_version():

@@ -23,8 +23,8 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from edge_node.mqtt.message import Message
 from nearcast.errors import Code, MeshError
+from nearcast.transport.mqtt.message import Message
 
 USER_PROPERTIES_MAX = 32
 PORT_DEFAULT = 1883

@@ -1,0 +1,29 @@
+"""One MQTT application message, without the client library's types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """A PUBLISH that came in or goes out. `user` holds the last value of each user property.
+
+    `mid` is the packet identifier of an incoming message, valid only on the connection it came over.
+    """
+
+    topic: str
+    payload: bytes = b""
+    qos: int = 1
+    retain: bool = False
+    mid: int = 0
+    content_type: str = ""
+    correlation: bytes = b""
+    response_topic: str = ""
+    expiry_s: int | None = None
+    user: Mapping[str, str] = field(default_factory=dict)
+
+    def expiring(self, expiry_s: int) -> Message:
+        """The same message with a Message Expiry in seconds."""
+        return replace(self, expiry_s=expiry_s)
