@@ -69,13 +69,11 @@ def request_topic(tenant: str, device: str, model: str, version: str = "") -> st
     Raises:
         MeshError: INVALID_REQUEST if a part cannot be a topic level.
     """
-    require_id(tenant, "tenant")
-    if require_id(device, "device") in RESERVED_DEVICES:
-        raise MeshError(Code.INVALID_REQUEST, f"{device!r} is reserved; choose another device name.")
+    prefix = _device_prefix(tenant, device)
     name = f"{model}@{version}" if version else model
     if _MODEL.fullmatch(name) is None:
         raise MeshError(Code.INVALID_REQUEST, f"{name!r} is no model name with an optional @version.")
-    return f"nc/v1/{tenant}/{device}/up/infer/{name}"
+    return f"{prefix}up/infer/{name}"
 
 
 def request_filter(tenant: str) -> str:
@@ -100,6 +98,37 @@ def is_own_reply_topic(topic: str, tenant: str, device: str) -> bool:
         return False
     rest = topic[len(prefix) :]
     return bool(rest) and not any(sign in rest for sign in "+#\0")
+
+
+def data_topic(tenant: str, device: str, stream: str) -> str:
+    """Where a device sends the samples of one of its streams.
+
+    Raises:
+        MeshError: INVALID_REQUEST if a part cannot be a topic level.
+    """
+    return f"{_device_prefix(tenant, device)}up/data/{require_id(stream, 'stream')}"
+
+
+def device_state_topic(tenant: str, device: str) -> str:
+    """Retained presence of a device, and its will."""
+    return f"{_device_prefix(tenant, device)}state"
+
+
+def device_desired_topic(tenant: str, device: str) -> str:
+    """Retained settings that a device is to have: under its own `down/`, where it may read."""
+    return f"{_device_prefix(tenant, device)}down/desired"
+
+
+def device_reported_topic(tenant: str, device: str) -> str:
+    """Retained settings that a device has: under its own `up/`, where it may write."""
+    return f"{_device_prefix(tenant, device)}up/reported"
+
+
+def _device_prefix(tenant: str, device: str) -> str:
+    require_id(tenant, "tenant")
+    if require_id(device, "device") in RESERVED_DEVICES:
+        raise MeshError(Code.INVALID_REQUEST, f"{device!r} is reserved; choose another device name.")
+    return f"nc/v1/{tenant}/{device}/"
 
 
 def node_state_topic(node: str) -> str:
