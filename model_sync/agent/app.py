@@ -14,7 +14,6 @@ from typing import IO
 
 from msgspec.structs import replace
 
-from model_sync.agent.clock_store import ClockFloor
 from model_sync.agent.config import AgentConfig
 from model_sync.agent.follower import Follower
 from model_sync.agent.hint import HintListener
@@ -35,6 +34,7 @@ from model_sync.replica.events import CheckFailed, Intended, Polled, ReportFaile
 from model_sync.replica.pause import check_pause_s
 from model_sync.replica.state import Want
 from nearcast.clock import SYSTEM_CLOCK, Clock
+from nearcast.clock_store import ClockFloor
 from nearcast.durable import make_folder
 from nearcast.errors import Code, MeshError
 from nearcast.identity import Identity, client_tls, load_identity

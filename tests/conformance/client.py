@@ -16,10 +16,10 @@ from urllib.parse import quote
 from tuf.api import exceptions
 from tuf.api.metadata import TargetFile  # type: ignore[attr-defined]
 
-from model_sync.agent.clock_store import ClockFloor
 from model_sync.agent.metadata import DurableUpdater, TufFetcher, open_updater
 from model_sync.agent.sources.http_source import HttpSource
 from nearcast.clock import SYSTEM_CLOCK
+from nearcast.clock_store import ClockFloor
 from nearcast.durable import make_folder, write_file
 from nearcast.errors import MeshError
 

@@ -10,12 +10,12 @@ import pytest
 from tuf.api import exceptions
 from tuf.ngclient import Updater
 
-from model_sync.agent.clock_store import ClockFloor
 from model_sync.agent.journal import Journal, read_journal
 from model_sync.agent.metadata import decode_channel, explain, set_reference_time
 from model_sync.publisher.keys import init_keys
 from model_sync.replica.state import Goal, Memory, State
 from nearcast.clock import ManualClock
+from nearcast.clock_store import ClockFloor
 from nearcast.errors import Code, MeshError
 from nearcast.store.pointer import Pointer
 

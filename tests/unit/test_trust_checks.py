@@ -8,8 +8,8 @@ import pytest
 
 from model_sync.rollout.document import Pick
 from model_sync.trust.admission import Ban, Standing, require_not_banned, require_not_older
-from model_sync.trust.clock_floor import AHEAD_S_MAX, BUILD_TIME, effective_now, raise_floor
 from model_sync.trust.vouching import TargetFacts, require_digest, vouched
+from nearcast.clock_floor import AHEAD_S_MAX, BUILD_TIME, effective_now, raise_floor
 from nearcast.errors import Code, MeshError
 from nearcast.store.manifest import File, Manifest, Tensor
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import msgspec
 
-from model_sync.trust.clock_floor import BUILD_TIME, Reading, effective_now, raise_floor
 from nearcast.clock import Clock
+from nearcast.clock_floor import BUILD_TIME, Reading, effective_now, raise_floor
 from nearcast.durable import write_file
 
 
