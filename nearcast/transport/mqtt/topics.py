@@ -13,6 +13,7 @@ TOPIC_LENGTH_MAX = 512
 RESERVED_DEVICES = frozenset({"node", "dlq"})
 _ID = re.compile(ID_PATTERN)
 _REQUEST = re.compile(rf"nc/v1/({ID_PATTERN})/({ID_PATTERN})/up/infer/([^/]*)")
+_DATA = re.compile(rf"nc/v1/({ID_PATTERN})/({ID_PATTERN})/up/data/({ID_PATTERN})")
 _MODEL = re.compile(rf"({ID_PATTERN})(?:@({VERSION_PATTERN}))?")
 
 
@@ -107,6 +108,22 @@ def data_topic(tenant: str, device: str, stream: str) -> str:
         MeshError: INVALID_REQUEST if a part cannot be a topic level.
     """
     return f"{_device_prefix(tenant, device)}up/data/{require_id(stream, 'stream')}"
+
+
+def data_filter(tenant: str) -> str:
+    """The subscription for all streams of a tenant."""
+    return f"nc/v1/{require_id(tenant, 'tenant')}/+/up/data/+"
+
+
+def parse_data(topic: str) -> tuple[str, str, str] | None:
+    """Tenant, device and stream of a stream's topic; None if they cannot be read from it."""
+    found = _DATA.fullmatch(topic)
+    return None if found is None or found[2] in RESERVED_DEVICES else (found[1], found[2], found[3])
+
+
+def event_topic(tenant: str, device: str, stream: str) -> str:
+    """Where the results of a stream go, for whoever may read them."""
+    return f"nc/v1/{tenant}/{device}/out/{stream}"
 
 
 def device_state_topic(tenant: str, device: str) -> str:
