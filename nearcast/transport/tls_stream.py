@@ -151,6 +151,12 @@ class TlsStream(asyncio.Transport, asyncio.BufferedProtocol):
         self._is_closing = True
         self._tcp.abort()
 
+    def pause_reading(self) -> None:
+        self._tcp.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._tcp.resume_reading()
+
     def is_closing(self) -> bool:
         return self._is_closing or self._tcp.is_closing()
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+
+import msgspec
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
+class Message(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A PUBLISH that came in or goes out. `user` holds the last value of each user property.
 
     `mid` is the packet identifier of an incoming message, valid only on the connection it came over.
@@ -22,8 +22,8 @@ class Message:
     correlation: bytes = b""
     response_topic: str = ""
     expiry_s: int | None = None
-    user: Mapping[str, str] = field(default_factory=dict)
+    user: Mapping[str, str] = {}
 
     def expiring(self, expiry_s: int) -> Message:
         """The same message with a Message Expiry in seconds."""
-        return replace(self, expiry_s=expiry_s)
+        return msgspec.structs.replace(self, expiry_s=expiry_s)
