@@ -14,7 +14,7 @@ from math import prod
 import msgspec
 
 from edge_node.mqtt.admission import Refusal, Request
-from edge_node.mqtt.inbox import Reply
+from edge_node.mqtt.ledger.records import Reply
 from nearcast.errors import CATALOGUE, Code, MeshError
 from nearcast.handler import InferRequest, InferResponse, ModelMetadata, Parameter, Served, TensorSpec
 from nearcast.transport.json_tensors import Wanted, decode_request, encode_response

@@ -8,8 +8,8 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 
 from edge_node.mqtt import envelope
 from edge_node.mqtt.admission import STATUS_EXPIRED, Request
-from edge_node.mqtt.inbox import Reply
 from edge_node.mqtt.lanes import Lanes, Recent
+from edge_node.mqtt.ledger.records import Reply
 from edge_node.mqtt.limits import MqttLimits
 from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError

@@ -1,4 +1,4 @@
-"""What to do with a request that may have come before. Pure: the inbox asks inside its transaction."""
+"""What to do with a request that may have come before. Pure: the ledger asks inside its transaction."""
 
 from __future__ import annotations
 
@@ -32,6 +32,35 @@ def decide(known: Known | None, digest: bytes, *, has_room: bool) -> Verdict:
     if known.digest != digest:
         return "conflict"
     return "replay" if known.state == "done" else "pending"
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """How far a stream is: the device's boot and its number in it. "" and None where the device does not count."""
+
+    boot: str = ""
+    seq: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A message that moves a stream on to `position`; the device skipped `lost` numbers before it."""
+
+    position: Position
+    lost: int = 0
+
+
+def follow(last: Position, boot: str, seq: int | None) -> Step | None:
+    """Judge a stream's message by how far the stream is; None if it came before.
+
+    A message without a number is taken as it comes and moves nothing. A new boot starts a sequence of its own, and what
+    was lost before its first number is not known.
+    """
+    if seq is None:
+        return Step(last)
+    if last.seq is None or boot != last.boot:
+        return Step(Position(boot, seq))
+    return None if seq <= last.seq else Step(Position(boot, seq), seq - last.seq - 1)
 
 
 def digest_of(fields: Iterable[tuple[str, str]], payload: bytes) -> bytes:

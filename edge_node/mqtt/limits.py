@@ -21,6 +21,10 @@ class MqttLimits:
         commit_batch_max: operations in one transaction.
         replies_age_max_s, replies_max, replies_bytes_max: how long an answer is kept for a repeated request.
         attempts_max: a request that was being executed in this many crashes is answered 500 instead of tried again.
+        inputs_bytes_max: streams' messages that wait for their execution, on disk. streams_max: streams remembered; a
+            new one takes the place of the one that was quiet longest.
+        letters_max, letters_bytes_max: dead letters kept; the oldest go first. letter_ttl_s: Message Expiry of the
+            message about one.
         sequences_max: sequences of hidden-state models remembered, least recently used first forgotten.
         reconnect_base_s, reconnect_max_s: full jitter over an exponential.
     """
@@ -40,6 +44,11 @@ class MqttLimits:
     replies_max: int = 100_000
     replies_bytes_max: int = 256 * 1024 * 1024
     attempts_max: int = 3
+    inputs_bytes_max: int = 256 * 1024 * 1024
+    streams_max: int = 10_000
+    letters_max: int = 1_000
+    letters_bytes_max: int = 64 * 1024 * 1024
+    letter_ttl_s: float = 172_800.0
     sequences_max: int = 10_000
     reconnect_base_s: float = 0.2
     reconnect_max_s: float = 10.0

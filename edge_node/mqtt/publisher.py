@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from edge_node.mqtt.inbox import Inbox, Outgoing
+from edge_node.mqtt.ledger.ledger import Ledger
+from edge_node.mqtt.ledger.records import Link, Outgoing
 from edge_node.mqtt.limits import MqttLimits
 from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError
@@ -16,6 +17,7 @@ from nearcast.telemetry import get_logger
 from nearcast.transport.mqtt.connection import Connection
 from nearcast.transport.mqtt.message import Message
 
+PAGE_ROWS = 128
 _log = get_logger("nearcast.mqtt")
 
 
@@ -32,14 +34,23 @@ class Publisher:
     """The window between outbox and broker. Survives connections; what one of them lost goes over the next.
 
     Args:
-        inbox: where delivered rows are forgotten.
+        ledger: where delivered rows are forgotten.
         limits: the window's size.
         clock: for expiry.
         on_drop: told "expired" or "refused" for each answer that is given up.
     """
 
-    def __init__(self, inbox: Inbox, limits: MqttLimits, clock: Clock, *, on_drop: Callable[[str], None]) -> None:
-        self._inbox = inbox
+    def __init__(
+        self,
+        ledger: Ledger,
+        limits: MqttLimits,
+        clock: Clock,
+        *,
+        on_drop: Callable[[str], None],
+        link: Link = "device",
+    ) -> None:
+        self._ledger = ledger
+        self._link = link
         self._limits = limits
         self._clock = clock
         self._on_drop = on_drop
@@ -58,19 +69,17 @@ class Publisher:
 
     def send(self, outgoing: Outgoing) -> None:
         """Send a committed answer, now or when there is a connection."""
-        reply = outgoing.reply
-        user = {**reply.user, "dedup": "1"} if outgoing.dedup else reply.user
-        message = Message(
-            topic=reply.topic,
-            payload=reply.payload,
-            content_type=reply.content_type,
-            correlation=reply.correlation,
-            user=user,
-        )
-        # Monotonic instants of another boot say nothing: such an answer is as old as the outage was, so it has expired.
-        expires = reply.expires if outgoing.same_boot else -math.inf
-        self._waiting.append(_Parcel(message, outgoing.id, expires))
+        self._waiting.append(_Parcel(outgoing.message, outgoing.id, outgoing.expires))
         self._pump()
+
+    async def recover(self, owed: Mapping[str, int]) -> None:
+        """Send what a former life left: `owed` names the last row of each topic."""
+        after = 0
+        while after < max(owed.values(), default=0):
+            page = await self._ledger.owed(self._link, after, PAGE_ROWS)
+            after = page.through
+            for outgoing in page.rows:
+                self.send(outgoing)
 
     def notify(self, message: Message, expires: float) -> None:
         """Send a refusal. It is not stored: the request was never accepted, and its device asks again."""
@@ -140,7 +149,7 @@ class Publisher:
         try:
             while self._delivered:
                 rows, self._delivered = self._delivered, []
-                await self._inbox.delivered(rows)
+                await self._ledger.delivered(rows, self._link)
         except MeshError as error:
             # The rows stay and are sent once more after a restart: the devices see the same answer twice.
             _log.warning("delivered answers could not be forgotten", error=error.message)

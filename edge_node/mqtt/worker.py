@@ -17,7 +17,8 @@ from edge_node.mqtt.ack_window import AckWindow, Ticket
 from edge_node.mqtt.admission import Refusal, Request, admit
 from edge_node.mqtt.envelope import refusal_message, refusal_of
 from edge_node.mqtt.executor import Executor
-from edge_node.mqtt.inbox import Inbox, Reply, Unanswered, boot_identity
+from edge_node.mqtt.ledger.ledger import Ledger, boot_identity
+from edge_node.mqtt.ledger.records import Reply, Unanswered
 from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.metrics import MqttMetrics
 from edge_node.mqtt.publisher import Publisher
@@ -84,12 +85,13 @@ class MqttWorker:
         self._state_topic = topics.node_state_topic(node)
         self._boot = boot or boot_identity()
         self.metrics = MqttMetrics(registry)
-        self._inbox = Inbox(inbox, boot=self._boot, limits=self._limits)
+        self._inbox = Ledger(inbox, node=node, boot=self._boot, limits=self._limits)
         self._executor = Executor(handler, directory, limits=self._limits, clock=clock)
         self._publisher = Publisher(self._inbox, self._limits, clock, on_drop=self.metrics.dropped)
         self._pending = 0
         self._pending_bytes = 0
         self._draining = False
+        self._suspects = asyncio.Lock()
         self._online = asyncio.Event()
         self._epoch: _Epoch | None = None
         self._running: set[asyncio.Task[None]] = set()
@@ -106,14 +108,13 @@ class MqttWorker:
         Raises:
             MeshError: UNAVAILABLE if the inbox cannot be opened.
         """
-        backlog = await self._inbox.open(self._clock.monotonic())
-        for outgoing in backlog.replies:
-            self._publisher.send(outgoing)
-        for unanswered in backlog.requests:
+        recovered = await self._inbox.open(self._clock.monotonic())
+        await self._publisher.recover(recovered.outbox["device"])
+        for unanswered in recovered.requests:
             self._reserve(len(unanswered.payload))
             self._spawn(self._resume(unanswered))
-        if backlog.requests or backlog.replies:
-            _log.info("recovered", requests=len(backlog.requests), replies=len(backlog.replies))
+        if recovered.requests or recovered.outbox["device"]:
+            _log.info("recovered", requests=len(recovered.requests), topics=len(recovered.outbox["device"]))
         create = asyncio.get_running_loop().create_task
         self._services = [create(self._stay_connected()), create(self._prune())]
 
@@ -287,15 +288,16 @@ class MqttWorker:
         reply = await self._executor.answer(request, payload)
         await self._finish(row, request, reply)
 
-    async def _finish(self, row: int, request: Request, reply: Reply) -> None:
+    async def _finish(self, row: int, request: Request, reply: Reply, *, buried: str = "") -> None:
         for _ in range(FINISH_ATTEMPTS_MAX):
             try:
-                outgoing = await self._inbox.finish(row, reply, self._clock.monotonic())
+                outgoing = await self._inbox.finish(row, reply, self._clock.monotonic(), buried=buried)
             except MeshError:
                 await asyncio.sleep(FINISH_RETRY_S)
                 continue
             self.metrics.answered(reply.user["status"], self._clock.monotonic() - request.arrived)
-            self._publisher.send(outgoing)
+            for each in outgoing:
+                self._publisher.send(each)
             return
         _log.error("an answer could not be stored; the request runs again after a restart", model=request.model)
 
@@ -306,8 +308,13 @@ class MqttWorker:
             if not unanswered.same_boot:
                 now = self._clock.monotonic()
                 request = msgspec.structs.replace(request, arrived=now, deadline=now)
-            if unanswered.attempts > self._limits.attempts_max:
-                await self._finish(unanswered.id, request, self._executor.quarantined(request))
+            if unanswered.attempts >= self._limits.attempts_max:
+                reason = f"The node crashed {unanswered.attempts} times while it ran this request."
+                await self._finish(unanswered.id, request, self._executor.quarantined(request), buried=reason)
+            elif unanswered.attempts:
+                async with self._suspects:  # one at a time, so that a crash has one culprit
+                    await self._inbox.begin(unanswered.id)
+                    await self._answer(unanswered.id, request, unanswered.payload)
             else:
                 await self._answer(unanswered.id, request, unanswered.payload)
         finally:

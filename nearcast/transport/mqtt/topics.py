@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from nearcast.errors import Code, MeshError
 
@@ -11,6 +12,7 @@ ID_PATTERN = r"[a-z0-9_-]{1,64}"
 VERSION_PATTERN = r"[0-9A-Za-z._-]{1,64}"
 TOPIC_LENGTH_MAX = 512
 RESERVED_DEVICES = frozenset({"node", "dlq"})
+NodeLeaf: TypeAlias = Literal["state", "models", "metrics", "desired", "reported"]
 _ID = re.compile(ID_PATTERN)
 _REQUEST = re.compile(rf"nc/v1/({ID_PATTERN})/({ID_PATTERN})/up/infer/([^/]*)")
 _DATA = re.compile(rf"nc/v1/({ID_PATTERN})/({ID_PATTERN})/up/data/({ID_PATTERN})")
@@ -151,3 +153,17 @@ def _device_prefix(tenant: str, device: str) -> str:
 def node_state_topic(node: str) -> str:
     """Retained presence of a node."""
     return f"nc/v1/local/node/{require_id(node, 'node name')}/state"
+
+
+def node_topic(tenant: str, node: str, leaf: NodeLeaf) -> str:
+    """One of a node's own topics.
+
+    Raises:
+        MeshError: INVALID_REQUEST if a part cannot be a topic level.
+    """
+    return f"nc/v1/{require_id(tenant, 'tenant')}/node/{require_id(node, 'node name')}/{leaf}"
+
+
+def dead_letter_topic(tenant: str, node: str) -> str:
+    """Where a node tells of what it gave up."""
+    return f"nc/v1/{require_id(tenant, 'tenant')}/dlq/{require_id(node, 'node name')}"

@@ -1,0 +1,1 @@
+"""What a node has accepted, and what it still owes, in one SQLite file."""

@@ -1,0 +1,225 @@
+"""The ledger: what was accepted, what was answered, what the brokers have not yet taken.
+
+*Accepted* means that the row is committed. A result, its row's change to `done` (or a stream's new state) and the
+outbox rows are one transaction; an outbox row goes only after the broker's PUBACK. So a crash at any point leaves
+either work that is not done, which runs after the restart, or a message that is sent again: never nothing, and never
+two different answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+import uuid
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from edge_node.mqtt.admission import Request
+from edge_node.mqtt.group_commit import GroupCommit
+from edge_node.mqtt.ledger.letters import Letters
+from edge_node.mqtt.ledger.outbox import Outbox
+from edge_node.mqtt.ledger.records import (
+    Admission,
+    Event,
+    Input,
+    Intake,
+    Link,
+    Outgoing,
+    Page,
+    Recovered,
+    Reply,
+    StoredInput,
+    Unanswered,
+)
+from edge_node.mqtt.ledger.requests import Requests
+from edge_node.mqtt.ledger.schema import SCHEMA, VERSION
+from edge_node.mqtt.ledger.streams import Streams
+from edge_node.mqtt.limits import MqttLimits
+from nearcast.clock import SYSTEM_CLOCK, Clock
+from nearcast.errors import Code, MeshError
+
+
+class Ledger:
+    """The worker's memory on disk. Every method but `open` and `close` returns a future, which resolves after the
+    commit and in the order of the calls; it fails with UNAVAILABLE if nothing could be stored.
+
+    Args:
+        path: the SQLite file.
+        node: this node's name, under which dead letters are announced.
+        boot: identity of this boot of the machine; monotonic instants of another boot mean nothing here.
+        limits: bounds of age, rows and bytes, and of a transaction.
+        links: to whom events and dead letters are owed.
+        clock: its wall time dates dead letters.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        boot: str,
+        limits: MqttLimits,
+        node: str = "edge",
+        links: Sequence[Link] = ("device",),
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self._node = node
+        self._boot = boot
+        self._limits = limits
+        self._links = links
+        self._clock = clock
+        self._commits = GroupCommit(path, SCHEMA, batch_max=limits.commit_batch_max)
+        self._outbox: Outbox
+        self._requests: Requests
+        self._streams: Streams
+        self._letters: Letters
+
+    async def open(self, now: float) -> Recovered:
+        """Open the file and read what is unfinished.
+
+        Raises:
+            MeshError: UNAVAILABLE if the file cannot be used.
+        """
+        await self._commits.open()
+        return await self._commits.submit(lambda connection: self._recover(connection, now))
+
+    def _recover(self, connection: sqlite3.Connection, now: float) -> Recovered:
+        found = connection.execute("PRAGMA user_version").fetchone()[0]
+        if found not in (0, VERSION):
+            raise MeshError(Code.UNAVAILABLE, f"The ledger has format {found}; this release reads {VERSION}.")
+        connection.execute(f"PRAGMA user_version = {VERSION}")
+        connection.execute("INSERT OR IGNORE INTO boots (name) VALUES (?)", (self._boot,))
+        (boot,) = connection.execute("SELECT number FROM boots WHERE name = ?", (self._boot,)).fetchone()
+        crashed = not connection.execute("INSERT OR IGNORE INTO running VALUES (1)").rowcount
+        self._outbox = Outbox(boot, self._links, now)
+        self._letters = Letters(self._node, self._limits, self._outbox, self._clock)
+        self._requests = Requests(boot, self._limits, self._outbox, self._letters)
+        self._streams = Streams(boot, self._limits, self._outbox, self._letters)
+        return Recovered(
+            self._requests.recover(connection, now, crashed=crashed),
+            self._streams.recover(connection, crashed=crashed),
+            self._outbox.recover(connection),
+        )
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def accept(self, request: Request, payload: bytes, *, has_room: bool = True) -> asyncio.Future[Admission]:
+        """Commit a request, unless it is known already or there is no room for a new one."""
+        return self._commits.submit(lambda c: self._requests.accept(c, request, payload, has_room=has_room))
+
+    def begin(self, row: int) -> asyncio.Future[None]:
+        """Note that a request with `attempts` is tried now: if the node crashes, it is to blame.
+
+        Try such requests one at a time, so that no innocent one is blamed.
+        """
+        return self._commits.submit(lambda c: self._requests.begin(c, row))
+
+    def finish(self, row: int, reply: Reply, now: float, *, buried: str = "") -> asyncio.Future[Sequence[Outgoing]]:
+        """Commit the answer of a request together with the order to send it; the first of what is returned is it.
+
+        Args:
+            row: of the request.
+            reply: its answer.
+            now: monotonic.
+            buried: the reason why it becomes a dead letter too.
+        """
+        return self._commits.submit(lambda c: self._requests.finish(c, row, reply, now, buried=buried))
+
+    # -- streams ------------------------------------------------------------------------------------------------------
+
+    def take(self, item: Input, payload: bytes) -> asyncio.Future[Intake]:
+        """Commit a stream's message, unless it came before or there is no room."""
+        return self._commits.submit(lambda c: self._streams.take(c, item, payload))
+
+    def inputs(self, after: int, limit: int) -> asyncio.Future[Page[StoredInput]]:
+        """Waiting messages of all streams behind the row `after`, in the order in which they were taken."""
+        return self._commits.submit(lambda c: self._streams.page(c, after, limit))
+
+    def begin_input(self, row: int) -> asyncio.Future[None]:
+        """Note that a stream's message is tried now, as `begin` does for a request."""
+        return self._commits.submit(lambda c: self._streams.begin(c, row))
+
+    def advance(
+        self, row: int, now: float, *, state: bytes | None = None, events: Sequence[Event] = (), buried: str = ""
+    ) -> asyncio.Future[Sequence[Outgoing]]:
+        """Commit what a stream's message has brought about, in one transaction: the message goes, the stream has its
+        new state (None: the old one), every event is owed to every link.
+
+        Args:
+            row: of the message.
+            now: monotonic.
+            state: the stream's explicit state behind it.
+            events: what is sent, in this order.
+            buried: the reason why the message becomes a dead letter.
+
+        Returns:
+            The outbox rows; empty if the message was dropped meanwhile.
+        """
+        return self._commits.submit(
+            lambda c: self._streams.advance(c, row, now, state=state, events=events, buried=buried)
+        )
+
+    def stream_state(self, tenant: str, device: str, stream: str) -> asyncio.Future[bytes | None]:
+        """The explicit state that the last `advance` of this stream wrote; None if there is none."""
+        return self._commits.submit(lambda c: self._streams.state(c, tenant, device, stream))
+
+    # -- what is owed -------------------------------------------------------------------------------------------------
+
+    def owed(self, link: Link, after: int, limit: int) -> asyncio.Future[Page[Outgoing]]:
+        """Messages for `link` behind the outbox row `after`."""
+        return self._commits.submit(lambda c: self._outbox.page(c, link, after, limit))
+
+    def delivered(self, rows: Iterable[int], link: Link = "device") -> asyncio.Future[None]:
+        """Forget outbox rows that `link` has taken, or that have expired."""
+        ids = list(rows)
+        return self._commits.submit(lambda c: self._outbox.delivered(c, link, ids))
+
+    # -- dead letters -------------------------------------------------------------------------------------------------
+
+    def revive(self, now: float, ttl_s: float) -> asyncio.Future[tuple[Sequence[Unanswered], Sequence[StoredInput]]]:
+        """Take the dead letters that are marked for another try back as new rows, which are then to be executed.
+
+        Args:
+            now: monotonic; the requests arrive now.
+            ttl_s: and have this long.
+        """
+        return self._commits.submit(lambda c: self._revive(c, now, ttl_s))
+
+    def _revive(
+        self, connection: sqlite3.Connection, now: float, ttl_s: float
+    ) -> tuple[list[Unanswered], list[StoredInput]]:
+        requests, inputs = [], []
+        for letter, head, payload in self._letters.take_marked(connection):
+            if letter.kind == "request":
+                request = msgspec.msgpack.decode(head, type=Request)
+                request = msgspec.structs.replace(request, arrived=now, deadline=now + ttl_s)
+                # The first request keeps its answer; this is another one, which says so, with the same correlation.
+                key = request.correlation + b"/replay/%d" % letter.id
+                row = self._requests.insert(connection, request, payload, key)
+                requests.append(Unanswered(row, request, payload, 0, same_boot=True))
+            elif letter.kind == "input":
+                item = msgspec.structs.replace(msgspec.msgpack.decode(head, type=Input), boot="", seq=None, arrived=now)
+                inputs.append(StoredInput(self._streams.put_back(connection, item, payload), item, payload))
+        return requests, inputs
+
+    # -- upkeep -------------------------------------------------------------------------------------------------------
+
+    def prune(self, now: float) -> asyncio.Future[int]:
+        """Forget answers that are too old or too many; returns how many went, a bounded number at a time."""
+        return self._commits.submit(lambda c: self._requests.prune(c, now))
+
+    async def close(self) -> None:
+        """Commit what waits, note that this was no crash, and close the file."""
+        with contextlib.suppress(MeshError):  # the next start takes it for a crash
+            await self._commits.submit(lambda c: c.execute("DELETE FROM running"))
+        await self._commits.close()
+
+
+def boot_identity() -> str:
+    """The kernel's name for this boot; monotonic time is one clock for all processes of a boot, and for no other."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return f"process-{uuid.uuid4()}"

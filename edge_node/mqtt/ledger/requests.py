@@ -1,0 +1,121 @@
+"""The inbox: what was asked, and what was answered. Runs on the ledger's thread, inside a transaction."""
+
+from __future__ import annotations
+
+import sqlite3
+
+import msgspec
+
+from edge_node.mqtt.admission import Request
+from edge_node.mqtt.idempotency import Known, decide
+from edge_node.mqtt.ledger.letters import Letters
+from edge_node.mqtt.ledger.outbox import Outbox
+from edge_node.mqtt.ledger.records import Admission, Outgoing, Reply, Unanswered
+from edge_node.mqtt.limits import MqttLimits
+
+PRUNE_BATCH = 1024
+ROW_BYTES = 512
+"""What a row costs besides its reply: the request's fields, keys and indexes."""
+
+
+class Requests:
+    """Rows of requests, from their acceptance until their answer is too old to be repeated."""
+
+    def __init__(self, boot: int, limits: MqttLimits, outbox: Outbox, letters: Letters) -> None:
+        self._boot = boot
+        self._limits = limits
+        self._outbox = outbox
+        self._letters = letters
+
+    def recover(self, connection: sqlite3.Connection, now: float, *, crashed: bool) -> list[Unanswered]:
+        """What is unanswered. After a crash a row counts it if it was never under suspicion, or was being tried."""
+        if crashed:
+            connection.execute(
+                "UPDATE inbox SET attempts = attempts + 1 WHERE state = 'pending' AND (attempts = 0 OR begun)"
+            )
+        connection.execute("UPDATE inbox SET begun = 0 WHERE state = 'pending' AND begun")
+        connection.execute(
+            "UPDATE inbox SET finished = ?, boot = ? WHERE state = 'done' AND boot != ?", (now, self._boot, self._boot)
+        )
+        pending = connection.execute(
+            "SELECT id, request, payload, attempts, boot FROM inbox WHERE state = 'pending' ORDER BY id"
+        )
+        return [
+            Unanswered(row, msgspec.msgpack.decode(request, type=Request), payload, attempts, boot == self._boot)
+            for row, request, payload, attempts, boot in pending
+        ]
+
+    def accept(self, connection: sqlite3.Connection, request: Request, payload: bytes, *, has_room: bool) -> Admission:
+        """Store a request, or say why not."""
+        key = (request.tenant, request.device, request.correlation)
+        found = connection.execute(
+            "SELECT id, digest, state, reply FROM inbox WHERE tenant = ? AND device = ? AND correlation = ?", key
+        ).fetchone()
+        known = None if found is None else Known(found[1], found[2])
+        verdict = decide(known, request.digest, has_room=has_room)
+        if verdict == "accept":
+            return Admission("accept", self.insert(connection, request, payload, request.correlation))
+        if verdict == "replay":
+            reply = msgspec.msgpack.decode(found[3], type=Reply)
+            # The repeated request has a deadline and a reply topic of its own; the content stays what it was.
+            reply = msgspec.structs.replace(reply, topic=request.reply_topic, expires=request.deadline)
+            return Admission("replay", found[0], self._outbox.add_reply(connection, found[0], reply, dedup=True))
+        return Admission(verdict, 0 if found is None else found[0])
+
+    def insert(self, connection: sqlite3.Connection, request: Request, payload: bytes, correlation: bytes) -> int:
+        """A new pending row under `correlation`."""
+        key = (request.tenant, request.device, correlation)
+        row = connection.execute(
+            "INSERT INTO inbox (tenant, device, correlation, digest, state, boot, request, payload)"
+            " VALUES (?, ?, ?, ?, 'pending', ?, ?, ?)",
+            (*key, request.digest, self._boot, msgspec.msgpack.encode(request), payload),
+        ).lastrowid
+        assert row is not None
+        return row
+
+    def begin(self, connection: sqlite3.Connection, row: int) -> None:
+        """A suspect is about to be tried: a crash from now on is its doing."""
+        connection.execute("UPDATE inbox SET begun = 1 WHERE id = ?", (row,))
+
+    def finish(
+        self, connection: sqlite3.Connection, row: int, reply: Reply, now: float, *, buried: str = ""
+    ) -> tuple[Outgoing, ...]:
+        """The answer and the orders to send it; with `buried`, the reason, the request becomes a dead letter too."""
+        letters = self._bury(connection, row, buried, now) if buried else ()
+        encoded = msgspec.msgpack.encode(reply)
+        connection.execute(
+            "UPDATE inbox SET state = 'done', boot = ?, finished = ?, payload = NULL, reply = ?, size = ? WHERE id = ?",
+            (self._boot, now, encoded, len(encoded) + ROW_BYTES, row),
+        )
+        return (self._outbox.add_reply(connection, row, reply), *letters)
+
+    def _bury(self, connection: sqlite3.Connection, row: int, reason: str, now: float) -> tuple[Outgoing, ...]:
+        head, payload, attempts = connection.execute(
+            "SELECT request, payload, attempts FROM inbox WHERE id = ?", (row,)
+        ).fetchone()
+        request = msgspec.msgpack.decode(head, type=Request)
+        letter = self._letters.letter("request", request.tenant, request.device, request.model, reason, attempts)
+        return (self._letters.bury(connection, letter, now, head=head, payload=payload or b""),)
+
+    def prune(self, connection: sqlite3.Connection, now: float) -> int:
+        """Forget answers that are too old or too many, never unsent ones; returns how many went."""
+        limits = self._limits
+        rows, size_bytes = connection.execute(
+            "SELECT count(*), coalesce(sum(size), 0) FROM inbox WHERE state = 'done'"
+        ).fetchone()
+        gone: list[tuple[int]] = []
+        oldest = connection.execute(
+            "SELECT id, finished, size FROM inbox WHERE state = 'done'"
+            " AND NOT EXISTS (SELECT 1 FROM outbox WHERE outbox.inbox = inbox.id) ORDER BY finished, id LIMIT ?",
+            (PRUNE_BATCH,),
+        )
+        for row, finished, size in oldest:
+            too_old = now - finished > limits.replies_age_max_s
+            too_many = rows > limits.replies_max or size_bytes > limits.replies_bytes_max
+            if not too_old and not too_many:
+                break
+            gone.append((row,))
+            rows -= 1
+            size_bytes -= size
+        connection.executemany("DELETE FROM inbox WHERE id = ?", gone)
+        return len(gone)

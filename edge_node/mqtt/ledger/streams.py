@@ -1,0 +1,139 @@
+"""Streams: what waits for its execution, and how far each stream is. Runs on the ledger's thread, in a transaction."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from edge_node.mqtt.idempotency import Position, follow
+from edge_node.mqtt.ledger.letters import Letters
+from edge_node.mqtt.ledger.outbox import Outbox, last_id
+from edge_node.mqtt.ledger.records import Event, Input, Intake, Outgoing, Page, StoredInput
+from edge_node.mqtt.limits import MqttLimits
+
+ROW_BYTES = 64
+"""What a row costs besides its message."""
+
+
+class Streams:
+    """Rows of inputs, each until its events are committed; one row per stream with its position and state."""
+
+    def __init__(self, boot: int, limits: MqttLimits, outbox: Outbox, letters: Letters) -> None:
+        self._boot = boot
+        self._limits = limits
+        self._outbox = outbox
+        self._letters = letters
+        self._waiting_bytes = 0
+
+    def recover(self, connection: sqlite3.Connection, *, crashed: bool) -> Mapping[str, int]:
+        """The last waiting row of each stream. A crash counts as it does for requests."""
+        if crashed:
+            connection.execute("UPDATE inputs SET attempts = attempts + 1 WHERE begun")
+        connection.execute("UPDATE inputs SET begun = 0 WHERE begun")
+        (self._waiting_bytes,) = connection.execute("SELECT coalesce(sum(size), 0) FROM inputs").fetchone()
+        return dict(
+            connection.execute(
+                "SELECT s.tenant || '/' || s.device || '/' || s.name, max(i.id)"
+                " FROM inputs i JOIN streams s ON s.id = i.stream GROUP BY i.stream"
+            )
+        )
+
+    def take(self, connection: sqlite3.Connection, item: Input, payload: bytes) -> Intake:
+        """Store a stream's message, unless it came before or there is no room."""
+        stream, position = self._stream(connection, item)
+        step = follow(position, item.boot, item.seq)
+        if step is None:
+            return Intake("duplicate")
+        head = msgspec.msgpack.encode(item)
+        size_bytes = len(head) + len(payload) + ROW_BYTES
+        if self._waiting_bytes + size_bytes > self._limits.inputs_bytes_max:
+            return Intake("full")
+        row = self._insert(connection, stream, head, payload, size_bytes)
+        connection.execute(
+            "UPDATE streams SET boot = ?, seq = ?, touched = ? WHERE id = ?",
+            (step.position.boot, step.position.seq, row, stream),
+        )
+        return Intake("accept", row, step.lost)
+
+    def put_back(self, connection: sqlite3.Connection, item: Input, payload: bytes) -> int:
+        """Store a message that was a dead letter, behind what its stream has; it counts in no sequence."""
+        stream, _position = self._stream(connection, item)
+        head = msgspec.msgpack.encode(item)
+        return self._insert(connection, stream, head, payload, len(head) + len(payload) + ROW_BYTES)
+
+    def _insert(self, connection: sqlite3.Connection, stream: int, head: bytes, payload: bytes, size: int) -> int:
+        row = connection.execute(
+            "INSERT INTO inputs (stream, boot, size, head, payload) VALUES (?, ?, ?, ?, ?)",
+            (stream, self._boot, size, head, payload),
+        ).lastrowid
+        assert row is not None
+        self._waiting_bytes += size
+        return row
+
+    def _stream(self, connection: sqlite3.Connection, item: Input) -> tuple[int, Position]:
+        key = (item.tenant, item.device, item.stream)
+        found = connection.execute(
+            "SELECT id, boot, seq FROM streams WHERE tenant = ? AND device = ? AND name = ?", key
+        ).fetchone()
+        if found is not None:
+            return found[0], Position(found[1], found[2])
+        (count,) = connection.execute("SELECT count(*) FROM streams").fetchone()
+        if count >= self._limits.streams_max:
+            connection.execute(
+                "DELETE FROM streams WHERE id = (SELECT id FROM streams WHERE NOT EXISTS"
+                " (SELECT 1 FROM inputs WHERE inputs.stream = streams.id) ORDER BY touched LIMIT 1)"
+            )
+        row = connection.execute("INSERT INTO streams (tenant, device, name) VALUES (?, ?, ?)", key).lastrowid
+        assert row is not None
+        return row, Position()
+
+    def page(self, connection: sqlite3.Connection, after: int, limit: int) -> Page[StoredInput]:
+        """At most `limit` waiting rows behind the row `after`."""
+        found = connection.execute(
+            "SELECT id, head, payload, attempts, boot FROM inputs WHERE id > ? ORDER BY id LIMIT ?", (after, limit)
+        ).fetchall()
+        rows = [
+            StoredInput(row, msgspec.msgpack.decode(head, type=Input), payload, attempts, boot == self._boot)
+            for row, head, payload, attempts, boot in found
+        ]
+        return Page(rows, rows[-1].id if len(rows) == limit else last_id(connection, "inputs"))
+
+    def begin(self, connection: sqlite3.Connection, row: int) -> None:
+        """An input is about to be tried: a crash from now on is its doing."""
+        connection.execute("UPDATE inputs SET begun = 1 WHERE id = ?", (row,))
+
+    def advance(
+        self,
+        connection: sqlite3.Connection,
+        row: int,
+        now: float,
+        *,
+        state: bytes | None,
+        events: Sequence[Event],
+        buried: str,
+    ) -> tuple[Outgoing, ...]:
+        """The input is done: it goes, its stream's state and its events come; or it becomes a dead letter."""
+        found = connection.execute(
+            "DELETE FROM inputs WHERE id = ? RETURNING stream, size, head, payload, attempts", (row,)
+        ).fetchone()
+        if found is None:  # dropped meanwhile: its effect is not wanted any more
+            return ()
+        stream, size, head, payload, attempts = found
+        self._waiting_bytes -= size
+        if state is not None:
+            connection.execute("UPDATE streams SET state = ? WHERE id = ?", (state, stream))
+        out = [self._outbox.add(connection, event, now) for event in events]
+        if buried:
+            item = msgspec.msgpack.decode(head, type=Input)
+            letter = self._letters.letter("input", item.tenant, item.device, item.stream, buried, attempts)
+            out.append(self._letters.bury(connection, letter, now, head=head, payload=payload))
+        return tuple(out)
+
+    def state(self, connection: sqlite3.Connection, tenant: str, device: str, stream: str) -> bytes | None:
+        """A stream's explicit state, as the last `advance` wrote it."""
+        found = connection.execute(
+            "SELECT state FROM streams WHERE tenant = ? AND device = ? AND name = ?", (tenant, device, stream)
+        ).fetchone()
+        return None if found is None else found[0]
