@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from edge_node.broker import Broker
+from edge_node.broker import Broker, keep_alive
 from edge_node.config import EdgeConfig
 from nearcast import telemetry
-from nearcast.backoff import full_jitter_s
 from nearcast.errors import Code, MeshError
 from nearcast.runtime import ExitCode, Shutdown
 from nearcast.runtime import run as run_process
-from router.child import ChildLimits
 from router.serving_node import ServingNode, load_or_join
-
-_log = telemetry.get_logger("edge_node.app")
 
 
 def run(config: EdgeConfig, *, token: str = "") -> int:
@@ -103,24 +98,3 @@ async def devices(
         yield
     finally:
         await worker.drain(config.drain_s)
-
-
-async def keep_alive(broker: Broker, limits: ChildLimits | None = None) -> None:
-    """Start the broker again whenever it ends; one that keeps ending is started ever more seldom."""
-    limits, generator, clock = limits or ChildLimits(), random.Random(), asyncio.get_running_loop().time
-    attempt = 0
-    while True:
-        began = clock()
-        code = await broker.wait()
-        attempt = 0 if clock() - began >= limits.stable_s else attempt + 1
-        _log.warning("broker_ended", exit_code=code)
-        if attempt > 1:  # the first restart is at once: devices are waiting
-            await _pause(attempt, generator, limits)
-        while problem := await broker.launch():
-            attempt += 1
-            _log.warning("broker_not_started", problem=problem)
-            await _pause(attempt, generator, limits)
-
-
-async def _pause(attempt: int, generator: random.Random, limits: ChildLimits) -> None:
-    await asyncio.sleep(full_jitter_s(attempt, generator, base_s=limits.restart_base_s, max_s=limits.restart_max_s))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import ipaddress
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -31,6 +32,8 @@ CLOCK_SKEW_S: Final = 300
 """How far the clock of a node may be behind that of the authority; for short lives a tenth of them."""
 _SKEW_SHARE: Final = 0.1
 CSR_SIZE_BYTES_MAX: Final = 16 * 1024
+PLAIN_LIFETIME_S_MAX: Final = 365 * 86_400
+COMMON_NAME_LENGTH_MAX: Final = 64
 
 
 class CertificateAuthority:
@@ -116,20 +119,68 @@ class CertificateAuthority:
         require_name(role, name)
         if not 0 < lifetime_s <= CERTIFICATE_LIFETIME_S:
             raise MeshError(Code.INVALID_REQUEST, f"A certificate lives at most {CERTIFICATE_LIFETIME_S} seconds.")
-        public_key = _read_csr(csr_pem)
-        now = _utc(self._clock.wall())
         usages = [ExtendedKeyUsageOID.CLIENT_AUTH]
         if role != "operator":
             usages.append(ExtendedKeyUsageOID.SERVER_AUTH)
-        certificate = (
+        return self._sign(csr_pem, _subject(name, role), lifetime_s, usages, _alternative_names(name, role))
+
+    def issue_plain(self, csr_pem: bytes, *, name: str, lifetime_s: float, hosts: Collection[str] = ()) -> bytes:
+        """Sign a certificate that names its holder by its Common Name alone, as brokers understand it. PEM.
+
+        Args:
+            csr_pem: the request; only its public key is used.
+            name: the Common Name, at most 64 characters.
+            lifetime_s: seconds until it expires, at most `PLAIN_LIFETIME_S_MAX`.
+            hosts: names and addresses of a server; without any it is a client's certificate.
+
+        Raises:
+            MeshError: INVALID_REQUEST if anything about the request is wrong.
+        """
+        if not 0 < lifetime_s <= PLAIN_LIFETIME_S_MAX:
+            raise MeshError(Code.INVALID_REQUEST, f"This certificate lives at most {PLAIN_LIFETIME_S_MAX} seconds.")
+        if not 0 < len(name) <= COMMON_NAME_LENGTH_MAX:
+            raise MeshError(Code.INVALID_REQUEST, f"A Common Name has 1 to {COMMON_NAME_LENGTH_MAX} characters.")
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        usages = [ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH]
+        alternatives = x509.SubjectAlternativeName([_general_name(host) for host in hosts]) if hosts else None
+        return self._sign(csr_pem, subject, lifetime_s, usages, alternatives)
+
+    def revocation_list(self, revoked: Mapping[int, float], *, updated_at: float) -> bytes:
+        """The CRL, as PEM: serial number -> wall-clock second of its revocation.
+
+        `updated_at` must grow from list to list: OpenSSL believes the newest of those that it was given. The list does
+        not expire before the authority does, because who holds it writes it anew itself.
+        """
+        builder = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(self._certificate.subject)
+            .last_update(_utc(updated_at))
+            .next_update(self._certificate.not_valid_after_utc)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+        )
+        for serial, at in revoked.items():
+            entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(_utc(at)).build()
+            builder = builder.add_revoked_certificate(entry)
+        return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    def _sign(
+        self,
+        csr_pem: bytes,
+        subject: x509.Name,
+        lifetime_s: float,
+        usages: Sequence[x509.ObjectIdentifier],
+        alternatives: x509.SubjectAlternativeName | None,
+    ) -> bytes:
+        public_key = _read_csr(csr_pem)
+        now = _utc(self._clock.wall())
+        builder = (
             x509.CertificateBuilder()
-            .subject_name(_subject(name, role))
+            .subject_name(subject)
             .issuer_name(self._certificate.subject)
             .public_key(public_key)
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - dt.timedelta(seconds=min(CLOCK_SKEW_S, lifetime_s * _SKEW_SHARE)))
             .not_valid_after(now + dt.timedelta(seconds=lifetime_s))
-            .add_extension(_alternative_names(name, role), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(is_ca=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
@@ -138,9 +189,10 @@ class CertificateAuthority:
                 x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()),
                 critical=False,
             )
-            .sign(self._key, hashes.SHA256())
         )
-        return certificate.public_bytes(serialization.Encoding.PEM)
+        if alternatives is not None:
+            builder = builder.add_extension(alternatives, critical=False)
+        return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
 def make_csr(name: str, role: str) -> tuple[bytes, bytes]:
@@ -156,12 +208,7 @@ def sign_csr(key_pem: bytes, name: str, role: str) -> bytes:
         MeshError: INVALID_REQUEST if the key is no EC key, or the name or role is none.
     """
     require_name(role, name)
-    try:
-        key = serialization.load_pem_private_key(key_pem, password=None)
-    except (ValueError, TypeError) as error:
-        raise MeshError(Code.INVALID_REQUEST, "The node's key cannot be read; remove it and join again.") from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise MeshError(Code.INVALID_REQUEST, "The node's key is no EC P-256 key; remove it and join again.")
+    key = _read_key(key_pem)
     request = (
         x509.CertificateSigningRequestBuilder()
         .subject_name(_subject(name, role))
@@ -169,6 +216,32 @@ def sign_csr(key_pem: bytes, name: str, role: str) -> bytes:
         .sign(key, hashes.SHA256())
     )
     return request.public_bytes(serialization.Encoding.PEM)
+
+
+def make_plain_csr() -> tuple[bytes, bytes]:
+    """Make a key and a request that names nobody, both PEM: (key, csr). The signer knows who asks."""
+    key_pem = encode_key(ec.generate_private_key(ec.SECP256R1()))
+    return key_pem, sign_plain_csr(key_pem)
+
+
+def sign_plain_csr(key_pem: bytes) -> bytes:
+    """A request for an existing key that names nobody, as PEM.
+
+    Raises:
+        MeshError: INVALID_REQUEST if the key is no EC key.
+    """
+    request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
+    return request.sign(_read_key(key_pem), hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def public_key_fingerprint(csr_pem: bytes) -> str:
+    """SHA-256 of the public key of a request, in hex.
+
+    Raises:
+        MeshError: INVALID_REQUEST if it cannot be read.
+    """
+    spki = serialization.PublicFormat.SubjectPublicKeyInfo
+    return hashlib.sha256(_read_csr(csr_pem).public_bytes(serialization.Encoding.DER, spki)).hexdigest()
 
 
 def fingerprint(certificate: x509.Certificate) -> str:
@@ -181,6 +254,16 @@ def encode_key(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
+
+
+def _read_key(key_pem: bytes) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = serialization.load_pem_private_key(key_pem, password=None)
+    except (ValueError, TypeError) as error:
+        raise MeshError(Code.INVALID_REQUEST, "The node's key cannot be read; remove it and join again.") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise MeshError(Code.INVALID_REQUEST, "The node's key is no EC P-256 key; remove it and join again.")
+    return key
 
 
 def _read_csr(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
@@ -219,6 +302,13 @@ def _alternative_names(name: str, role: str) -> x509.SubjectAlternativeName:
             x509.IPAddress(ipaddress.ip_address("::1")),
         ]
     )
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
 
 
 def _key_usage(*, is_ca: bool) -> x509.KeyUsage:

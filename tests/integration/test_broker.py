@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_node import broker as broker_module
-from edge_node.app import keep_alive
-from edge_node.broker import Broker, BrokerLimits, find_broker, mosquitto_config
+from edge_node.broker import Broker, BrokerLimits, find_broker, keep_alive
+from edge_node.broker import process as broker_process
+from edge_node.broker.configuration import mosquitto_config
 from nearcast.errors import Code, MeshError
 from nearcast.transport.mqtt.connection import Connection, ConnectionSettings
 from nearcast.transport.mqtt.message import Message
@@ -25,7 +25,7 @@ from router.child import ChildLimits
 
 KINDS = [
     pytest.param(
-        "mosquitto", marks=pytest.mark.skipif(broker_module._mosquitto_path() is None, reason="not installed")
+        "mosquitto", marks=pytest.mark.skipif(broker_process.mosquitto_path() is None, reason="not installed")
     ),
     pytest.param("iotcore", marks=pytest.mark.skipif(not importlib.util.find_spec("iotcore"), reason="not installed")),
 ]
@@ -136,7 +136,7 @@ def _lives(pid):
 
 
 def test_without_any_broker_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(broker_module, "_mosquitto_path", lambda: None)
+    monkeypatch.setattr(broker_process, "mosquitto_path", lambda: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(MeshError) as refused:
         find_broker()

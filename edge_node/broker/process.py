@@ -1,23 +1,22 @@
 """A broker for this node: Mosquitto where it is installed, else the embedded one for a demo on this machine.
 
-It runs as a child of the node, unprivileged, with a configuration of ours, on loopback.
+It runs as a child of the node, unprivileged, with a configuration of ours; without certificates on loopback only.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import getpass
 import importlib.util
 import os
 import shutil
 import signal
 import socket
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from edge_node.broker.configuration import BrokerLimits, TlsListener, mosquitto_config
 from nearcast.errors import Code, MeshError
 from nearcast.runtime import is_loopback
 from nearcast.telemetry import get_logger
@@ -32,34 +31,18 @@ _SYSTEM_FOLDERS = ("/usr/sbin", "/usr/local/sbin", "/usr/local/bin")
 _log = get_logger("nearcast.broker")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BrokerLimits:
-    """Bounds of the generated broker configuration and of its start.
-
-    `packet_bytes_max` leaves room around the largest payload that the worker takes, so that a request that is a little
-    too large gets the answer 413 and not a cut connection.
-    """
-
-    packet_bytes_max: int = 9 * 1024 * 1024
-    inflight_messages_max: int = 100
-    queued_messages_max: int = 100_000
-    queued_bytes_max: int = 256 * 1024 * 1024
-    autosave_interval_s: int = 5
-    client_expiration: str = "7d"
-    start_timeout_s: float = 5.0
-    start_attempts_max: int = 5
-    stop_timeout_s: float = 3.0
-
-
 class Broker:
     """A running broker child. Made by `start`."""
 
-    def __init__(self, kind: Kind, host: str, port: int, folder: Path, limits: BrokerLimits) -> None:
+    def __init__(
+        self, kind: Kind, host: str, port: int, folder: Path, limits: BrokerLimits, tls: TlsListener | None = None
+    ) -> None:
         self.kind = kind
         self.host = host
         self.port = port
         self._folder = folder
         self._limits = limits
+        self._tls = tls
         self._process: asyncio.subprocess.Process | None = None
 
     @classmethod
@@ -70,33 +53,37 @@ class Broker:
         host: str = "127.0.0.1",
         port: int = 0,
         kind: Kind | None = None,
+        tls: TlsListener | None = None,
         limits: BrokerLimits | None = None,
     ) -> Broker:
         """Start a broker and wait until it accepts connections.
 
         Args:
             folder: for its configuration, its log and what it persists.
-            host: a loopback address. Anonymous devices are for this machine only.
+            host: where to listen; without `tls` a loopback address: anonymous devices are for this machine only.
             port: 0 = a free one.
             kind: which one; None = Mosquitto if it is installed, else the embedded one.
+            tls: take nobody without a certificate. Only Mosquitto can.
             limits: bounds.
 
         Raises:
-            MeshError: INVALID_REQUEST for an address that others can reach, UNSUPPORTED if no broker is installed,
-                UNAVAILABLE if it does not start.
+            MeshError: INVALID_REQUEST for an address that others can reach, UNSUPPORTED if no broker is installed that
+                can do this, UNAVAILABLE if it does not start.
         """
-        if not is_loopback(host):
+        if tls is None and not is_loopback(host):
             raise MeshError(
                 Code.INVALID_REQUEST,
                 f"The node's own broker takes devices without a password and listens on loopback only, not on {host}; "
-                "run a broker with certificates there and name it with mqtt.broker.",
+                "name a running one with mqtt.broker, or give the tenant one of its own with mqtt.tenant_brokers.",
             )
         limits = limits or BrokerLimits()
         chosen = kind or find_broker()
+        if tls is not None and chosen != "mosquitto":
+            raise MeshError(Code.UNSUPPORTED, "Only Mosquitto can check certificates; run `apt-get install mosquitto`.")
         folder.mkdir(parents=True, exist_ok=True)
         problem = ""
         for _ in range(limits.start_attempts_max if port == 0 else 1):
-            broker = cls(chosen, host, port or _free_port(host), folder, limits)
+            broker = cls(chosen, host, port or _free_port(host), folder, limits, tls)
             problem = await broker.launch()
             if not problem:
                 return broker
@@ -104,8 +91,8 @@ class Broker:
 
     @property
     def url(self) -> str:
-        """`mqtt://host:port`."""
-        return f"mqtt://{self.host}:{self.port}"
+        """`mqtt://host:port`, or `mqtts://host:port`."""
+        return f"{'mqtt' if self._tls is None else 'mqtts'}://{self.host}:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -137,6 +124,14 @@ class Broker:
         """Return the child's exit code when it ends."""
         assert self._process is not None
         return await self._process.wait()
+
+    def reload(self) -> None:
+        """Have Mosquitto read its access file, its certificate and its revocation list again; sessions go on.
+
+        The signal is there before any packet that is sent to the broker after this call.
+        """
+        if self.pid:
+            os.kill(self.pid, signal.SIGHUP)
 
     async def kill(self) -> None:
         """End the child without warning, as a crash would."""
@@ -179,12 +174,12 @@ class Broker:
         return lines[-1][-200:] if lines else "it said nothing"
 
     def _mosquitto(self) -> list[str]:
-        binary = _mosquitto_path()
+        binary = mosquitto_path()
         assert binary is not None
         store = self._folder / "store"
         store.mkdir(exist_ok=True)
         path = self._folder / "mosquitto.conf"
-        path.write_text(mosquitto_config(self.host, self.port, store, self._limits))
+        path.write_text(mosquitto_config(self.host, self.port, store, self._limits, self._tls))
         return tied_to_parent([binary, "-c", str(path)])
 
     def _iotcore(self) -> list[str]:
@@ -197,39 +192,15 @@ def find_broker() -> Kind:
     Raises:
         MeshError: UNSUPPORTED with a line that says what to install.
     """
-    if _mosquitto_path() is not None:
+    if mosquitto_path() is not None:
         return "mosquitto"
     if importlib.util.find_spec("iotcore") is not None:
         return "iotcore"
     raise MeshError(Code.UNSUPPORTED, INSTALL_HINT)
 
 
-def mosquitto_config(host: str, port: int, store: Path, limits: BrokerLimits) -> str:
-    """Configuration of a broker for anonymous devices on this machine."""
-    lines = [
-        "per_listener_settings false",
-        f"listener {port} {host}",
-        "allow_anonymous true",
-        "set_tcp_nodelay true",  # without it every QoS 1 answer waits 40 ms for a delayed ACK
-        f"max_packet_size {limits.packet_bytes_max}",
-        f"max_inflight_messages {limits.inflight_messages_max}",
-        f"max_queued_messages {limits.queued_messages_max}",
-        f"max_queued_bytes {limits.queued_bytes_max}",
-        "persistence true",
-        f"persistence_location {store}/",
-        f"autosave_interval {limits.autosave_interval_s}",
-        f"persistent_client_expiration {limits.client_expiration}",
-        "log_dest stderr",
-        "log_type error",
-        "log_type warning",
-    ]
-    if os.geteuid() == 0:
-        # As root it would drop to a user of its own, who cannot write our folder.
-        lines.append(f"user {getpass.getuser()}")
-    return "\n".join(lines) + "\n"
-
-
-def _mosquitto_path() -> str | None:
+def mosquitto_path() -> str | None:
+    """Where Mosquitto is; None if it is not installed."""
     folders = os.pathsep.join([os.environ.get("PATH", os.defpath), *_SYSTEM_FOLDERS])
     return shutil.which("mosquitto", path=folders)
 
