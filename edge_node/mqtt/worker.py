@@ -20,6 +20,7 @@ from edge_node.mqtt.executor import Executor
 from edge_node.mqtt.ledger.ledger import Ledger, boot_identity
 from edge_node.mqtt.ledger.records import Reply, Unanswered
 from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.management import Management
 from edge_node.mqtt.metrics import MqttMetrics
 from edge_node.mqtt.publisher import Publisher
 from nearcast.backoff import full_jitter_s
@@ -59,6 +60,7 @@ class MqttWorker:
         inbox: path of the SQLite file.
         tenants: whose requests are read. Anonymous loopback is for `local` only.
         boot: identity of the machine's boot; a test may pretend a reboot.
+        management: the node's own topics on this broker; None = presence alone.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class MqttWorker:
         clock: Clock = SYSTEM_CLOCK,
         registry: CollectorRegistry | None = None,
         boot: str | None = None,
+        management: Management | None = None,
     ) -> None:
         self._node = node
         self._host = host
@@ -82,8 +85,8 @@ class MqttWorker:
         self._limits = limits or MqttLimits()
         self._clock = clock
         self._filters = tuple(topics.request_filter(tenant) for tenant in tenants)
-        self._state_topic = topics.node_state_topic(node)
         self._boot = boot or boot_identity()
+        self._management = management or Management(node, tenants[0], boot=self._boot)
         self.metrics = MqttMetrics(registry)
         self._inbox = Ledger(inbox, node=node, boot=self._boot, limits=self._limits)
         self._executor = Executor(handler, directory, limits=self._limits, clock=clock)
@@ -116,7 +119,7 @@ class MqttWorker:
         if recovered.requests or recovered.outbox["device"]:
             _log.info("recovered", requests=len(recovered.requests), topics=len(recovered.outbox["device"]))
         create = asyncio.get_running_loop().create_task
-        self._services = [create(self._stay_connected()), create(self._prune())]
+        self._services = [create(self._stay_connected()), create(self._prune()), create(self._management.watch())]
 
     async def wait_connected(self) -> None:
         """Return once requests arrive."""
@@ -138,7 +141,7 @@ class MqttWorker:
         await asyncio.gather(*self._services, *self._running, return_exceptions=True)
         if epoch is not None and epoch.connection is not None:
             with contextlib.suppress(MeshError):
-                epoch.connection.publish(self._presence("offline"))
+                epoch.connection.publish(self._management.presence("offline"))
             await epoch.connection.close()
         await self._inbox.close()
 
@@ -164,6 +167,7 @@ class MqttWorker:
                 self._online.clear()
                 self.metrics.connected(up=False)
                 self._publisher.detach()
+                self._management.detach()
             attempt = 0 if self._clock.monotonic() - since > STABLE_AFTER_S else attempt + 1
             limits = self._limits
             base_s, max_s = limits.reconnect_base_s, limits.reconnect_max_s
@@ -187,7 +191,8 @@ class MqttWorker:
         await connection.open()
         try:
             await connection.subscribe(*self._filters)
-            connection.publish(self._presence("online"))
+            await connection.subscribe(self._management.wishes, retained=True)
+            self._management.attach(connection)
         except BaseException:
             if not self._draining:
                 await connection.close(flush_timeout_s=0.0)
@@ -209,13 +214,9 @@ class MqttWorker:
             packet_bytes_max=2 * limits.payload_bytes_max,
             keepalive_s=limits.keepalive_s,
             connect_timeout_s=limits.connect_timeout_s,
-            will=self._presence("offline"),
+            will=self._management.presence("offline"),
             will_delay_s=limits.will_delay_s,
         )
-
-    def _presence(self, state: str) -> Message:
-        body = msgspec.json.encode({"state": state, "node": self._node, "boot": self._boot, "pid": os.getpid()})
-        return Message(topic=self._state_topic, payload=body, retain=True, content_type="application/json")
 
     async def _prune(self) -> None:
         while True:
@@ -230,6 +231,10 @@ class MqttWorker:
         if self._draining:
             return  # not acknowledged, so it comes again after the restart
         ticket = epoch.window.open(message)
+        if message.topic == self._management.wishes:
+            self._management.receive(message)
+            self._acknowledge(epoch, ticket)
+            return
         if len(epoch.window) >= self._limits.unacknowledged_max and epoch.connection is not None:
             epoch.connection.pause()  # some brokers ignore our Receive Maximum
         verdict = admit(message, self._clock.monotonic(), self._limits, nonce=os.urandom(16))

@@ -150,11 +150,6 @@ def _device_prefix(tenant: str, device: str) -> str:
     return f"nc/v1/{tenant}/{device}/"
 
 
-def node_state_topic(node: str) -> str:
-    """Retained presence of a node."""
-    return f"nc/v1/local/node/{require_id(node, 'node name')}/state"
-
-
 def node_topic(tenant: str, node: str, leaf: NodeLeaf) -> str:
     """One of a node's own topics.
 
