@@ -159,7 +159,7 @@ def encode_response(response: InferResponse, found: Sequence[Output], wanted: Wa
             output["parameters"] = {"binary_data_size": len(raw)}
             pieces.append(raw)
         else:
-            output["data"] = _to_json(each.name, each.array)
+            output["data"] = json_elements(each.name, each.array)
         outputs.append(output)
     message: dict[str, Any] = {"model_name": response.model, "model_version": response.version}
     if response.id:
@@ -180,7 +180,7 @@ def _read(tensor: JsonTensor, body: bytes, position: int, fetch: Callable[[Place
     if size is None:
         if tensor.data is msgspec.UNSET:
             raise MeshError(Code.INVALID_REQUEST, f"Tensor '{tensor.name}' has neither data nor binary_data_size.")
-        elements = _flatten(tensor.name, tensor.data, tensor.shape)
+        elements = flatten(tensor.name, tensor.data, tensor.shape)
         if tensor.datatype == "BYTES":
             if not all(isinstance(element, str) for element in elements):
                 raise MeshError(Code.INVALID_REQUEST, f"The elements of BYTES tensor '{tensor.name}' must be strings.")
@@ -197,8 +197,12 @@ def _read(tensor: JsonTensor, body: bytes, position: int, fetch: Callable[[Place
     return from_raw(tensor.name, tensor.datatype, tensor.shape, body, position, stop), stop
 
 
-def _flatten(name: str, data: Any, shape: Sequence[int]) -> list[Any]:
-    """Elements of flat data, or of data nested exactly as the shape says."""
+def flatten(name: str, data: Any, shape: Sequence[int]) -> list[Any]:
+    """Elements of flat data, or of data nested exactly as the shape says.
+
+    Raises:
+        MeshError: INVALID_REQUEST if it is neither.
+    """
     if not isinstance(data, list):
         raise MeshError(Code.INVALID_REQUEST, f"The data of tensor '{name}' must be an array.")
     if not data or not isinstance(data[0], list):
@@ -213,7 +217,12 @@ def _flatten(name: str, data: Any, shape: Sequence[int]) -> list[Any]:
     return level
 
 
-def _to_json(name: str, array: Array) -> list[Any]:
+def json_elements(name: str, array: Array) -> list[Any]:
+    """Elements of a tensor in row-major order, as JSON has them.
+
+    Raises:
+        MeshError: INVALID_REQUEST for NaN, infinity and bytes that are no text.
+    """
     datatype = datatype_of(array.dtype)
     if datatype == "BYTES":
         try:
