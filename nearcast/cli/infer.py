@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import click
 
@@ -27,7 +29,7 @@ INPUT_SIZE_BYTES_MAX = 64 * 1024 * 1024
 SHOWN_ELEMENTS_MAX = 16
 FILE_INPUT = "=@"
 """Marks an input whose name is the model's to say."""
-GRPC_PORT, HTTP_SCHEMES = 8001, ("http", "https")
+GRPC_PORT, HTTP_SCHEMES, MQTT_SCHEMES = 8001, ("http", "https"), ("mqtt", "mqtts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +102,7 @@ async def _ask(
         return await _ask_grpc(place, model, release, inputs, parameters, deadline_ms)
     if scheme in HTTP_SCHEMES:
         return await _ask_http(url.rstrip("/"), model, release, inputs, parameters, deadline_ms)
-    if scheme == "mqtt":
+    if scheme in MQTT_SCHEMES:
         return await _ask_mqtt(url, model, release, inputs, parameters, deadline_ms)
     raise MeshError(Code.INVALID_REQUEST, f"{scheme!r} is no transport; use grpc://, http:// or mqtt://.")
 
@@ -187,24 +189,28 @@ def _reason(error: Exception) -> str:
 async def _ask_mqtt(
     url: str, model: str, release: str, inputs: tuple[str, ...], parameters: dict[str, Parameter], deadline_ms: float
 ) -> Answer:
-    from edge_node.mqtt.one_request import ask
-    from nearcast.wire.request import TensorRequest
+    from nearcast.client.mqtt import MqttDevice
+    from nearcast.client.mqtt_limits import DeviceLimits
 
     if _needs_metadata(inputs):
         raise MeshError(
             Code.INVALID_REQUEST,
             "Over MQTT nobody tells the datatype of JSON; use name=@file.npy or @file.bin:DTYPE:1,64.",
         )
-    request = TensorRequest(model=model, version=release, inputs=_read_inputs(inputs, None), parameters=parameters)
-    started = time.monotonic()
-    response, user = await ask(url, request, deadline_ms=deadline_ms)
+    tensors = _read_inputs(inputs, None)
+    word = f"cli-{secrets.token_hex(4)}"  # beside a device of this name, and gone without a trace
+    place = url if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}/local/{word}"
+    limits = DeviceLimits(session_expiry_s=0)
+    async with MqttDevice(place, client_id=word, replies=word, announce=False, limits=limits) as device:
+        await device.link.wait_up(attempts_max=1)
+        answer = await device.infer(model, tensors, version=release, deadline_ms=deadline_ms, parameters=parameters)
     return Answer(
-        model=response.model,
-        version=response.version or user.get("model-version", ""),
-        outputs=response.decode(),
-        served_by=user.get("served-by", ""),
-        tier=user.get("tier", ""),
-        latency_ms=(time.monotonic() - started) * 1e3,
+        model=model,
+        version=answer.version,
+        outputs=answer.outputs,
+        served_by=answer.served_by,
+        tier=answer.tier,
+        latency_ms=answer.latency_ms,
     )
 
 

@@ -26,19 +26,18 @@ from nearcast.client.mqtt_link import DeviceLink
 from nearcast.client.mqtt_outbox import End, Outbox, Send
 from nearcast.client.mqtt_shadow import Shadow
 from nearcast.clock import SYSTEM_CLOCK, Clock
-from nearcast.errors import CATALOGUE, Code, MeshError
-from nearcast.handler import Parameter, Served, Tensors
+from nearcast.errors import Code, MeshError
+from nearcast.handler import Parameter, Tensors
 from nearcast.telemetry import get_logger
 from nearcast.transport.mqtt import topics
 from nearcast.transport.mqtt.connection import Connection, ConnectionSettings, parse_url
+from nearcast.transport.mqtt.content_types import JSON, PROTOBUF
 from nearcast.transport.mqtt.message import Message
+from nearcast.transport.mqtt.payload import decode_reply, encode_request
 from nearcast.transport.mqtt.tls import TlsFiles
 from nearcast.wire.request import TensorRequest
-from nearcast.wire.response import WireResponse
 
 DEADLINE_MS = 30_000.0
-JSON = "application/json"
-PROTOBUF = "application/x-protobuf"
 _log = get_logger("nearcast.device")
 
 Apply = Callable[[dict[str, Any]], dict[str, Any]]
@@ -129,6 +128,7 @@ class MqttDevice:
         version: str = "",
         outputs: Sequence[str] = (),
         deadline_ms: float = DEADLINE_MS,
+        content_type: str = PROTOBUF,
         key: bytes = b"",
         parameters: Mapping[str, Parameter] | None = None,
         user: Mapping[str, str] | None = None,
@@ -141,6 +141,7 @@ class MqttDevice:
             version: a release or a semver; empty = what the node serves.
             outputs: those wanted; empty = all.
             deadline_ms: how long the answer is worth something.
+            content_type: the format of the request, and of the answer if `user` names no other in `accept`.
             key: the same key makes it the same request, also after a restart of the device; empty = a new one.
             parameters: of the request.
             user: further user properties, such as `sequence-start`.
@@ -150,18 +151,19 @@ class MqttDevice:
                 OVERLOADED if too many requests are open; FORBIDDEN if the broker refused the message.
         """
         began = self._now()
-        request = TensorRequest(
-            model=model, version=version, inputs=inputs, outputs=outputs, parameters=dict(parameters or {})
-        )
+        request = TensorRequest(model=model, inputs=inputs, outputs=outputs, parameters=dict(parameters or {}))
+        payload, described = encode_request(request, content_type)
+        properties = {**(user or {}), **described}
         reply = await self.ask(
-            model, request.encode(), PROTOBUF, version=version, deadline_ms=deadline_ms, key=key, user=user
+            model, payload, content_type, version=version, deadline_ms=deadline_ms, key=key, user=properties
         )
-        response = _response(reply)
+        response = decode_reply(reply.payload, reply.content_type or content_type, reply.user, model=model)
+        served = response.served
         return Answer(
             outputs=response.decode(),
-            served_by=reply.user.get("served-by", ""),
-            tier=reply.user.get("tier", ""),
-            version=response.version or reply.user.get("model-version", ""),
+            served_by=served.node or reply.user.get("served-by", ""),
+            tier=served.tier,
+            version=served.version,
             latency_ms=(self._now() - began) * 1e3,
         )
 
@@ -351,20 +353,3 @@ class MqttDevice:
     def _ring(self) -> None:
         self._alarm = None
         self._do(self._outbox.tick(self._now()))
-
-
-def _response(reply: Message) -> WireResponse:
-    """What a reply in protobuf says.
-
-    Raises:
-        MeshError: what the node answered instead.
-    """
-    user = reply.user
-    if user.get("status") == "200":
-        return WireResponse(reply.payload, Served())
-    code, pause_ms = user.get("code", ""), user.get("retry-after-ms", "")
-    raise MeshError(
-        Code(code) if code in CATALOGUE else Code.INTERNAL,
-        user.get("status-message", "The answer has no status."),
-        retry_after_ms=int(pause_ms) if pause_ms.isascii() and pause_ms.isdigit() else None,
-    )

@@ -14,14 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_node.mqtt.one_request import ask
 from model_sync.publisher.bundle import create_bundle, read_spec
 from nearcast.cli.demo import wake_word
 from nearcast.cli.demo.bundles import write_sources
 from nearcast.cli.demo.samples import load_clips, load_digits
+from nearcast.client.mqtt import MqttDevice
 from nearcast.errors import Code, MeshError
 from nearcast.store import Pointer, Store
-from nearcast.wire.request import TensorRequest
 
 WAIT_S = 30.0
 pytest.importorskip("pymicro_wakeword")
@@ -132,22 +131,18 @@ async def test_one_image_over_every_transport_and_two_microphones(node, tmp_path
     await asyncio.to_thread(work_locally, node.addresses["local"])
 
     clips = load_clips()
+    place = f"mqtt://{node.addresses['mqtt']}/local"
     heard: dict[str, list[int]] = {"kitchen": [], "garage": []}
-    for one, other in zip(clips["okay_nabu"], clips["hey_jarvis"], strict=False):
-        for device, step in (("kitchen", one), ("garage", other)):
-            request = TensorRequest(model="wake_word", inputs={"input_audio": step})
-            response, user = await ask(f"mqtt://{node.addresses['mqtt']}/local/{device}", request, deadline_ms=10_000)
-            assert user["served-by"] == "edge-1"
-            heard[device].append(int(response.decode()["dense_1"].item()))
+    async with MqttDevice(f"{place}/kitchen") as kitchen, MqttDevice(f"{place}/garage") as garage:
+        for one, other in zip(clips["okay_nabu"], clips["hey_jarvis"], strict=False):
+            for device, step in ((kitchen, one), (garage, other)):
+                answer = await device.infer("wake_word", {"input_audio": step}, deadline_ms=10_000)
+                assert answer.served_by == "edge-1"
+                heard[device.device].append(int(answer.outputs["dense_1"].item()))
+        with pytest.raises(MeshError) as refused:
+            await garage.infer("nothere", {"x": np.zeros(1, np.float32)}, deadline_ms=5000)
     assert wake_word.is_detected(heard["kitchen"])
     assert not wake_word.is_detected(heard["garage"])
-
-    with pytest.raises(MeshError) as refused:
-        await ask(
-            f"mqtt://{node.addresses['mqtt']}/local/x",
-            TensorRequest(model="nothere", inputs={"x": np.zeros(1, np.float32)}),
-            deadline_ms=5000,
-        )
     assert refused.value.code is Code.MODEL_NOT_FOUND
     assert "digits" in refused.value.message
     assert node.stop() == 0

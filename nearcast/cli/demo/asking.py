@@ -14,16 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 from nearcast.cli.demo import file_types, wake_word
-from nearcast.cli.demo.device import Device
 from nearcast.cli.demo.samples import FILES, draw, load_clips, load_digits
 from nearcast.cli.demo.stage import Stage
 from nearcast.cli.demo.traffic import Answer
 from nearcast.client import AsyncClient
+from nearcast.client.mqtt import MqttDevice
 from nearcast.wire.request import TensorRequest
 from nearcast.wire.response import WireResponse
 from nearcast.wire.status import served_from_trailers
 
 HTTP_TIMEOUT_S = 5.0
+MQTT_DEADLINE_MS = 5000.0
 INFER_PATH = "/inference.GRPCInferenceService/ModelInfer"
 SHOWN_DIGIT = 7
 
@@ -113,19 +114,20 @@ def ask_with_http(stage: Stage) -> None:
 async def ask_with_mqtt(stage: Stage) -> None:
     """Two devices speak at the same time; the model keeps a state for each of them."""
     clips = load_clips()
-    address = stage.mesh.addresses["edge-1"]["mqtt"]
-    async with Device(address, "kitchen") as kitchen, Device(address, "garage") as garage:
+    place = f"mqtt://{stage.mesh.addresses['edge-1']['mqtt']}/local"
+    async with MqttDevice(f"{place}/kitchen") as kitchen, MqttDevice(f"{place}/garage") as garage:
         heard: dict[str, list[int]] = {"kitchen": [], "garage": []}
         for one, other in zip(clips["okay_nabu"], clips["hey_jarvis"], strict=False):
             for device, step in ((kitchen, one), (garage, other)):
-                outputs = await device.infer("wake_word", {"input_audio": step})
-                heard[device.name].append(int(outputs["dense_1"].item()))
-        digit = await kitchen.infer("digits", {"image": load_digits().images[5][None, :]})
+                answer = await device.infer("wake_word", {"input_audio": step}, deadline_ms=MQTT_DEADLINE_MS)
+                heard[device.device].append(int(answer.outputs["dense_1"].item()))
+        image = load_digits().images[5][None, :]
+        digit = await kitchen.infer("digits", {"image": image}, deadline_ms=MQTT_DEADLINE_MS)
     kitchen_peak, garage_peak = (wake_word.peak_probability(heard[name]) for name in ("kitchen", "garage"))
     stage.check(
         "MQTT: the kitchen's microphone hears 'okay nabu', the garage's, interleaved with it, does not",
         ok=wake_word.is_detected(heard["kitchen"]) and not wake_word.is_detected(heard["garage"]),
         detail=f"{kitchen_peak:.0%} and {garage_peak:.0%}",
     )
-    says = int(digit["probabilities"].argmax())
+    says = int(digit.outputs["probabilities"].argmax())
     stage.check("MQTT: request and reply read a 5", ok=says == 5, detail=f"says {says}")
