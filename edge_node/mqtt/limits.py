@@ -23,6 +23,10 @@ class MqttLimits:
         attempts_max: a request that was being executed in this many crashes is answered 500 instead of tried again.
         inputs_bytes_max: streams' messages that wait for their execution, on disk. streams_max: streams remembered; a
             new one takes the place of the one that was quiet longest.
+        inputs_in_hand_max: messages of streams between the ledger and their models. windows_max: completed by one of
+            them. states_cached_max: streams whose state is kept in memory too.
+        input_tries_max: a message at which its model fails so often becomes a dead letter.
+        input_retry_base_s, input_retry_max_s: full jitter, while a stream's model cannot answer.
         letters_max, letters_bytes_max: dead letters kept; the oldest go first. letter_ttl_s: Message Expiry of the
             message about one.
         sequences_max: sequences of hidden-state models remembered, least recently used first forgotten.
@@ -46,6 +50,12 @@ class MqttLimits:
     attempts_max: int = 3
     inputs_bytes_max: int = 256 * 1024 * 1024
     streams_max: int = 10_000
+    inputs_in_hand_max: int = 64
+    windows_max: int = 4096
+    states_cached_max: int = 1024
+    input_tries_max: int = 5
+    input_retry_base_s: float = 0.5
+    input_retry_max_s: float = 60.0
     letters_max: int = 1_000
     letters_bytes_max: int = 64 * 1024 * 1024
     letter_ttl_s: float = 172_800.0
