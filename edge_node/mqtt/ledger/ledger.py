@@ -23,6 +23,7 @@ from edge_node.mqtt.ledger.letters import Letters
 from edge_node.mqtt.ledger.outbox import Outbox
 from edge_node.mqtt.ledger.records import (
     Admission,
+    Advance,
     Event,
     Input,
     Intake,
@@ -160,6 +161,18 @@ class Ledger:
         return self._commits.submit(
             lambda c: self._streams.advance(c, row, now, state=state, events=events, buried=buried)
         )
+
+    def advance_all(
+        self, steps: Sequence[Advance], now: float, *, state: bytes | None = None
+    ) -> asyncio.Future[Sequence[Outgoing]]:
+        """The same for messages of one stream that follow each other, in one transaction: all of it or nothing.
+
+        Args:
+            steps: what each has brought about, in order.
+            now: monotonic.
+            state: the stream's explicit state behind the last of them.
+        """
+        return self._commits.submit(lambda c: self._streams.advance_all(c, steps, now, state=state))
 
     def stream_state(self, tenant: str, device: str, stream: str) -> asyncio.Future[bytes | None]:
         """The explicit state that the last `advance` of this stream wrote; None if there is none."""

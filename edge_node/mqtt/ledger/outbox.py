@@ -10,6 +10,7 @@ import msgspec
 
 from edge_node.mqtt.ledger.records import LINK_BITS, Event, Link, Outgoing, Page, Reply
 from nearcast.transport.mqtt.message import Message
+from nearcast.transport.mqtt.payload_envelope import mark_repeated
 
 ROW_BYTES = 64
 """What a row costs besides its message."""
@@ -119,7 +120,7 @@ def last_id(connection: sqlite3.Connection, table: str) -> int:
 def _reply_message(reply: Reply, *, dedup: bool) -> Message:
     return Message(
         topic=reply.topic,
-        payload=reply.payload,
+        payload=mark_repeated(reply.content_type, reply.payload) if dedup else reply.payload,
         content_type=reply.content_type,
         correlation=reply.correlation,
         user={**reply.user, "dedup": "1"} if dedup else reply.user,

@@ -126,6 +126,15 @@ class StoredInput:
 
 
 @dataclass(frozen=True, slots=True)
+class Advance:
+    """What one stream's message has brought about. `buried`: the reason why it becomes a dead letter."""
+
+    row: int
+    events: Sequence[Event] = ()
+    buried: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Page(Generic[T]):
     """Rows in the order of their ids. `through`: every row up to this id was looked at."""
 

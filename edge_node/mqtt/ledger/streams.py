@@ -10,7 +10,7 @@ import msgspec
 from edge_node.mqtt.idempotency import Position, follow
 from edge_node.mqtt.ledger.letters import Letters
 from edge_node.mqtt.ledger.outbox import Outbox, last_id
-from edge_node.mqtt.ledger.records import Event, Input, Intake, Outgoing, Page, StoredInput
+from edge_node.mqtt.ledger.records import Advance, Event, Input, Intake, Outgoing, Page, StoredInput
 from edge_node.mqtt.limits import MqttLimits
 
 ROW_BYTES = 64
@@ -129,6 +129,16 @@ class Streams:
             item = msgspec.msgpack.decode(head, type=Input)
             letter = self._letters.letter("input", item.tenant, item.device, item.stream, buried, attempts)
             out.append(self._letters.bury(connection, letter, now, head=head, payload=payload))
+        return tuple(out)
+
+    def advance_all(
+        self, connection: sqlite3.Connection, steps: Sequence[Advance], now: float, *, state: bytes | None
+    ) -> tuple[Outgoing, ...]:
+        """Several inputs of one stream are done."""
+        out: list[Outgoing] = []
+        for step in steps:
+            new = state if step is steps[-1] else None
+            out += self.advance(connection, step.row, now, state=new, events=step.events, buried=step.buried)
         return tuple(out)
 
     def state(self, connection: sqlite3.Connection, tenant: str, device: str, stream: str) -> bytes | None:
