@@ -42,6 +42,7 @@ SUBCOMMANDS: Mapping[str, Entry] = {
     "nodes": Entry("nearcast.cli.nodes", "List, invite and remove nodes."),
     "route": Entry("nearcast.cli.route", "Explain where a request would go."),
     "simulate": Entry("nearcast.cli.simulate", "Simulate a fleet on virtual time."),
+    "doctor": Entry("nearcast.cli.doctor", "Find what is wrong between a node, its broker and its devices."),
     "config": Entry("nearcast.cli.config", "Show settings and where they come from."),
 }
 """All subcommands, in the order of `--help`."""

@@ -1,0 +1,63 @@
+"""The whole examination, from the ground up: what rests on something broken is not tried."""
+
+from __future__ import annotations
+
+from edge_node.doctor.delivery import find_deliveries
+from edge_node.doctor.findings import Check, DoctorLimits, Finding, Subject
+from edge_node.doctor.handshake import find_listener, find_versions
+from edge_node.doctor.machine import clock_floor, find_certificates, find_clock
+from edge_node.doctor.nagle import measure_stalls
+from edge_node.doctor.persistence import find_persistence
+from edge_node.doctor.player import playing
+from nearcast.clock import SYSTEM_CLOCK, Clock
+from nearcast.errors import MeshError
+from nearcast.transport.mqtt import topics
+
+_SPOKEN: tuple[Check, ...] = ("nagle-here", "nagle-broker", "acl", "persistence", "node")
+"""What needs a broker that speaks with us."""
+
+
+async def examine(
+    subject: Subject, *, limits: DoctorLimits | None = None, clock: Clock = SYSTEM_CLOCK
+) -> list[Finding]:
+    """Look at everything once. Nothing is changed, but that a session of the doctor's stays for two minutes.
+
+    Returns:
+        One finding for each check, in the order in which they rest upon each other.
+    """
+    limits = limits or DoctorLimits()
+    found = [find_clock(subject.data_dir, clock)]
+    listener = await find_listener(subject, limits)
+    now = clock_floor(subject.data_dir, clock).read().now
+    certificates = await find_certificates(subject, now, limits, has_broker=listener.status == "ok")
+    found += [certificates, listener]
+    if listener.status != "ok":
+        return found + _skip("mqtt5", *_SPOKEN, why="there is no broker")
+    if certificates.status == "fail" and subject.device_tls is not None:
+        return found + _skip("mqtt5", *_SPOKEN, why="the certificates come first")
+    versions = await find_versions(subject, limits)
+    found.append(versions)
+    if versions.status != "ok":
+        return found + _skip(*_SPOKEN, why="the broker does not speak MQTT 5 with us")
+    try:
+        return found + await _listen(subject, limits)
+    except MeshError as error:
+        lost = Finding(check="broker", status="fail", detail=f"the broker left us: {error.message}")
+        done = {finding.check for finding in found}
+        return [finding for finding in found if finding.check != "broker"] + [
+            lost, *_skip(*(check for check in _SPOKEN if check not in done), why="the broker left us")
+        ]  # fmt: skip
+
+
+async def _listen(subject: Subject, limits: DoctorLimits) -> list[Finding]:
+    async with playing(subject, "device", subject.device_tls, limits) as device:
+        topic = topics.device_state_topic(subject.tenant, subject.device)
+        stalls = await measure_stalls(device, topic, limits)
+    access, node = await find_deliveries(subject, limits)
+    if access.status == "fail":
+        return [*stalls, access, *_skip("persistence", why="what is not delivered cannot be kept"), node]
+    return [*stalls, access, await find_persistence(subject, limits), node]
+
+
+def _skip(*checks: Check, why: str) -> list[Finding]:
+    return [Finding(check=check, status="skip", detail=why) for check in checks]
