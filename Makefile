@@ -14,6 +14,7 @@ BIN := $(VENV)/bin
 STUBS_VENV := .venv-stubs
 S3_VENV := .venv-s3
 NODE_CLIENT := .venv-node
+NODE_DEVICE := .venv-node-device
 MOBILE := .venv-mobile-ts
 PEERS := .venv-peers
 STUBS_OUT ?= .
@@ -72,6 +73,13 @@ $(NODE_CLIENT)/.npm: $(wildcard tests/foreign/grpc_js/*)
 		elif cd $(NODE_CLIENT) && npm ci --silent --no-audit --no-fund --ignore-scripts; then touch .npm; \
 		else echo "npm could not install grpc-js; its tests are skipped" >&2; fi
 
+# A device on Node.js, for the commands in docs/mqtt.md; the same holds for it.
+$(NODE_DEVICE)/.npm: $(wildcard tests/foreign/mqtt_js/*)
+	@mkdir -p $(NODE_DEVICE); cp tests/foreign/mqtt_js/* $(NODE_DEVICE)/
+	@if ! command -v npm >/dev/null; then echo "npm is missing; on Debian and Ubuntu: apt-get install npm" >&2; \
+		elif cd $(NODE_DEVICE) && npm ci --silent --no-audit --no-fund --ignore-scripts; then touch .npm; \
+		else echo "npm could not install mqtt; its test is skipped" >&2; fi
+
 # The example of a client in TypeScript, compiled; the same holds for it.
 $(MOBILE)/.npm: $(wildcard examples/mobile-ts/* examples/mobile-ts/src/*)
 	@mkdir -p $(MOBILE); cp -r examples/mobile-ts/. $(MOBILE)/
@@ -83,7 +91,7 @@ $(MOBILE)/.npm: $(wildcard examples/mobile-ts/* examples/mobile-ts/src/*)
 mobile-ts: $(MOBILE)/.npm ## build examples/mobile-ts, which the tests run
 
 .PHONY: node-client
-node-client: $(NODE_CLIENT)/.npm ## install grpc-js, which the tests call servers with
+node-client: $(NODE_CLIENT)/.npm $(NODE_DEVICE)/.npm ## install grpc-js and mqtt, which the tests call nodes with
 
 .PHONY: install
 install: $(VENV)/.demo ## make .venv with everything that `make demo` needs
@@ -126,7 +134,7 @@ check: install-dev ## format, lint, types, layers, stubs
 ABUSE := $(wildcard tests/integration/test_abuse_*.py)
 PROCESSES := $(patsubst %,tests/integration/test_%.py,agent_process certificate_renewal controller github_action key_drills trial)
 .PHONY: test
-test: install-dev $(S3_VENV)/.s3 $(NODE_CLIENT)/.npm $(MOBILE)/.npm ## run the tests; ARGS="-k name" narrows them
+test: install-dev $(S3_VENV)/.s3 $(NODE_CLIENT)/.npm $(NODE_DEVICE)/.npm $(MOBILE)/.npm ## run the tests; ARGS="-k name" narrows them
 	@if [ -n "$(ARGS)" ]; then exec $(BIN)/pytest $(ARGS); fi; \
 	logs=$$(mktemp -d); trap 'rm -rf "$$logs"' EXIT; run() { $(BIN)/pytest -p no:cacheprovider "$$@"; }; \
 	run tests/unit tests/property tests/architecture tests/crash tests/e2e >"$$logs/1" 2>&1 & first=$$!; \
@@ -172,5 +180,5 @@ models: install-dev ## fetch the example's detectors from their packages and che
 
 .PHONY: clean
 clean: ## remove environments and everything generated
-	rm -rf $(VENV) $(STUBS_VENV) $(S3_VENV) $(NODE_CLIENT) $(MOBILE) $(PEERS) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks *.egg-info
+	rm -rf $(VENV) $(STUBS_VENV) $(S3_VENV) $(NODE_CLIENT) $(NODE_DEVICE) $(MOBILE) $(PEERS) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks *.egg-info
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -103,18 +103,6 @@ def test_curl(fleet):
     assert digit_of(json.loads(run.stdout)) == 3
 
 
-def test_mosquitto_rr(fleet):
-    if shutil.which("mosquitto_rr") is None:
-        pytest.skip("mosquitto_rr is not installed (apt-get install mosquitto-clients)")
-    command = ["mosquitto_rr", "-V", "5", "-p", str(port_of(fleet)), "-W", "10", "-q", "1", "-v"]
-    command += ["-t", "nc/v1/local/shell/up/infer/digits", "-e", "nc/v1/local/shell/down/reply/try"]
-    command += ["-D", "publish", "content-type", "application/json", "-m", json.dumps(image_json(4))]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S + 5, check=True)
-    topic, _, payload = run.stdout.partition(" ")
-    assert topic == "nc/v1/local/shell/down/reply/try"
-    assert digit_of(json.loads(payload)) == 4
-
-
 def test_paho_with_mqtt_5(fleet):
     with Device(port_of(fleet), "paho5") as device:
         key = device.ask(to_raw(image(5)), model="digits", dtype="FP32", shape="1,64", name="image")
