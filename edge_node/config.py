@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 
+from nearcast.transport.mqtt.topics import require_id
 from router.serving_config import ServingConfig
+
+LOCAL = "local"
+"""The tenant of the node's own machine."""
 
 
 class MqttConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -31,3 +37,8 @@ class EdgeConfig(ServingConfig, frozen=True, forbid_unknown_fields=True, kw_only
     name: str = "edge-1"
     data_dir: str = ".nearcast/edge-1"
     mqtt: MqttConfig = MqttConfig()
+
+    def ledger_path(self, tenant: str) -> Path:
+        """What a tenant's devices sent and are owed: one file for each broker, and a tenant has a broker of its own."""
+        folder = Path(self.data_dir)
+        return (folder if tenant == LOCAL else folder / "tenants" / require_id(tenant, "tenant")) / "inbox.sqlite"

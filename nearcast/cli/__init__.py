@@ -43,6 +43,7 @@ SUBCOMMANDS: Mapping[str, Entry] = {
     "route": Entry("nearcast.cli.route", "Explain where a request would go."),
     "simulate": Entry("nearcast.cli.simulate", "Simulate a fleet on virtual time."),
     "doctor": Entry("nearcast.cli.doctor", "Find what is wrong between a node, its broker and its devices."),
+    "dlq": Entry("nearcast.cli.dlq", "List what a node gave up, and have it tried again."),
     "config": Entry("nearcast.cli.config", "Show settings and where they come from."),
 }
 """All subcommands, in the order of `--help`."""
