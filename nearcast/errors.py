@@ -40,7 +40,7 @@ class Code(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """How one code looks at each edge. `grpc` is the gRPC status number, `http` also serves as the MQTT `status`."""
+    """How one code looks at each edge. `http` is the MQTT `status` too, or near it."""
 
     retry: Retry
     grpc: int

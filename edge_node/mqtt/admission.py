@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import msgspec
 
 from edge_node.mqtt.idempotency import digest_of
 from edge_node.mqtt.limits import MqttLimits
-from nearcast.errors import Code
+from nearcast.errors import Code, MeshError
+from nearcast.transport.mqtt import content_types as types
 from nearcast.transport.mqtt import topics
+from nearcast.transport.mqtt.limits import USER_PROPERTIES_MAX
 from nearcast.transport.mqtt.message import Message
+from nearcast.transport.mqtt.payload_envelope import read_head
+from nearcast.transport.mqtt.status import STATUS
 
-STATUS_EXPIRED = 408
-STATUS_UNSUPPORTED_TYPE = 415
 DIGEST_PROPERTIES = ("dtype", "shape", "name", "sequence-id", "sequence-start", "sequence-end", "priority")
-ACCEPTED_TYPES = ("application/octet-stream", "application/json", "application/x-protobuf")
+KEPT_PROPERTIES = frozenset({*DIGEST_PROPERTIES, "output", "traceparent"})
+"""What the execution reads; the others are not stored."""
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,7 +27,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         correlation: Correlation Data, or the envelope's id; random where the device gave none: it matches nothing.
         echo: whether the device gave the correlation and gets it back.
-        envelope: sent by a device without MQTT 5 properties; the answer is an envelope too.
+        envelope: sent by a device without MQTT 5 properties; the answer is an envelope too, or raw bytes.
+        content_type, accept: formats of the request and of its answer.
+        user: the properties in `KEPT_PROPERTIES`.
         arrived, deadline: monotonic seconds of this boot.
     """
 
@@ -55,18 +59,18 @@ class Refusal:
     topic: str = ""
     correlation: bytes = b""
     envelope: bool = False
+    accept: str = types.OCTETS
     retry_after_ms: int | None = None
 
 
-class _Head(msgspec.Struct):
-    """What admission needs of an envelope; the rest is read when the request runs."""
+@dataclass(slots=True)
+class _Asker:
+    """How whoever sent a message can be told what became of it, as far as it has been read."""
 
-    id: str = ""
-    ttl_ms: float | None = None
-    model_version: str | int = ""
-
-
-Form = Literal["properties", "envelope"]
+    reply_topic: str
+    correlation: bytes
+    envelope: bool
+    accept: str
 
 
 def admit(message: Message, now: float, limits: MqttLimits, *, nonce: bytes) -> Request | Refusal:
@@ -81,118 +85,116 @@ def admit(message: Message, now: float, limits: MqttLimits, *, nonce: bytes) -> 
     topic = topics.parse_request(message.topic)
     if topic is None:
         return Refusal(status=400, reason="The topic names no tenant and device of the form [a-z0-9_-]{1,64}.")
-    form = _form_of(message)
-    reply_topic, refusal = _reply_topic(message, topic)
-    if refusal is not None:
-        return refusal
-    if not topic.model:
-        reason = "The topic's last level is no model name with an optional @version."
-        return _refuse(400, reason, Code.INVALID_REQUEST, reply_topic, message, form)
-    if len(message.payload) > limits.payload_bytes_max:
-        reason = f"The payload has {len(message.payload)} bytes; at most {limits.payload_bytes_max} are accepted."
-        return _refuse(413, reason, Code.TOO_LARGE, reply_topic, message, form)
-    if len(message.correlation) > limits.correlation_bytes_max:
-        reason = f"Correlation Data may have at most {limits.correlation_bytes_max} bytes."
-        return _refuse(400, reason, Code.INVALID_REQUEST, reply_topic, message, form)
-    if form == "envelope":
-        return _admit_envelope(message, topic, reply_topic, now, limits, nonce)
-    return _admit_properties(message, topic, reply_topic, now, limits, nonce)
+    # A device without MQTT 5 sends no property at all; what it may say is in the topic and in the payload.
+    envelope = not (message.content_type or message.correlation or message.response_topic or message.user)
+    announced = types.SUFFIXES.get(topic.suffix, "")
+    content_type = types.media_type(message.content_type) or announced or (types.JSON if envelope else types.OCTETS)
+    accept = types.media_type(message.user.get("accept", "")) or types.reply_type(content_type)
+    asker = _Asker(topic.reply, message.correlation, envelope, accept)
+    try:
+        _require_own_topic(message, topic, asker)
+        _require_bounds(message, content_type, limits)
+        _require_formats(content_type, accept, announced)
+        if not topic.model:
+            raise MeshError(
+                Code.INVALID_REQUEST,
+                "The topic must end with a model's name, an optional @version, and optionally /json, /cbor or /bin.",
+            )
+        return _read(message, topic, asker, content_type, now, limits, nonce)
+    except MeshError as error:
+        return Refusal(
+            status=STATUS[error.code],
+            reason=error.message,
+            code=error.code,
+            topic=asker.reply_topic,
+            correlation=asker.correlation,
+            envelope=envelope,
+            accept=accept,
+        )
 
 
-def _form_of(message: Message) -> Form:
-    """A device without MQTT 5 sends no property at all; what it may say is in a JSON envelope."""
-    spoken = message.content_type or message.correlation or message.response_topic or message.user
-    return "properties" if spoken else "envelope"
-
-
-def _reply_topic(message: Message, topic: topics.RequestTopic) -> tuple[str, Refusal | None]:
+def _require_own_topic(message: Message, topic: topics.RequestTopic, asker: _Asker) -> None:
     asked = message.response_topic
     if not asked:
-        return topic.reply, None
-    if topics.is_own_reply_topic(asked, topic.tenant, topic.device):
-        return asked, None
-    reason = f"The Response Topic must lie under {topics.down_prefix(topic.tenant, topic.device)} of the requester."
-    return "", _refuse(403, reason, Code.FORBIDDEN, topic.reply, message, "properties")
+        return
+    if not topics.is_own_reply_topic(asked, topic.tenant, topic.device):
+        prefix = topics.down_prefix(topic.tenant, topic.device)
+        raise MeshError(
+            Code.FORBIDDEN,
+            f"The Response Topic must lie under {prefix} of the requester, with at most {topics.TOPIC_LEVELS_MAX} "
+            "levels and no wildcard.",
+        )
+    asker.reply_topic = asked
 
 
-def _refuse(status: int, reason: str, code: str, topic: str, message: Message, form: Form) -> Refusal:
-    return Refusal(
-        status=status,
-        reason=reason,
-        code=code,
-        topic=topic,
-        correlation=message.correlation,
-        envelope=form == "envelope",
-    )
+def _require_bounds(message: Message, content_type: str, limits: MqttLimits) -> None:
+    size_bytes = len(message.payload)
+    bytes_max = limits.payload_bytes_max
+    if content_type in types.IMAGES:
+        bytes_max = min(bytes_max, limits.image_bytes_max)
+    if size_bytes > bytes_max:
+        raise MeshError(Code.TOO_LARGE, f"The payload has {size_bytes} bytes; at most {bytes_max} are accepted.")
+    if len(message.correlation) > limits.correlation_bytes_max:
+        raise MeshError(
+            Code.INVALID_REQUEST, f"Correlation Data may have at most {limits.correlation_bytes_max} bytes."
+        )
+    user = message.user
+    if len(user) > USER_PROPERTIES_MAX:
+        raise MeshError(Code.INVALID_REQUEST, f"A message may have at most {USER_PROPERTIES_MAX} user properties.")
+    if user and sum(map(len, user)) + sum(map(len, user.values())) > limits.user_chars_max:
+        raise MeshError(
+            Code.INVALID_REQUEST, f"User properties may have at most {limits.user_chars_max} characters together."
+        )
 
 
-def _admit_properties(
-    message: Message, topic: topics.RequestTopic, reply_topic: str, now: float, limits: MqttLimits, nonce: bytes
-) -> Request | Refusal:
-    content_type = _media_type(message.content_type) or "application/octet-stream"
-    accept = _media_type(message.user.get("accept", "")) or content_type
-    for kind in (content_type, accept):
-        if kind not in ACCEPTED_TYPES:
-            reason = f"{kind[:80]!r} is not understood; use {', '.join(ACCEPTED_TYPES)}."
-            return _refuse(STATUS_UNSUPPORTED_TYPE, reason, Code.UNSUPPORTED, reply_topic, message, "properties")
-    ttl_ms, problem = _ttl_ms(message.user.get("ttl-ms"), message.expiry_s, limits)
-    if problem:
-        return _refuse(400, problem, Code.INVALID_REQUEST, reply_topic, message, "properties")
+def _require_formats(content_type: str, accept: str, announced: str) -> None:
+    for kind, known in ((content_type, types.REQUEST_TYPES), (accept, types.REPLY_TYPES)):
+        if kind not in known:
+            what = "Content Type" if known is types.REQUEST_TYPES else "user property `accept`"
+            raise MeshError(Code.UNSUPPORTED, f"The {what} {kind[:80]!r} is not understood; use {', '.join(known)}.")
+    if announced and content_type != announced:
+        raise MeshError(Code.INVALID_REQUEST, f"The topic announces {announced}, the Content Type is {content_type}.")
+
+
+def _read(
+    message: Message,
+    topic: topics.RequestTopic,
+    asker: _Asker,
+    content_type: str,
+    now: float,
+    limits: MqttLimits,
+    nonce: bytes,
+) -> Request:
+    version, ttl, user = topic.version, None, message.user
+    if user:
+        version, ttl = version or user.get("version", ""), user.get("ttl-ms")
+    if asker.envelope and content_type != types.OCTETS:
+        head = read_head(message.payload, content_type)
+        asker.correlation = head.id.encode()
+        if len(asker.correlation) > limits.correlation_bytes_max:
+            raise MeshError(Code.INVALID_REQUEST, f"The id may have at most {limits.correlation_bytes_max} bytes.")
+        version, ttl = version or str(head.model_version), None if head.ttl_ms is None else str(head.ttl_ms)
+    if version and not topics.is_version(version):
+        raise MeshError(Code.INVALID_REQUEST, "The version must be a release number or a name like 1.2.0.")
     return Request(
         tenant=topic.tenant,
         device=topic.device,
         model=topic.model,
-        version=topic.version or message.user.get("version", ""),
-        correlation=message.correlation or nonce,
-        echo=bool(message.correlation),
-        reply_topic=reply_topic,
+        version=version,
+        correlation=asker.correlation or nonce,
+        echo=bool(asker.correlation),
+        envelope=asker.envelope,
+        reply_topic=asker.reply_topic,
         content_type=content_type,
-        accept=accept,
-        user=dict(message.user),
+        accept=asker.accept,
+        user={name: value for name, value in user.items() if name in KEPT_PROPERTIES},
         arrived=now,
-        deadline=now + ttl_ms / 1000.0,
-        digest=_digest(topic, content_type, message),
+        deadline=now + _ttl_ms(ttl, message.expiry_s, limits) / 1000.0,
+        digest=_digest(topic.model, version, f"envelope {content_type}" if asker.envelope else content_type, message),
     )
 
 
-def _admit_envelope(
-    message: Message, topic: topics.RequestTopic, reply_topic: str, now: float, limits: MqttLimits, nonce: bytes
-) -> Request | Refusal:
-    try:
-        head = msgspec.json.decode(message.payload, type=_Head)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        reason = "Without a Content Type the payload must be a JSON object with id (text), ttl_ms and inputs."
-        return _refuse(STATUS_UNSUPPORTED_TYPE, reason, Code.UNSUPPORTED, reply_topic, message, "envelope")
-    correlation = head.id.encode()
-    if len(correlation) > limits.correlation_bytes_max:
-        reason = f"The id may have at most {limits.correlation_bytes_max} bytes."
-        return _refuse(400, reason, Code.INVALID_REQUEST, reply_topic, message, "envelope")
-    ttl_ms, problem = _ttl_ms(None if head.ttl_ms is None else str(head.ttl_ms), message.expiry_s, limits)
-    if problem:
-        return _refuse(400, problem, Code.INVALID_REQUEST, reply_topic, message, "envelope")
-    return Request(
-        tenant=topic.tenant,
-        device=topic.device,
-        model=topic.model,
-        version=topic.version or str(head.model_version),
-        correlation=correlation or nonce,
-        echo=bool(correlation),
-        envelope=True,
-        reply_topic=reply_topic,
-        content_type="application/json",
-        accept="application/json",
-        arrived=now,
-        deadline=now + ttl_ms / 1000.0,
-        digest=_digest(topic, "envelope", message),
-    )
-
-
-def _media_type(content_type: str) -> str:
-    """`application/x-protobuf; messageType=…` without its parameters, in lower case."""
-    return content_type.partition(";")[0].strip().lower()
-
-
-def _ttl_ms(stated: str | None, expiry_s: int | None, limits: MqttLimits) -> tuple[float, str]:
+def _ttl_ms(stated: str | None, expiry_s: int | None, limits: MqttLimits) -> float:
     """The smaller of `ttl-ms` and the remaining Message Expiry; the default where neither is given."""
     bounds = [] if expiry_s is None else [expiry_s * 1000.0]
     if stated is not None:
@@ -201,13 +203,12 @@ def _ttl_ms(stated: str | None, expiry_s: int | None, limits: MqttLimits) -> tup
         except ValueError:
             value = -1.0
         if not 0.0 < value < float("inf"):
-            return 0.0, "ttl-ms must be a positive number of milliseconds."
+            raise MeshError(Code.INVALID_REQUEST, "ttl-ms must be a positive number of milliseconds.")
         bounds.append(value)
-    return min(limits.ttl_max_ms, *bounds, *([] if bounds else [limits.ttl_default_ms])), ""
+    return min(limits.ttl_max_ms, *bounds, *([] if bounds else [limits.ttl_default_ms]))
 
 
-def _digest(topic: topics.RequestTopic, content_type: str, message: Message) -> bytes:
-    fields = [("model", topic.model), ("version", topic.version or message.user.get("version", ""))]
-    fields.append(("content-type", content_type))
+def _digest(model: str, version: str, form: str, message: Message) -> bytes:
+    fields = [("model", model), ("version", version), ("content-type", form)]
     fields += [(name, message.user[name]) for name in DIGEST_PROPERTIES if name in message.user]
     return digest_of(fields, message.payload)

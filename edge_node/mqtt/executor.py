@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 
 from edge_node.mqtt import envelope
-from edge_node.mqtt.admission import STATUS_EXPIRED, Request
+from edge_node.mqtt.admission import Request
 from edge_node.mqtt.lanes import Lanes, Recent
 from edge_node.mqtt.ledger.records import Reply
 from edge_node.mqtt.limits import MqttLimits
@@ -23,6 +23,7 @@ from nearcast.handler import (
     RequestContext,
 )
 from nearcast.telemetry import get_logger
+from nearcast.transport.mqtt.status import EXPIRED
 
 SEQUENCE_ID_LENGTH_MAX = 128
 MODELS_MAX = 1024
@@ -75,7 +76,7 @@ class Executor:
     def expired(self, request: Request) -> Reply:
         """The answer to a request that was never run, because nobody waits for it any more."""
         error = MeshError(Code.DEADLINE, "The deadline passed before the model ran; send a longer deadline.")
-        return self._failure(request, error, status=STATUS_EXPIRED)
+        return self._failure(request, error, status=EXPIRED)
 
     def quarantined(self, request: Request) -> Reply:
         """The answer to a request that was being executed each time that the node crashed."""

@@ -81,7 +81,7 @@ async def test_octets_in_octets_out(broker, tmp_path):
     user = user_of(answer)
     assert user["status"] == "200"
     assert (user["dtype"], user["shape"], user["name"]) == ("FP32", "1,2", "y")
-    assert (user["model-version"], user["served-by"]) == ("7", "n1")
+    assert (user["model-version"], user["served-by"], user["node"]) == ("7", "edge", "n1")
     assert np.frombuffer(answer.payload, np.float32).tolist() == [2.0, 4.0]
     (context,) = handler.contexts
     assert context.principal == "device:local/d1"
@@ -218,7 +218,7 @@ async def test_hidden_state_is_per_device_and_in_order(broker, tmp_path):
 
 
 async def test_bad_requests_get_one_clear_status_each(broker, tmp_path):
-    limits = MqttLimits(payload_bytes_max=1000, reconnect_base_s=0.05)
+    limits = MqttLimits(payload_bytes_max=1000, image_bytes_max=500, reconnect_base_s=0.05)
     own = "nc/v1/local/d1/down/reply/test"
     handler = Doubler()
     async with serving(broker, tmp_path, handler, limits=limits):
@@ -232,7 +232,15 @@ async def test_bad_requests_get_one_clear_status_each(broker, tmp_path):
                 ("400", own, lambda: device.ask(X.tobytes(), ttl_ms="soon")),
                 ("400", own, lambda: device.ask(X.tobytes(), model="No Model")),
                 ("404", own, lambda: device.ask(X.tobytes(), model="nothere")),
-                ("415", own, lambda: device.ask(X.tobytes(), content_type="application/cbor")),
+                ("400", own, lambda: device.ask(X.tobytes(), content_type="application/cbor")),
+                ("415", own, lambda: device.ask(X.tobytes(), content_type="application/xml")),
+                ("415", own, lambda: device.ask(b"\xff\xd8\xff", content_type="image/jpeg")),
+                ("413", own, lambda: device.ask(b"x" * 501, content_type="image/png")),
+                ("400", own, lambda: device.ask(b"RIFF", content_type="audio/wav")),
+                ("400", own, lambda: device.ask(X.tobytes(), model="double/raw")),
+                ("400", own, lambda: device.ask(X.tobytes(), model="double/json", content_type="application/cbor")),
+                ("400", own, lambda: device.ask(X.tobytes(), **{f"p{n}": "1" for n in range(40)})),
+                ("400", own, lambda: device.ask(X.tobytes(), note="x" * 5000)),
                 ("415", own, lambda: device.ask(X.tobytes(), accept="text/html")),
                 ("400", own, lambda: device.ask(b"{nonsense", content_type="application/json")),
                 ("400", own, lambda: device.ask(b"\xff\xff", content_type="application/x-protobuf")),

@@ -54,7 +54,7 @@ def test_without_correlation_nothing_is_echoed_and_the_nonce_stands_in():
         ({"payload": b"x" * 65, "response_topic": "nc/v1/local/cam/down/q"}, 413, "nc/v1/local/cam/down/q"),
         ({"correlation": b"123456789"}, 400, "nc/v1/local/cam/down/reply/digits"),
         ({"response_topic": "nc/v1/local/other/down/q"}, 403, "nc/v1/local/cam/down/reply/digits"),
-        ({"content_type": "image/jpeg"}, 415, "nc/v1/local/cam/down/reply/digits"),
+        ({"content_type": "image/gif"}, 415, "nc/v1/local/cam/down/reply/digits"),
         ({"topic": "nc/v1/local/cam/up/infer/No"}, 400, "nc/v1/local/cam/down/reply/_"),
         ({"topic": "nonsense"}, 400, ""),
     ],

@@ -17,7 +17,7 @@ def test_a_request_topic_names_tenant_device_model_and_version():
     [
         "nc/v1/local/CAM/up/infer/digits",
         "nc/v1/local//up/infer/digits",
-        "nc/v1/local/cam/up/infer/digits/more",
+        "nc/v1/local/cam/up/infer/digits/json/more",
         "nc/v1/local/cam/down/infer/digits",
         "nc/v2/local/cam/up/infer/digits",
         "/nc/v1/local/cam/up/infer/digits",
@@ -32,7 +32,9 @@ def test_who_cannot_be_answered_is_nobody(topic):
     assert topics.parse_request(topic) is None
 
 
-@pytest.mark.parametrize("name", ["", "No Model", "a@", "@1", "a@1@2", "a@1 ", "ä", "a@" + "1" * 65])
+@pytest.mark.parametrize(
+    "name", ["", "No Model", "a@", "@1", "a@1@2", "a@1 ", "ä", "a@" + "1" * 65, "digits/more", "digits/", "/json"]
+)
 def test_a_known_device_can_be_told_that_its_model_is_no_name(name):
     found = topics.parse_request(f"nc/v1/local/cam/up/infer/{name}")
     assert found is not None
@@ -45,6 +47,7 @@ def test_a_known_device_can_be_told_that_its_model_is_no_name(name):
     [
         ("nc/v1/local/cam/down/reply/x", True),
         ("nc/v1/local/cam/down/anything/at/all", True),
+        ("nc/v1/local/cam/down/one/too/many/levels", False),
         ("nc/v1/local/cam/down/", False),
         ("nc/v1/local/cam/down", False),
         ("nc/v1/local/cam2/down/reply/x", False),

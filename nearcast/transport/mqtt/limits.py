@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 USER_PROPERTIES_MAX = 32
-"""Of a message; further ones are not read."""
+"""Of a message. One more is read, so that whoever receives it can refuse it; further ones are not."""
 PACKET_BYTES_MAX = 16 * 1024 * 1024
 """A larger packet ends the connection before it is buffered; the broker is told the bound and should send none."""
 RECEIVE_MAX = 256

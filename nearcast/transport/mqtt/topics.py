@@ -7,36 +7,49 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from nearcast.errors import Code, MeshError
+from nearcast.transport.mqtt.content_types import SUFFIXES
 
 ID_PATTERN = r"[a-z0-9_-]{1,64}"
 VERSION_PATTERN = r"[0-9A-Za-z._-]{1,64}"
 TOPIC_LENGTH_MAX = 512
+TOPIC_LEVELS_MAX = 8
 RESERVED_DEVICES = frozenset({"node", "dlq"})
 NodeLeaf: TypeAlias = Literal["state", "models", "metrics", "desired", "reported"]
 _ID = re.compile(ID_PATTERN)
-_REQUEST = re.compile(rf"nc/v1/({ID_PATTERN})/({ID_PATTERN})/up/infer/([^/]*)")
+_REQUEST = re.compile(rf"nc/v1/({ID_PATTERN})/({ID_PATTERN})/up/infer/([^/]*)(?:/([^/]*))?")
 _DATA = re.compile(rf"nc/v1/({ID_PATTERN})/({ID_PATTERN})/up/data/({ID_PATTERN})")
+_VERSION = re.compile(VERSION_PATTERN)
 _MODEL = re.compile(rf"({ID_PATTERN})(?:@({VERSION_PATTERN}))?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestTopic:
-    """A request's topic. `model` is "" where the last level names none: the device is known and can be told."""
+    """A request's topic. `model` is "" where the topic names none: the device is known and can be told.
+
+    `suffix` is the last level of a device that cannot send a Content Type: `json`, `cbor` or `bin`; "" = none.
+    """
 
     tenant: str
     device: str
     model: str
     version: str = ""
+    suffix: str = ""
 
     @property
     def reply(self) -> str:
         """Where the answer goes if the request names no Response Topic; the only place for MQTT 3.1.1."""
-        return reply_topic(self.tenant, self.device, self.model or "_")
+        name = self.model or "_"
+        return reply_topic(self.tenant, self.device, f"{name}/{self.suffix}" if self.suffix else name)
 
 
 def is_id(text: str) -> bool:
     """Whether `text` may name a tenant, a device or a node."""
     return _ID.fullmatch(text) is not None
+
+
+def is_version(text: str) -> bool:
+    """Whether `text` may name a version of a model."""
+    return _VERSION.fullmatch(text) is not None
 
 
 def require_id(text: str, what: str) -> str:
@@ -57,17 +70,17 @@ def parse_request(topic: str) -> RequestTopic | None:
     found = _REQUEST.fullmatch(topic)
     if found is None:
         return None
-    tenant, device, name = found.groups()
+    tenant, device, name, suffix = found.groups()
     if device in RESERVED_DEVICES:
         return None
     parts = _MODEL.fullmatch(name)
-    if parts is None:
+    if parts is None or (suffix is not None and suffix not in SUFFIXES):
         return RequestTopic(tenant=tenant, device=device, model="")
-    return RequestTopic(tenant=tenant, device=device, model=parts[1], version=parts[2] or "")
+    return RequestTopic(tenant=tenant, device=device, model=parts[1], version=parts[2] or "", suffix=suffix or "")
 
 
-def request_topic(tenant: str, device: str, model: str, version: str = "") -> str:
-    """Where a device asks `model`; `version` pins one.
+def request_topic(tenant: str, device: str, model: str, version: str = "", suffix: str = "") -> str:
+    """Where a device asks `model`; `version` pins one; `suffix` announces the format without a Content Type.
 
     Raises:
         MeshError: INVALID_REQUEST if a part cannot be a topic level.
@@ -76,12 +89,19 @@ def request_topic(tenant: str, device: str, model: str, version: str = "") -> st
     name = f"{model}@{version}" if version else model
     if _MODEL.fullmatch(name) is None:
         raise MeshError(Code.INVALID_REQUEST, f"{name!r} is no model name with an optional @version.")
-    return f"{prefix}up/infer/{name}"
+    if suffix and suffix not in SUFFIXES:
+        raise MeshError(Code.INVALID_REQUEST, f"{suffix!r} is no format; use {', '.join(SUFFIXES)}.")
+    return f"{prefix}up/infer/{name}/{suffix}" if suffix else f"{prefix}up/infer/{name}"
 
 
 def request_filter(tenant: str) -> str:
-    """The subscription for all requests of a tenant."""
+    """The subscription for all requests of a tenant that end with a model."""
     return f"nc/v1/{require_id(tenant, 'tenant')}/+/up/infer/+"
+
+
+def suffixed_filter(tenant: str) -> str:
+    """The subscription for all requests of a tenant that end with a format."""
+    return f"{request_filter(tenant)}/+"
 
 
 def down_prefix(tenant: str, device: str) -> str:
@@ -97,7 +117,7 @@ def reply_topic(tenant: str, device: str, name: str) -> str:
 def is_own_reply_topic(topic: str, tenant: str, device: str) -> bool:
     """Whether a requester may be answered on `topic`: a Response Topic is its own word and could name another's."""
     prefix = down_prefix(tenant, device)
-    if not topic.startswith(prefix) or len(topic) > TOPIC_LENGTH_MAX:
+    if not topic.startswith(prefix) or len(topic) > TOPIC_LENGTH_MAX or topic.count("/") >= TOPIC_LEVELS_MAX:
         return False
     rest = topic[len(prefix) :]
     return bool(rest) and not any(sign in rest for sign in "+#\0")
