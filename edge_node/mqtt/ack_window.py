@@ -13,6 +13,7 @@ class Ticket:
     """One message that is not acknowledged yet."""
 
     message: Message
+    opened: float = 0.0
     ready: bool = False
 
 
@@ -25,15 +26,28 @@ class AckWindow:
     def __len__(self) -> int:
         return len(self._tickets)
 
-    def open(self, message: Message) -> Ticket:
+    def open(self, message: Message, now: float = 0.0) -> Ticket:
         """Take in a message."""
-        ticket = Ticket(message)
+        ticket = Ticket(message, now)
         self._tickets.append(ticket)
         return ticket
 
     def complete(self, ticket: Ticket) -> list[Message]:
         """Mark a message as safe; returns those that may be acknowledged now, in order."""
         ticket.ready = True
+        return self._pop()
+
+    def complete_older(self, opened: float) -> tuple[list[Message], int]:
+        """Give up waiting for messages that came before `opened`; returns as `complete`, and how many were not safe."""
+        late = 0
+        for ticket in self._tickets:
+            if ticket.opened >= opened:
+                break
+            late += not ticket.ready
+            ticket.ready = True
+        return self._pop(), late
+
+    def _pop(self) -> list[Message]:
         out = []
         while self._tickets and self._tickets[0].ready:
             out.append(self._tickets.popleft().message)

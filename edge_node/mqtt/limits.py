@@ -11,11 +11,17 @@ class MqttLimits:
 
     Attributes:
         payload_bytes_max: larger requests are answered 413; the generated broker configuration allows a little more.
+        image_bytes_max: the same for images; cameras' full frames are not what a message broker is for.
         correlation_bytes_max: a device chooses it and we store it.
+        user_chars_max: user properties of a request, names and values together.
         ttl_default_ms: deadline of a request that names none. ttl_max_ms: a longer one is cut to this.
         expired_notice_s: Message Expiry of the answer 408, which nobody waits for any more.
         pending_max, pending_bytes_max: accepted and not answered; beyond it requests are refused with 429.
         in_flight_max: requests that are given to the models at the same time.
+        hold_ms: how long the acceptance of a request waits for its answer, to share a transaction with it.
+        unacknowledged_age_max_s: without durability: an older request is acknowledged unanswered, because those behind
+            it are acknowledged in order and would fill the broker's window.
+        memory_replies_bytes_max: answers remembered in memory, for requests that are not on disk.
         unacknowledged_max: our Receive Maximum; where a broker ignores it we stop reading.
         publish_window: answers on their way to the broker.
         commit_batch_max: operations in one transaction.
@@ -30,27 +36,33 @@ class MqttLimits:
         letters_max, letters_bytes_max: dead letters kept; the oldest go first. letter_ttl_s: Message Expiry of the
             message about one.
         sequences_max: sequences of hidden-state models remembered, least recently used first forgotten.
+        stall_s: a broker that confirms none of our messages for so long is left for a new connection.
         reconnect_base_s, reconnect_max_s: full jitter over an exponential.
     """
 
     payload_bytes_max: int = 8 * 1024 * 1024
+    image_bytes_max: int = 1024 * 1024
     correlation_bytes_max: int = 128
+    user_chars_max: int = 4096
     ttl_default_ms: float = 30_000.0
     ttl_max_ms: float = 3_600_000.0
     expired_notice_s: int = 30
     pending_max: int = 1024
     pending_bytes_max: int = 64 * 1024 * 1024
     in_flight_max: int = 64
+    hold_ms: float = 2.0
     unacknowledged_max: int = 256
+    unacknowledged_age_max_s: float = 5.0
     publish_window: int = 256
     commit_batch_max: int = 256
     replies_age_max_s: float = 600.0
     replies_max: int = 100_000
     replies_bytes_max: int = 256 * 1024 * 1024
+    memory_replies_bytes_max: int = 16 * 1024 * 1024
     attempts_max: int = 3
     inputs_bytes_max: int = 256 * 1024 * 1024
     streams_max: int = 10_000
-    inputs_in_hand_max: int = 64
+    inputs_in_hand_max: int = 128
     windows_max: int = 4096
     states_cached_max: int = 1024
     input_tries_max: int = 5
@@ -63,6 +75,7 @@ class MqttLimits:
     reconnect_base_s: float = 0.2
     reconnect_max_s: float = 10.0
     connect_timeout_s: float = 5.0
+    stall_s: float = 10.0
     keepalive_s: int = 30
     session_expiry_s: int = 86_400
     will_delay_s: int = 10

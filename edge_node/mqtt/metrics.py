@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
@@ -23,6 +25,10 @@ class MqttMetrics:
         self._dropped = Counter("nc_mqtt_replies_dropped", "Answers given up, by reason.", ["reason"], registry=into)
         self._pending = Gauge("nc_mqtt_pending", "Requests accepted and not yet answered.", registry=into)
         self._connected = Gauge("nc_mqtt_connected", "1 while the broker is connected.", registry=into)
+        self._unreadable = Counter("nc_mqtt_unreadable", "Messages that made no sense as MQTT.", registry=into)
+        self._early = Counter(
+            "nc_mqtt_acknowledged_early", "Volatile requests acknowledged before their answer.", registry=into
+        )
         self._latency = Histogram(
             "nc_mqtt_request_seconds", "Arrival to committed answer.", buckets=_SECONDS, registry=into
         )
@@ -44,9 +50,17 @@ class MqttMetrics:
         """An answer will not reach its device."""
         self._dropped.labels(reason).inc()
 
-    def pending(self, count: int) -> None:
-        """Requests accepted and not yet answered."""
-        self._pending.set(count)
+    def watch_pending(self, count: Callable[[], int]) -> None:
+        """Requests accepted and not yet answered, asked for when somebody looks."""
+        self._pending.set_function(count)
+
+    def unreadable(self) -> None:
+        """A message made no sense; it was acknowledged."""
+        self._unreadable.inc()
+
+    def acknowledged_early(self, count: int) -> None:
+        """Volatile requests whose model took too long for the broker's window."""
+        self._early.inc(count)
 
     def connected(self, *, up: bool) -> None:
         """The broker came or went."""

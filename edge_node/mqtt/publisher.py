@@ -23,11 +23,12 @@ _log = get_logger("nearcast.mqtt")
 
 @dataclass(frozen=True, slots=True)
 class _Parcel:
-    """A message to send: `row` is its outbox row, None for a notice that is not worth keeping."""
+    """A message to send: `row` is its outbox row, None for one that is not on disk. `handed`: told when it has left."""
 
     message: Message
     row: int | None
     expires: float
+    handed: Callable[[], None] | None = None
 
 
 class Publisher:
@@ -67,9 +68,9 @@ class Publisher:
             self._progress.clear()
             await self._progress.wait()
 
-    def send(self, outgoing: Outgoing) -> None:
-        """Send a committed answer, now or when there is a connection."""
-        self._waiting.append(_Parcel(outgoing.message, outgoing.id, outgoing.expires))
+    def send(self, outgoing: Outgoing, handed: Callable[[], None] | None = None) -> None:
+        """Send an answer, now or when there is a connection. `handed` is told when the connection has it."""
+        self._waiting.append(_Parcel(outgoing.message, outgoing.id or None, outgoing.expires, handed))
         self._pump()
 
     async def recover(self, owed: Mapping[str, int]) -> None:
@@ -81,10 +82,10 @@ class Publisher:
             for outgoing in page.rows:
                 self.send(outgoing)
 
-    def notify(self, message: Message, expires: float) -> None:
+    def notify(self, message: Message, expires: float, handed: Callable[[], None] | None = None) -> None:
         """Send a refusal. It is not stored: the request was never accepted, and its device asks again."""
         if self._connection is not None:
-            self._waiting.append(_Parcel(message, None, expires))
+            self._waiting.append(_Parcel(message, None, expires, handed))
             self._pump()
 
     def attach(self, connection: Connection) -> None:
@@ -116,8 +117,7 @@ class Publisher:
             parcel = self._waiting.popleft()
             remaining_s = parcel.expires - self._clock.monotonic()
             if remaining_s <= 0:
-                self._on_drop("expired")
-                self._forget(parcel)
+                self._drop(parcel, "expired")
                 continue
             self._send_parcel(self._connection, parcel, remaining_s)
 
@@ -131,13 +131,20 @@ class Publisher:
         except MeshError as error:
             if error.code is Code.INVALID_REQUEST:
                 _log.warning("an answer cannot be sent", topic=parcel.message.topic, error=error.message)
-                self._on_drop("refused")
-                self._forget(parcel)
+                self._drop(parcel, "refused")
             else:
                 self._waiting.appendleft(parcel)
                 self._connection = None  # its owner will notice the loss and attach the next
             return
         self._in_flight[mid] = parcel
+        if parcel.handed is not None:
+            parcel.handed()
+
+    def _drop(self, parcel: _Parcel, reason: str) -> None:
+        self._on_drop(reason)
+        if parcel.handed is not None:
+            parcel.handed()
+        self._forget(parcel)
 
     def _forget(self, parcel: _Parcel) -> None:
         if parcel.row is not None:

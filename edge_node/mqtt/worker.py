@@ -4,39 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
-from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Literal, TypeAlias
 
-import msgspec
 from prometheus_client import CollectorRegistry
 
 from edge_node.mqtt.ack_window import AckWindow, Ticket
-from edge_node.mqtt.admission import Refusal, Request, admit
-from edge_node.mqtt.envelope import refusal_message, refusal_of
 from edge_node.mqtt.executor import Executor
 from edge_node.mqtt.ledger.ledger import Ledger, boot_identity
-from edge_node.mqtt.ledger.records import Reply, Unanswered
 from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.management import Management
 from edge_node.mqtt.metrics import MqttMetrics
 from edge_node.mqtt.publisher import Publisher
+from edge_node.mqtt.requests import RequestService
 from nearcast.backoff import full_jitter_s
 from nearcast.clock import SYSTEM_CLOCK, Clock
-from nearcast.errors import CATALOGUE, Code, MeshError
+from nearcast.errors import MeshError
 from nearcast.handler import InferenceHandler, ModelDirectory
 from nearcast.telemetry import get_logger
 from nearcast.transport.mqtt import topics
 from nearcast.transport.mqtt.connection import Connection, ConnectionSettings
 from nearcast.transport.mqtt.message import Message
+from nearcast.transport.mqtt.tls import TlsFiles
 
 PRUNE_INTERVAL_S = 5.0
 STABLE_AFTER_S = 5.0
 """A connection that lived this long was no flap: the next reconnect starts with the shortest wait again."""
-FINISH_ATTEMPTS_MAX = 5
-FINISH_RETRY_S = 0.2
+HEAD_BYTES_MAX = 256 * 1024
+"""Topic and properties, beside the payload, of a packet that is read at all; what is refused needs room as well."""
+Durability: TypeAlias = Literal["full", "none"]
 _log = get_logger("nearcast.mqtt")
 
 
@@ -61,6 +60,9 @@ class MqttWorker:
         tenants: whose requests are read. Anonymous loopback is for `local` only.
         boot: identity of the machine's boot; a test may pretend a reboot.
         management: the node's own topics on this broker; None = presence alone.
+        durability: `full` = accepted requests are on disk before the broker may forget them; `none` = only the broker
+            keeps them, until their answer is on its way. Requests with QoS 0 are never on disk.
+        tls: for a broker behind TLS.
     """
 
     def __init__(
@@ -78,26 +80,35 @@ class MqttWorker:
         registry: CollectorRegistry | None = None,
         boot: str | None = None,
         management: Management | None = None,
+        durability: Durability = "full",
+        tls: TlsFiles | None = None,
     ) -> None:
         self._node = node
         self._host = host
+        self._tls = tls
         self._port = port
         self._limits = limits or MqttLimits()
         self._clock = clock
-        self._filters = tuple(topics.request_filter(tenant) for tenant in tenants)
+        filters = (topics.request_filter, topics.suffixed_filter)
+        self._filters = tuple(make(tenant) for tenant in tenants for make in filters)
         self._boot = boot or boot_identity()
         self._management = management or Management(node, tenants[0], boot=self._boot)
         self.metrics = MqttMetrics(registry)
         self._inbox = Ledger(inbox, node=node, boot=self._boot, limits=self._limits)
-        self._executor = Executor(handler, directory, limits=self._limits, clock=clock)
         self._publisher = Publisher(self._inbox, self._limits, clock, on_drop=self.metrics.dropped)
-        self._pending = 0
-        self._pending_bytes = 0
+        self._durable = durability == "full"
+        self._requests = RequestService(
+            self._inbox,
+            Executor(handler, directory, limits=self._limits, clock=clock),
+            self._publisher,
+            limits=self._limits,
+            clock=clock,
+            metrics=self.metrics,
+            durable=self._durable,
+        )
         self._draining = False
-        self._suspects = asyncio.Lock()
         self._online = asyncio.Event()
         self._epoch: _Epoch | None = None
-        self._running: set[asyncio.Task[None]] = set()
         self._services: list[asyncio.Task[None]] = []
 
     @property
@@ -113,13 +124,13 @@ class MqttWorker:
         """
         recovered = await self._inbox.open(self._clock.monotonic())
         await self._publisher.recover(recovered.outbox["device"])
-        for unanswered in recovered.requests:
-            self._reserve(len(unanswered.payload))
-            self._spawn(self._resume(unanswered))
+        self._requests.recover(recovered.requests, crashed=recovered.crashed)
         if recovered.requests or recovered.outbox["device"]:
             _log.info("recovered", requests=len(recovered.requests), topics=len(recovered.outbox["device"]))
         create = asyncio.get_running_loop().create_task
         self._services = [create(self._stay_connected()), create(self._prune()), create(self._management.watch())]
+        if not self._durable:
+            self._services.append(create(self._watch_window()))
 
     async def wait_connected(self) -> None:
         """Return once requests arrive."""
@@ -136,9 +147,10 @@ class MqttWorker:
             async with asyncio.timeout(timeout_s):
                 await self._settle()
         epoch = self._epoch
-        for task in [*self._services, *self._running]:
+        for task in self._services:
             task.cancel()
-        await asyncio.gather(*self._services, *self._running, return_exceptions=True)
+        await asyncio.gather(*self._services, return_exceptions=True)
+        await self._requests.cancel()
         if epoch is not None and epoch.connection is not None:
             with contextlib.suppress(MeshError):
                 epoch.connection.publish(self._management.presence("offline"))
@@ -146,8 +158,7 @@ class MqttWorker:
         await self._inbox.close()
 
     async def _settle(self) -> None:
-        while self._running:
-            await asyncio.wait(set(self._running))
+        await self._requests.settled()
         if self._online.is_set():
             await self._publisher.settled()
 
@@ -186,6 +197,7 @@ class MqttWorker:
             on_message=lambda message: self._receive(epoch, message),
             on_published=lambda mid, taken: self._publisher.confirmed(mid, taken=taken),
             on_lost=lost,
+            on_unreadable=self.metrics.unreadable,
         )
         self._epoch = epoch
         await connection.open()
@@ -210,12 +222,14 @@ class MqttWorker:
             port=self._port,
             client_id=f"nearcast-{self._node}",
             session_expiry_s=limits.session_expiry_s,
-            receive_max=limits.unacknowledged_max,
-            packet_bytes_max=2 * limits.payload_bytes_max,
+            receive_max=limits.unacknowledged_max if self._durable else limits.pending_max + limits.unacknowledged_max,
+            packet_bytes_max=2 * limits.payload_bytes_max + HEAD_BYTES_MAX,
             keepalive_s=limits.keepalive_s,
             connect_timeout_s=limits.connect_timeout_s,
             will=self._management.presence("offline"),
             will_delay_s=limits.will_delay_s,
+            stall_s=limits.stall_s,
+            tls=self._tls,
         )
 
     async def _prune(self) -> None:
@@ -230,130 +244,36 @@ class MqttWorker:
     def _receive(self, epoch: _Epoch, message: Message) -> None:
         if self._draining:
             return  # not acknowledged, so it comes again after the restart
-        ticket = epoch.window.open(message)
+        now = self._clock.monotonic()
+        ticket = epoch.window.open(message, now)
         if message.topic == self._management.wishes:
             self._management.receive(message)
             self._acknowledge(epoch, ticket)
             return
-        if len(epoch.window) >= self._limits.unacknowledged_max and epoch.connection is not None:
-            epoch.connection.pause()  # some brokers ignore our Receive Maximum
-        verdict = admit(message, self._clock.monotonic(), self._limits, nonce=os.urandom(16))
-        if isinstance(verdict, Refusal):
-            self._refuse(verdict)
-            self._acknowledge(epoch, ticket)
-        else:
-            self._spawn(self._serve(epoch, ticket, verdict, message.payload))
-
-    async def _serve(self, epoch: _Epoch, ticket: Ticket, request: Request, payload: bytes) -> None:
-        has_room = self._has_room(len(payload))
-        self._reserve(len(payload))
-        row = 0
-        try:
-            row = await self._admit(epoch, ticket, request, payload, has_room=has_room)
-            if row:
-                await self._answer(row, request, payload)
-        finally:
-            self._release(len(payload))
-
-    async def _admit(self, epoch: _Epoch, ticket: Ticket, request: Request, payload: bytes, *, has_room: bool) -> int:
-        """Store a request, then acknowledge it; returns its row, or 0 if there is nothing to execute."""
-        try:
-            admission = await self._inbox.accept(request, payload, has_room=has_room)
-        except MeshError as error:
-            self._refuse(self._refusal(request, error.code, error.message))
-            self._acknowledge(epoch, ticket)
-            return 0
-        self._acknowledge(epoch, ticket)
-        match admission.verdict:
-            case "accept":
-                return admission.id
-            case "replay" if admission.replay is not None:
-                self.metrics.replayed()
-                self._publisher.send(admission.replay)
-            case "conflict":
-                reason = "This correlation belongs to a different request; use a new one for each request."
-                self._refuse(self._refusal(request, Code.CONFLICT, reason))
-            case "full":
-                reason = "The node's queue is full; send the same request again later."
-                self._refuse(self._refusal(request, Code.OVERLOADED, reason))
-            case _:
-                self.metrics.replayed()
-        return 0
+        if self._durable and len(epoch.window) >= self._limits.unacknowledged_max and epoch.connection is not None:
+            # Some brokers ignore our Receive Maximum. Without durability what we wait for arrives by reading.
+            epoch.connection.pause()
+        self._requests.receive(message, partial(self._acknowledge, epoch, ticket))
 
     def _acknowledge(self, epoch: _Epoch, ticket: Ticket) -> None:
         """PUBACK over the connection that brought the message, and over no other."""
         connection = epoch.connection
+        if connection is None:
+            return
         for message in epoch.window.complete(ticket):
-            if connection is not None:
-                connection.acknowledge(message)
-        if connection is not None and len(epoch.window) <= self._limits.unacknowledged_max // 2:
+            connection.acknowledge(message)
+        if len(epoch.window) <= self._limits.unacknowledged_max // 2:
             connection.resume()
 
-    async def _answer(self, row: int, request: Request, payload: bytes) -> None:
-        reply = await self._executor.answer(request, payload)
-        await self._finish(row, request, reply)
-
-    async def _finish(self, row: int, request: Request, reply: Reply, *, buried: str = "") -> None:
-        for _ in range(FINISH_ATTEMPTS_MAX):
-            try:
-                outgoing = await self._inbox.finish(row, reply, self._clock.monotonic(), buried=buried)
-            except MeshError:
-                await asyncio.sleep(FINISH_RETRY_S)
+    async def _watch_window(self) -> None:
+        """Without durability a PUBACK waits for an answer, and all behind it wait with it; but not for ever."""
+        age_max_s = self._limits.unacknowledged_age_max_s
+        while True:
+            await asyncio.sleep(age_max_s / 5)
+            epoch = self._epoch
+            if epoch is None or epoch.connection is None:
                 continue
-            self.metrics.answered(reply.user["status"], self._clock.monotonic() - request.arrived)
-            for each in outgoing:
-                self._publisher.send(each)
-            return
-        _log.error("an answer could not be stored; the request runs again after a restart", model=request.model)
-
-    async def _resume(self, unanswered: Unanswered) -> None:
-        """Finish a request that a former life had accepted."""
-        request = unanswered.request
-        try:
-            if not unanswered.same_boot:
-                now = self._clock.monotonic()
-                request = msgspec.structs.replace(request, arrived=now, deadline=now)
-            if unanswered.attempts >= self._limits.attempts_max:
-                reason = f"The node crashed {unanswered.attempts} times while it ran this request."
-                await self._finish(unanswered.id, request, self._executor.quarantined(request), buried=reason)
-            elif unanswered.attempts:
-                async with self._suspects:  # one at a time, so that a crash has one culprit
-                    await self._inbox.begin(unanswered.id)
-                    await self._answer(unanswered.id, request, unanswered.payload)
-            else:
-                await self._answer(unanswered.id, request, unanswered.payload)
-        finally:
-            self._release(len(unanswered.payload))
-
-    # -- bounds -------------------------------------------------------------------------------------------------------
-
-    def _has_room(self, size_bytes: int) -> bool:
-        limits = self._limits
-        return self._pending < limits.pending_max and self._pending_bytes + size_bytes <= limits.pending_bytes_max
-
-    def _reserve(self, size_bytes: int) -> None:
-        self._pending += 1
-        self._pending_bytes += size_bytes
-        self.metrics.pending(self._pending)
-
-    def _release(self, size_bytes: int) -> None:
-        self._pending -= 1
-        self._pending_bytes -= size_bytes
-        self.metrics.pending(self._pending)
-
-    def _refusal(self, request: Request, code: Code, reason: str) -> Refusal:
-        later = self._limits.retry_after_ms if code in (Code.OVERLOADED, Code.UNAVAILABLE) else None
-        return refusal_of(request, CATALOGUE[code].http, code, reason, retry_after_ms=later)
-
-    def _refuse(self, refusal: Refusal) -> None:
-        self.metrics.refused(refusal.status)
-        if not refusal.topic:
-            _log.warning("a message on an unknown topic was dropped", reason=refusal.reason)
-            return
-        expires = self._clock.monotonic() + self._limits.expired_notice_s
-        self._publisher.notify(refusal_message(refusal), expires)
-
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+            messages, late = epoch.window.complete_older(self._clock.monotonic() - age_max_s)
+            self.metrics.acknowledged_early(late)
+            for message in messages:
+                epoch.connection.acknowledge(message)

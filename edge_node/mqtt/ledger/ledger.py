@@ -35,7 +35,7 @@ from edge_node.mqtt.ledger.records import (
     StoredInput,
     Unanswered,
 )
-from edge_node.mqtt.ledger.requests import Requests
+from edge_node.mqtt.ledger.requests import Key, Requests
 from edge_node.mqtt.ledger.schema import SCHEMA, VERSION
 from edge_node.mqtt.ledger.streams import Streams
 from edge_node.mqtt.limits import MqttLimits
@@ -102,13 +102,35 @@ class Ledger:
             self._requests.recover(connection, now, crashed=crashed),
             self._streams.recover(connection, crashed=crashed),
             self._outbox.recover(connection),
+            crashed=crashed,
         )
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
-    def accept(self, request: Request, payload: bytes, *, has_room: bool = True) -> asyncio.Future[Admission]:
-        """Commit a request, unless it is known already or there is no room for a new one."""
-        return self._commits.submit(lambda c: self._requests.accept(c, request, payload, has_room=has_room))
+    def knows(self, key: Key) -> bool:
+        """Whether a request may have come before; only `accept` knows for sure. False is certain."""
+        return self._requests.knows(key)
+
+    def expect(self, key: Key) -> None:
+        """From now on `knows` says yes: the request has begun and will be stored."""
+        self._requests.expect(key)
+
+    def accept(
+        self, request: Request, payload: bytes, *, has_room: bool = True, attempts: int = 0
+    ) -> asyncio.Future[Admission]:
+        """Commit a request, unless it is known already or there is no room for a new one.
+
+        `attempts`: crashes that it may have caused before it came here.
+        """
+        return self._commits.submit(
+            lambda c: self._requests.accept(c, request, payload, has_room=has_room, attempts=attempts)
+        )
+
+    def answer(
+        self, request: Request, reply: Reply, now: float
+    ) -> asyncio.Future[tuple[Admission, Sequence[Outgoing]]]:
+        """Commit a request together with its answer and the order to send it, unless it is known already."""
+        return self._commits.submit(lambda c: self._requests.answer(c, request, reply, now))
 
     def begin(self, row: int) -> asyncio.Future[None]:
         """Note that a request with `attempts` is tried now: if the node crashes, it is to blame.

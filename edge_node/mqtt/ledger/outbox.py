@@ -53,7 +53,7 @@ class Outbox:
             (links, self._boot, reply.topic, reply.expires, row, dedup, ROW_BYTES),
         ).lastrowid
         assert added is not None
-        return Outgoing(added, _reply_message(reply, dedup=dedup), reply.expires, links, len(reply.payload) + ROW_BYTES)
+        return Outgoing(added, reply_message(reply, dedup=dedup), reply.expires, links, len(reply.payload) + ROW_BYTES)
 
     def add(self, connection: sqlite3.Connection, event: Event, now: float) -> Outgoing:
         """Order that an event be sent on every link."""
@@ -98,7 +98,7 @@ class Outbox:
             answer = msgspec.structs.replace(msgspec.msgpack.decode(reply, type=Reply), topic=topic)
             # An answer's deadline is an instant of its boot: after another one it has passed.
             expires = expires if boot == self._boot else -math.inf
-            return Outgoing(row, _reply_message(answer, dedup=bool(dedup)), expires, links, size_bytes + len(reply))
+            return Outgoing(row, reply_message(answer, dedup=bool(dedup)), expires, links, size_bytes + len(reply))
         decoded = msgspec.msgpack.decode(head or b"", type=_Head)
         message = Message(topic=topic, payload=payload or b"", content_type=decoded.content_type, user=decoded.user)
         return Outgoing(row, message, expires if boot == self._boot else self._opened + ttl, links, size_bytes)
@@ -117,7 +117,8 @@ def last_id(connection: sqlite3.Connection, table: str) -> int:
     return 0 if found is None else int(found[0])
 
 
-def _reply_message(reply: Reply, *, dedup: bool) -> Message:
+def reply_message(reply: Reply, *, dedup: bool) -> Message:
+    """The answer as it is sent; `dedup` marks it as one to a repeated request."""
     return Message(
         topic=reply.topic,
         payload=mark_repeated(reply.content_type, reply.payload) if dedup else reply.payload,

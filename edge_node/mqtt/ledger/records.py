@@ -150,11 +150,13 @@ class Recovered:
         requests: accepted and unanswered.
         inputs: the last waiting row of each stream that has some, by `Input.key`.
         outbox: for each link, the last owed row of each topic that has some.
+        crashed: the former life did not end cleanly.
     """
 
     requests: Sequence[Unanswered]
     inputs: Mapping[str, int]
     outbox: Mapping[Link, Mapping[str, int]]
+    crashed: bool = False
 
 
 class Letter(msgspec.Struct, frozen=True, kw_only=True):

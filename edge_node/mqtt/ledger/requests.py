@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from typing import TypeAlias
 
 import msgspec
 
@@ -14,6 +15,8 @@ from edge_node.mqtt.ledger.records import Admission, Outgoing, Reply, Unanswered
 from edge_node.mqtt.limits import MqttLimits
 
 PRUNE_BATCH = 1024
+Key: TypeAlias = tuple[str, str, bytes]
+"""Tenant, device and correlation: what makes two requests the same."""
 ROW_BYTES = 512
 """What a row costs besides its reply: the request's fields, keys and indexes."""
 
@@ -26,6 +29,17 @@ class Requests:
         self._limits = limits
         self._outbox = outbox
         self._letters = letters
+        # Of every key that has a row, so that most requests need not wait to hear that they are new. A number in common
+        # with another key costs a look into the table, never an answer.
+        self._known: set[int] = set()
+
+    def knows(self, key: Key) -> bool:
+        """Whether there may be a row. Called from the loop's thread, as `expect`: the set's steps are indivisible."""
+        return hash(key) in self._known
+
+    def expect(self, key: Key) -> None:
+        """There will be a row."""
+        self._known.add(hash(key))
 
     def recover(self, connection: sqlite3.Connection, now: float, *, crashed: bool) -> list[Unanswered]:
         """What is unanswered. After a crash a row counts it if it was never under suspicion, or was being tried."""
@@ -37,6 +51,7 @@ class Requests:
         connection.execute(
             "UPDATE inbox SET finished = ?, boot = ? WHERE state = 'done' AND boot != ?", (now, self._boot, self._boot)
         )
+        self._known.update(map(hash, connection.execute("SELECT tenant, device, correlation FROM inbox")))
         pending = connection.execute(
             "SELECT id, request, payload, attempts, boot FROM inbox WHERE state = 'pending' ORDER BY id"
         )
@@ -45,8 +60,34 @@ class Requests:
             for row, request, payload, attempts, boot in pending
         ]
 
-    def accept(self, connection: sqlite3.Connection, request: Request, payload: bytes, *, has_room: bool) -> Admission:
+    def accept(
+        self, connection: sqlite3.Connection, request: Request, payload: bytes, *, has_room: bool, attempts: int = 0
+    ) -> Admission:
         """Store a request, or say why not."""
+        verdict = self._judge(connection, request, has_room=has_room)
+        if verdict is not None:
+            return verdict
+        return Admission("accept", self.insert(connection, request, payload, request.correlation, attempts))
+
+    def answer(
+        self, connection: sqlite3.Connection, request: Request, reply: Reply, now: float
+    ) -> tuple[Admission, tuple[Outgoing, ...]]:
+        """Store a request that is answered already, with the order to send the answer; or say why not."""
+        verdict = self._judge(connection, request, has_room=True)
+        if verdict is not None:
+            return verdict, ()
+        encoded = msgspec.msgpack.encode(reply)
+        row = connection.execute(
+            "INSERT INTO inbox (tenant, device, correlation, digest, state, boot, finished, request, reply, size)"
+            " VALUES (?, ?, ?, ?, 'done', ?, ?, x'', ?, ?)",
+            (request.tenant, request.device, request.correlation, request.digest, self._boot, now, encoded,
+             len(encoded) + ROW_BYTES),
+        ).lastrowid  # fmt: skip
+        assert row is not None
+        return Admission("accept", row), (self._outbox.add_reply(connection, row, reply),)
+
+    def _judge(self, connection: sqlite3.Connection, request: Request, *, has_room: bool) -> Admission | None:
+        """What is to be done about a request that came before, or has no room; None = it is to be stored."""
         key = (request.tenant, request.device, request.correlation)
         found = connection.execute(
             "SELECT id, digest, state, reply FROM inbox WHERE tenant = ? AND device = ? AND correlation = ?", key
@@ -54,7 +95,8 @@ class Requests:
         known = None if found is None else Known(found[1], found[2])
         verdict = decide(known, request.digest, has_room=has_room)
         if verdict == "accept":
-            return Admission("accept", self.insert(connection, request, payload, request.correlation))
+            self._known.add(hash(key))
+            return None
         if verdict == "replay":
             reply = msgspec.msgpack.decode(found[3], type=Reply)
             # The repeated request has a deadline and a reply topic of its own; the content stays what it was.
@@ -62,13 +104,20 @@ class Requests:
             return Admission("replay", found[0], self._outbox.add_reply(connection, found[0], reply, dedup=True))
         return Admission(verdict, 0 if found is None else found[0])
 
-    def insert(self, connection: sqlite3.Connection, request: Request, payload: bytes, correlation: bytes) -> int:
+    def insert(
+        self,
+        connection: sqlite3.Connection,
+        request: Request,
+        payload: bytes,
+        correlation: bytes,
+        attempts: int = 0,
+    ) -> int:
         """A new pending row under `correlation`."""
         key = (request.tenant, request.device, correlation)
         row = connection.execute(
-            "INSERT INTO inbox (tenant, device, correlation, digest, state, boot, request, payload)"
-            " VALUES (?, ?, ?, ?, 'pending', ?, ?, ?)",
-            (*key, request.digest, self._boot, msgspec.msgpack.encode(request), payload),
+            "INSERT INTO inbox (tenant, device, correlation, digest, state, boot, attempts, request, payload)"
+            " VALUES (?, ?, ?, ?, 'pending', ?, ?, ?, ?)",
+            (*key, request.digest, self._boot, attempts, msgspec.msgpack.encode(request), payload),
         ).lastrowid
         assert row is not None
         return row
@@ -105,16 +154,17 @@ class Requests:
         ).fetchone()
         gone: list[tuple[int]] = []
         oldest = connection.execute(
-            "SELECT id, finished, size FROM inbox WHERE state = 'done'"
+            "SELECT id, finished, size, tenant, device, correlation FROM inbox WHERE state = 'done'"
             " AND NOT EXISTS (SELECT 1 FROM outbox WHERE outbox.inbox = inbox.id) ORDER BY finished, id LIMIT ?",
             (PRUNE_BATCH,),
         )
-        for row, finished, size in oldest:
+        for row, finished, size, *key in oldest:
             too_old = now - finished > limits.replies_age_max_s
             too_many = rows > limits.replies_max or size_bytes > limits.replies_bytes_max
             if not too_old and not too_many:
                 break
             gone.append((row,))
+            self._known.discard(hash(tuple(key)))
             rows -= 1
             size_bytes -= size
         connection.executemany("DELETE FROM inbox WHERE id = ?", gone)

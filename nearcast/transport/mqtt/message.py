@@ -10,7 +10,8 @@ import msgspec
 class Message(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A PUBLISH that came in or goes out. `user` holds the last value of each user property.
 
-    `mid` is the packet identifier of an incoming message, valid only on the connection it came over.
+    `mid` is the packet identifier of an incoming message, valid only on the connection it came over; `dup` says that
+    the broker may have delivered it before.
     """
 
     topic: str
@@ -18,6 +19,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     qos: int = 1
     retain: bool = False
     mid: int = 0
+    dup: bool = False
     content_type: str = ""
     correlation: bytes = b""
     response_topic: str = ""

@@ -22,11 +22,12 @@ def decode(packet: mqtt5.PublishPacket) -> Message:
         qos=1 if packet.packet_id else 0,
         retain=packet.retain,
         mid=packet.packet_id or 0,
+        dup=packet.duplicate,
         content_type=packet.content_type or "",
         correlation=packet.correlation_data or b"",
         response_topic=packet.response_topic or "",
         expiry_s=packet.message_expiry_interval,
-        user=dict(user[: limits.USER_PROPERTIES_MAX]) if user else {},
+        user=dict(user[: limits.USER_PROPERTIES_MAX + 1]) if user else {},
     )
 
 
