@@ -50,6 +50,7 @@ NAMES = (
     "ar",
     "agent_idle",
     "fanout",
+    "storm",
 )
 PACKAGES = (
     "nearcast",

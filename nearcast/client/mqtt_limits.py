@@ -27,7 +27,7 @@ class DeviceLimits:
     in_flight_max: int = 64
     streams_max: int = 256
     silence_s: float = 1.0
-    silence_s_max: float = 30.0
+    silence_s_max: float = 4.0
     reconnect_base_s: float = 0.2
     reconnect_s_max: float = 10.0
     stable_s: float = 5.0

@@ -1,0 +1,143 @@
+"""500 devices whose broker is killed and comes back empty: how soon all are back, how spread, and what is missing.
+
+Real parts: Mosquitto, a node with its ledger, 500 device clients (in one process, each with its own connection). Every
+device asks a question while the broker is down; it is *back* when it is connected and subscribed again, and *answered*
+when that question is. Subscriptions are judged by delivery: the answer came over the reply topic, and a wish that is
+published afterwards reaches the other topic of each device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import tempfile
+import time
+from bisect import bisect_left
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.processes import cpu_s, serve
+from benchmarks.rows import Row
+from edge_node.broker import Broker
+from nearcast.transport.mqtt import topics
+from nearcast.transport.mqtt.connection import Connection, ConnectionSettings
+from nearcast.transport.mqtt.message import Message
+
+DEVICES = 500
+WINDOW_S = 0.1
+REPLY_TIMEOUT_S = 90.0
+WISH_TIMEOUT_S = 5.0
+OUTAGE_S, OUTAGE_S_QUICK = 20.0, 3.0
+LINE_BYTES_MAX = 1 << 20
+
+
+class Crowd:
+    """The process with the devices."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    @classmethod
+    async def start(cls, port: int, *, together: bool) -> Crowd:
+        """Returns once all devices are connected."""
+        arguments = ["-m", "benchmarks.storm_devices", str(port), str(DEVICES), *(["--together"] if together else [])]
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, *arguments, stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.DEVNULL, limit=LINE_BYTES_MAX
+        )
+        crowd = cls(process)
+        await crowd.hear()
+        return crowd
+
+    def say(self, **said: float) -> None:
+        """Tell the devices something."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(said).encode() + b"\n")
+
+    async def hear(self) -> dict[str, Any]:
+        """What they say."""
+        assert self._process.stdout is not None
+        async with asyncio.timeout(REPLY_TIMEOUT_S):
+            heard: dict[str, Any] = json.loads(await self._process.stdout.readline())
+        return heard
+
+    async def stop(self) -> None:
+        """End the process."""
+        self._process.terminate()
+        await self._process.wait()
+
+
+def run(*, quick: bool) -> list[Row]:
+    """Measure."""
+    return asyncio.run(_run(OUTAGE_S_QUICK if quick else OUTAGE_S))
+
+
+async def _run(outage_s: float) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        spread = await _storm(Path(folder) / "spread", outage_s, together=False)
+        together = await _storm(Path(folder) / "together", outage_s, together=True)
+    note = f"{DEVICES} devices, broker down for {outage_s:g} s, back empty"
+    return [
+        Row("storm.back_s", spread["back_s"], "s", note),
+        Row("storm.answered_s", spread["answered_s"], "s", "each device's question from the time of the outage"),
+        Row("storm.missing_subscriptions", spread["missing"], "", "by delivery, on both topics of each device"),
+        Row("storm.failed_requests", spread["failed"], "", "; ".join(spread["problems"])),
+        Row("storm.cpu_cores", spread["cpu_cores"], "cores", "broker and node, from the start to the last answer"),
+        Row("storm.peak", spread["peak"], "devices", f"back within the same {WINDOW_S * 1e3:g} ms"),
+        Row("storm.peak_without_jitter", together["peak"], "devices", "the same devices, always with the longest wait"),
+        Row("storm.peak_over_jitterless", spread["peak"] / together["peak"], "x"),
+    ]
+
+
+async def _storm(folder: Path, outage_s: float, *, together: bool) -> dict[str, Any]:
+    broker = await Broker.start(folder / "broker")
+    (folder / "node").mkdir()
+    try:
+        with serve("benchmarks.mqtt_node", str(broker.port), "noop", str(folder / "node"), cpu=None) as node:
+            crowd = await Crowd.start(broker.port, together=together)
+            try:
+                await broker.kill()
+                crowd.say(outage_s=outage_s)
+                await asyncio.sleep(outage_s)
+                node_cpu_s, began = cpu_s(node["pid"]), time.monotonic()
+                broker = await Broker.start(folder / "empty", port=broker.port)
+                heard = await crowd.hear()
+                used_s = cpu_s(node["pid"]) - node_cpu_s + cpu_s(broker.pid)
+                ended = max(heard["answered_at"])
+                return {
+                    "back_s": max(heard["up_at"]) - began,
+                    "answered_s": ended - began,
+                    "failed": len(heard["problems"]),
+                    "problems": sorted(set(heard["problems"]))[:3],
+                    "cpu_cores": used_s / (ended - began),
+                    "peak": _peak(sorted(heard["up_at"])),
+                    "missing": DEVICES - await _reached(crowd, broker.port),
+                }
+            finally:
+                await crowd.stop()
+    finally:
+        await broker.stop()
+
+
+def _peak(instants: Sequence[float]) -> int:
+    """The most of them in any window."""
+    return max(bisect_left(instants, at + WINDOW_S) - index for index, at in enumerate(instants))
+
+
+async def _reached(crowd: Crowd, port: int) -> int:
+    """How many devices hear a wish that is published for each."""
+    settings = ConnectionSettings(host="127.0.0.1", port=port, client_id="operator")
+    connection = Connection(settings, on_message=lambda _message: None)
+    await connection.open()
+    for number in range(DEVICES):
+        topic = topics.device_desired_topic("local", f"storm-{number}")
+        connection.publish(Message(topic=topic, payload=b'{"version": 1, "desired": {}}', qos=0))
+    deadline, reached = time.monotonic() + WISH_TIMEOUT_S, 0
+    while reached < DEVICES and time.monotonic() < deadline:
+        await asyncio.sleep(WINDOW_S)
+        crowd.say(wishes=0)
+        reached = sum(map(bool, (await crowd.hear())["wishes"]))
+    await connection.close()
+    return reached
