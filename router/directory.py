@@ -50,6 +50,11 @@ class DirectoryReader:
         self._task: asyncio.Task[None] | None = None
         self._away = 0
 
+    @property
+    def is_away(self) -> bool:
+        """Whether the last look failed: what other nodes hold may be unknown."""
+        return self._away > 0
+
     def fix(self, views: Sequence[NodeView]) -> None:
         """These nodes are targets from now on, whatever the directory says, and no longer those of before."""
         of_directory = {view.name: view for view in self._targets.views if self.fixed.get(view.name) != view}

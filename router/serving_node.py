@@ -139,6 +139,7 @@ class ServingNode:
             self.router.shadow(config.shadows, config.shadow)
         self._members = Members()
         self._targets: TargetSet | None = None
+        self._directory: DirectoryReader | None = None
         self._link: ControlLink | None = None
         self._agent: Child | None = None
         self._listeners: list[Server | RestServer] = []
@@ -148,6 +149,11 @@ class ServingNode:
     def control_url(self) -> str:
         """Where the controller is; "" for a node that stands alone."""
         return "" if self.identity is None else find_control(self.data_dir / "identity")
+
+    @property
+    def sees_mesh(self) -> bool:
+        """Whether it is known which other nodes there are. One that stands alone knows."""
+        return self._directory is None or not self._directory.is_away
 
     async def start(self) -> None:
         """Open everything, in the order in which the parts need each other. `drain` undoes it in reverse.
@@ -220,6 +226,7 @@ class ServingNode:
         self._targets = targets = TargetSet(self.router, make, config=self.config.probe)
         self._closers.push_async_callback(targets.close)
         reader = DirectoryReader(link, targets, interval_s=self.config.probe.directory_ms / 1e3)
+        self._directory = reader
         await reader.start()
         self._closers.push_async_callback(reader.close)
 

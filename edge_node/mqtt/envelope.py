@@ -46,6 +46,8 @@ def reply(request: Request, response: InferResponse) -> Reply:
         MeshError: INVALID_REQUEST if the answer does not fit the content type that was asked for.
     """
     user = success(response)
+    if response.model not in ("", request.model):
+        user["model"] = response.model  # the best that can be had now, and not what was asked for
     topic, kind = request.reply_topic, request.accept
     if not request.envelope:
         payload, described = payloads.encode_reply(response, kind, output=request.user.get("output", ""))

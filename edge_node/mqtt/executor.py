@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import random
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 
 from edge_node.mqtt import envelope
@@ -11,6 +12,7 @@ from edge_node.mqtt.admission import Request
 from edge_node.mqtt.lanes import Lanes, Recent
 from edge_node.mqtt.ledger.records import Reply
 from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.patience import Patience
 from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError
 from nearcast.handler import (
@@ -39,10 +41,17 @@ class Executor:
         directory: tells a model's tensors and its kind of state.
         limits: bounds.
         clock: monotonic time of the deadlines.
+        sees_mesh: whether it is known now what other nodes hold; while it is not, an unknown model may exist.
     """
 
     def __init__(
-        self, handler: InferenceHandler, directory: ModelDirectory, *, limits: MqttLimits, clock: Clock
+        self,
+        handler: InferenceHandler,
+        directory: ModelDirectory,
+        *,
+        limits: MqttLimits,
+        clock: Clock,
+        sees_mesh: Callable[[], bool] = lambda: True,
     ) -> None:
         self._handler = handler
         self._directory = directory
@@ -52,6 +61,9 @@ class Executor:
         self._lanes = Lanes()
         self._stateless = Recent(MODELS_MAX)
         self._sequences = Recent(limits.sequences_max)
+        self._known = Recent(MODELS_MAX)
+        self._sees_mesh = sees_mesh
+        self._patience = Patience(limits, random.Random())
 
     async def answer(self, request: Request, payload: bytes) -> Reply:
         """The answer, whatever happens. Only cancellation passes through."""
@@ -60,9 +72,18 @@ class Executor:
         try:
             if now >= request.deadline:
                 raise TimeoutError
-            async with asyncio.timeout(request.deadline - now), self._lane(request), self._slots:
-                started = True
-                return await self._run(request, payload)
+            if self._patience.waiting and self._lanes.users >= self._limits.outlasting_max:
+                raise MeshError(Code.UNAVAILABLE, "Too many requests wait for a model that is away; try again later.")
+            async with asyncio.timeout(request.deadline - now), self._lane(request):
+                attempt = 0
+                while True:
+                    try:
+                        async with self._slots:
+                            started = True
+                            return await self._run(request, payload)
+                    except MeshError as error:
+                        await self._outlast(error, request, attempt)
+                        attempt += 1
         except TimeoutError:
             if started:
                 return self._failure(request, MeshError(Code.DEADLINE, "The model did not answer within the deadline."))
@@ -88,6 +109,28 @@ class Executor:
         expires = max(request.deadline, notice_until)
         return envelope.error_reply(request, error, status=status, expires=expires)
 
+    async def _outlast(self, error: MeshError, request: Request, attempt: int) -> None:
+        """Wait for the next try of a request whose model nobody can be asked for now.
+
+        Raises:
+            MeshError: the same error, if it is the answer.
+        """
+        wait_s = self._patience.wait_s(
+            error,
+            attempt,
+            request.deadline - self._clock.monotonic(),
+            is_missed=request.model in self._known or not self._sees_mesh(),
+            is_safe=request.model in self._stateless,
+        )
+        if wait_s is None:
+            self._known.discard(request.model)  # the next one need not wait for what has gone for good
+            raise error
+        self._patience.waiting += 1
+        try:
+            await asyncio.sleep(wait_s)
+        finally:
+            self._patience.waiting -= 1
+
     def _lane(self, request: Request) -> AbstractAsyncContextManager[None]:
         """Requests for one model of one device keep their order, unless the model is known to hold no hidden state."""
         if request.model in self._stateless:
@@ -95,7 +138,12 @@ class Executor:
         return self._lanes.enter((request.tenant, request.device, request.model))
 
     async def _run(self, request: Request, payload: bytes) -> Reply:
-        metadata = await self._directory.metadata(request.model, request.version)
+        try:
+            metadata = await self._directory.metadata(request.model, request.version)
+        except MeshError as error:
+            error.sent = False  # only a question was sent
+            raise
+        self._known.add(request.model)
         if metadata.properties.get("stateful") != "hidden":
             self._stateless.add(request.model)
             inference = envelope.to_inference(request, payload, metadata, {})

@@ -20,6 +20,8 @@ class Lanes:
 
     def __init__(self) -> None:
         self._lanes: dict[Hashable, _Lane] = {}
+        self.users = 0
+        """All who hold a lane or wait for one."""
 
     def __len__(self) -> int:
         return len(self._lanes)
@@ -29,11 +31,13 @@ class Lanes:
         """Hold the lane of `key`."""
         lane = self._lanes.setdefault(key, _Lane())
         lane.users += 1
+        self.users += 1
         try:
             async with lane.lock:
                 yield
         finally:
             lane.users -= 1
+            self.users -= 1
             if not lane.users:
                 del self._lanes[key]
 

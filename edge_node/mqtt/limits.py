@@ -35,6 +35,9 @@ class MqttLimits:
         input_retry_base_s, input_retry_max_s: full jitter, while a stream's model cannot answer.
         letters_max, letters_bytes_max: dead letters kept; the oldest go first. letter_ttl_s: Message Expiry of the
             message about one.
+        outlasting_max: requests that wait for a model nobody can be asked for now, beyond it they are answered 503 at
+            once. outlast_base_s, outlast_max_s: full jitter between their tries. answer_margin_s: so long before the
+            deadline they give up.
         sequences_max: sequences of hidden-state models remembered, least recently used first forgotten.
         stall_s: a broker that confirms none of our messages for so long is left for a new connection.
         reconnect_base_s, reconnect_max_s: full jitter over an exponential.
@@ -71,6 +74,10 @@ class MqttLimits:
     letters_max: int = 1_000
     letters_bytes_max: int = 64 * 1024 * 1024
     letter_ttl_s: float = 172_800.0
+    outlasting_max: int = 256
+    outlast_base_s: float = 0.1
+    outlast_max_s: float = 2.0
+    answer_margin_s: float = 0.2
     sequences_max: int = 10_000
     reconnect_base_s: float = 0.2
     reconnect_max_s: float = 10.0
