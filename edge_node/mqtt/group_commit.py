@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+from nearcast.durable import make_folder
 from nearcast.errors import Code, MeshError
 
 R = TypeVar("R")
@@ -22,6 +23,8 @@ Operation: TypeAlias = Callable[[sqlite3.Connection], Any]
 _Waiting: TypeAlias = "tuple[Operation, asyncio.Future[Any]]"
 _log = logging.getLogger("nearcast.mqtt")
 
+PATIENCE_S = 0.02
+"""A commit that nobody waits for would only delay the next one that somebody does wait for."""
 PRAGMAS = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", "PRAGMA busy_timeout=2000", "PRAGMA foreign_keys=ON")
 
 
@@ -37,6 +40,7 @@ class GroupCommit:
         self._batch_max = batch_max
         self._loop = asyncio.get_running_loop()
         self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+        self._patient: list[_Waiting] = []
         self._thread = threading.Thread(target=self._run, name="mqtt-inbox", daemon=True)
         self._opened: asyncio.Future[None] = self._loop.create_future()
         self._closed = False
@@ -50,28 +54,40 @@ class GroupCommit:
         self._thread.start()
         await self._opened
 
-    def submit(self, operation: Callable[[sqlite3.Connection], R]) -> asyncio.Future[R]:
+    def submit(self, operation: Callable[[sqlite3.Connection], R], *, urgent: bool = True) -> asyncio.Future[R]:
         """Queue an operation; the future resolves after its commit, in the order of the calls.
 
-        It fails with UNAVAILABLE if the storage fails, and then nothing of the operation remains.
+        It fails with UNAVAILABLE if the storage fails, and then nothing of the operation remains. What is not `urgent`
+        shares the transaction of the next operation, or has one of its own after `PATIENCE_S`.
         """
         future: asyncio.Future[R] = self._loop.create_future()
         if self._closed:
             future.set_exception(MeshError(Code.UNAVAILABLE, "The inbox is closed."))
-        else:
+        elif urgent:
+            self._pass_on()
             self._queue.put((operation, future))
+        else:
+            if not self._patient:
+                self._loop.call_later(PATIENCE_S, self._pass_on)
+            self._patient.append((operation, future))
         return future
+
+    def _pass_on(self) -> None:
+        for waiting in self._patient:
+            self._queue.put(waiting)
+        self._patient.clear()
 
     async def close(self) -> None:
         """Commit what waits, then close the file."""
         if not self._closed:
             self._closed = True
+            self._pass_on()
             self._queue.put(None)
             await asyncio.to_thread(self._thread.join)
 
     def _run(self) -> None:
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self._path.parent)
             connection = sqlite3.connect(self._path, isolation_level=None)
             for statement in PRAGMAS:
                 connection.execute(statement)

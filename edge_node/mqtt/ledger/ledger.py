@@ -209,7 +209,7 @@ class Ledger:
     def delivered(self, rows: Iterable[int], link: Link = "device") -> asyncio.Future[None]:
         """Forget outbox rows that `link` has taken, or that have expired."""
         ids = list(rows)
-        return self._commits.submit(lambda c: self._outbox.delivered(c, link, ids))
+        return self._commits.submit(lambda c: self._outbox.delivered(c, link, ids), urgent=False)
 
     # -- dead letters -------------------------------------------------------------------------------------------------
 
