@@ -44,7 +44,6 @@ class Management:
         metrics_interval_s: seconds between two messages on `metrics`; 0 = none, which is the default: a bus belongs to
             its devices.
         shadow: file of the last wish; None = it is forgotten at the end.
-        apply: makes the node what the settings say; called with what was saved at the start, and with each new wish.
     """
 
     def __init__(
@@ -58,7 +57,6 @@ class Management:
         registry: CollectorRegistry | None = None,
         metrics_interval_s: float = 0.0,
         shadow: Path | None = None,
-        apply: Callable[[NodeSettings], None] = lambda _settings: None,
     ) -> None:
         self._node = node
         self._tenant = tenant
@@ -68,7 +66,6 @@ class Management:
         self._registry = registry
         self._metrics_interval_s = metrics_interval_s
         self._path = shadow
-        self._apply = apply
         self._shadow = _load(shadow)
         self._connection: Connection | None = None
         self._said_clock: bool | None = None
@@ -76,7 +73,13 @@ class Management:
         self._metrics_at = -math.inf
         self.wishes = topics.node_topic(tenant, node, "desired")
         """Where wishes come in: to be subscribed to, with what is retained."""
-        self._apply(self._shadow.settings)
+        self.on_wish: Callable[[NodeSettings], None] = lambda _settings: None
+        """Makes the node what a new wish says. The last one of a former life is in `settings`."""
+
+    @property
+    def settings(self) -> NodeSettings:
+        """What was wished for and holds."""
+        return self._shadow.settings
 
     @property
     def metrics_interval_s(self) -> float:
@@ -111,7 +114,7 @@ class Management:
         if not is_new:
             return
         if not self._shadow.problem:
-            self._apply(self._shadow.settings)
+            self.on_wish(self._shadow.settings)
         _log.info("wish_read", version=self._shadow.version, problem=self._shadow.problem)
         if self._path is not None:
             write_file(self._path, msgspec.json.encode(self._shadow))

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from edge_node.mqtt.streams.definition import StreamDefinition, by_name
 from nearcast.errors import Code, MeshError
 
 INTERVAL_S_MAX = 86_400.0
@@ -18,10 +19,12 @@ class NodeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     Attributes:
         log_level: from which level up the node logs.
         metrics_interval_s: seconds between two messages on `metrics`; 0 = none.
+        streams: all of them; they take the place of the configured ones.
     """
 
     log_level: LogLevel | None = None
     metrics_interval_s: Annotated[float, msgspec.Meta(ge=0, le=INTERVAL_S_MAX)] | None = None
+    streams: tuple[StreamDefinition, ...] | None = None
 
 
 class _Wish(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,7 +63,8 @@ class Shadow(msgspec.Struct, kw_only=True):
         self.version = wish.version
         try:
             settings = msgspec.json.decode(wish.desired, type=NodeSettings)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            by_name(settings.streams or ())
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
             self.problem = str(error)
         else:
             self.settings, self.problem = settings, ""
