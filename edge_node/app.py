@@ -92,6 +92,7 @@ async def devices(
         tenants=config.mqtt.tenants,
         limits=MqttLimits(pending_max=config.mqtt.pending_max, in_flight_max=config.mqtt.in_flight_max),
         registry=observed.registry,
+        durability=config.mqtt.durability,
     )
     await worker.start()
     try:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
+from edge_node.mqtt.streams.definition import StreamDefinition, by_name
 from nearcast.transport.mqtt.topics import require_id
 from router.serving_config import ServingConfig
 
@@ -22,6 +24,8 @@ class MqttConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         tenants: whose requests are read. Without authentication only `local`.
         pending_max: requests accepted and not yet answered; beyond it devices are told to wait.
         in_flight_max: of these, how many are given to the models at the same time.
+        durability: `full` = what is accepted is on disk first, and answered after a crash; `none` = only the broker
+            keeps a request until its answer is on its way.
     """
 
     broker: str = ""
@@ -29,14 +33,22 @@ class MqttConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     tenants: tuple[str, ...] = ("local",)
     pending_max: int = 1024
     in_flight_max: int = 64
+    durability: Literal["full", "none"] = "full"
 
 
 class EdgeConfig(ServingConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One edge node: what every serving node has, and MQTT."""
+    """One edge node: what every serving node has, and MQTT.
+
+    `streams` says what messages on `…/up/data/{name}` mean: `[[streams]]` in the file.
+    """
 
     name: str = "edge-1"
     data_dir: str = ".nearcast/edge-1"
     mqtt: MqttConfig = MqttConfig()
+    streams: tuple[StreamDefinition, ...] = ()
+
+    def __post_init__(self) -> None:
+        by_name(self.streams)
 
     def ledger_path(self, tenant: str) -> Path:
         """What a tenant's devices sent and are owed: one file for each broker, and a tenant has a broker of its own."""
