@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, Literal, TypeAlias
 
-from nearcast.transport.mqtt.provisioning import certificate_filter, certificate_topic, holder_level
-from nearcast.transport.mqtt.topics import down_prefix
+from nearcast.transport.mqtt.provisioning import answer_topic, certificate_filter, certificate_topic
 
 Kind: TypeAlias = Literal["device", "reader"]
 WORKER: Final = "node+worker"
@@ -25,9 +24,9 @@ def holder_name(kind: Kind, name: str) -> str:
     return name if kind == "device" else f"reader+{name}"
 
 
-def claim_name(claim: str) -> str:
-    """The Common Name of a claim's certificate."""
-    return f"claim+{claim}"
+def claim_names(claims_max: int) -> tuple[str, ...]:
+    """The Common Names that claims have in turn. They are few, so that an invitation changes nothing at the broker."""
+    return tuple(f"claim+{number}" for number in range(claims_max))
 
 
 def is_device(name: str) -> bool:
@@ -35,38 +34,38 @@ def is_device(name: str) -> bool:
     return "+" not in name
 
 
-def access_list(tenant: str, *, claims: Iterable[str], readers: Iterable[str], denied: Iterable[str]) -> str:
-    """The access file.
-
-    Args:
-        tenant: whose broker it is.
-        claims: Common Names of claims that hold now.
-        readers: those of readers.
-        denied: devices whose certificates were all revoked; some may be connected still, or have a session.
-    """
+def access_list(tenant: str, *, claims_max: int, readers: Iterable[str]) -> str:
+    """The access file of the tenant's broker; `readers` are the Common Names of those who hear results."""
     own = f"nc/v1/{tenant}/%u/"
     presence = f"nc/v1/{tenant}/node/+/state"
     lines = [
         f"pattern write {own}up/#",
-        f"pattern write {own}state",
-        f"pattern read {own}state",
+        f"pattern readwrite {own}state",
         f"pattern read {own}down/#",
         f"pattern read {own}out/#",
         f"pattern read {presence}",
         *_user(WORKER, [f"readwrite nc/v1/{tenant}/#", f"readwrite {DISCOVERY_PREFIX}#"]),
         *_user(DOCTOR, [f"readwrite nc/v1/{tenant}/node/#"]),
-        *_user(REGISTRAR, [f"read {certificate_filter(tenant)}", f"write nc/v1/{tenant}/+/down/certificate"]),
+        *_user(
+            REGISTRAR,
+            [
+                f"read {certificate_filter(tenant)}",
+                f"write nc/v1/{tenant}/+/down/certificate",
+                f"write nc/v1/{tenant}/+/state",
+                f"write nc/v1/{tenant}/+/up/reported",
+            ],
+        ),
     ]
-    for name in sorted(claims):
-        topics = [f"write {certificate_topic(tenant, name)}", f"read {down_prefix(tenant, holder_level(name))}#"]
-        lines += _user(name, topics)
+    for name in claim_names(claims_max):
+        lines += _user(name, _asking(tenant, name))
     for name in sorted(readers):
-        topics = [f"read nc/v1/{tenant}/+/out/#", f"read nc/v1/{tenant}/+/state", f"read {presence}"]
-        topics += [f"write {certificate_topic(tenant, name)}", f"read {down_prefix(tenant, holder_level(name))}#"]
-        lines += _user(name, [*topics, f"read {DISCOVERY_PREFIX}#"])
-    for name in sorted(denied):
-        lines += _user(name, ["deny #"])
+        results = [f"nc/v1/{tenant}/+/out/#", f"nc/v1/{tenant}/+/state", presence, f"{DISCOVERY_PREFIX}#"]
+        lines += _user(name, [*(f"read {topic}" for topic in results), *_asking(tenant, name)])
     return "\n".join(lines) + "\n"
+
+
+def _asking(tenant: str, name: str) -> list[str]:
+    return [f"write {certificate_topic(tenant, name)}", f"read {answer_topic(tenant, name)}"]
 
 
 def _user(name: str, topics: Iterable[str]) -> list[str]:

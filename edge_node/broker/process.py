@@ -44,6 +44,7 @@ class Broker:
         self._limits = limits
         self._tls = tls
         self._process: asyncio.subprocess.Process | None = None
+        self._restarting = asyncio.Lock()
 
     @classmethod
     async def start(
@@ -121,38 +122,41 @@ class Broker:
         return f"it did not listen on {self.host}:{self.port} within {self._limits.start_timeout_s} s"
 
     async def wait(self) -> int:
-        """Return the child's exit code when it ends."""
-        assert self._process is not None
-        return await self._process.wait()
+        """Return the child's exit code when it ends; a restart is no end."""
+        while True:
+            ended = self._process
+            assert ended is not None
+            code = await ended.wait()
+            async with self._restarting:
+                if self._process is ended:
+                    return code
 
-    def reload(self) -> None:
-        """Have Mosquitto read its access file, its certificate and its revocation list again; sessions go on.
-
-        The signal is there before any packet that is sent to the broker after this call.
-        """
-        if self.pid:
-            os.kill(self.pid, signal.SIGHUP)
+    async def restart(self) -> str:
+        """Let the child save and end, and start it again at once; its sessions go on. Returns as `launch` does."""
+        async with self._restarting:
+            await self._end(signal.SIGTERM, self._limits.save_timeout_s)
+            return await self.launch()
 
     async def kill(self) -> None:
         """End the child without warning, as a crash would."""
-        await self._end(signal.SIGKILL)
+        await self._end(signal.SIGKILL, self._limits.stop_timeout_s)
 
     async def stop(self) -> None:
         """Let the child save and end."""
-        await self._end(signal.SIGTERM)
+        await self._end(signal.SIGTERM, self._limits.stop_timeout_s)
 
     @property
     def _log_path(self) -> Path:
         return self._folder / "broker.log"
 
-    async def _end(self, number: signal.Signals) -> None:
+    async def _end(self, number: signal.Signals, timeout_s: float) -> None:
         process = self._process
         if process is None:
             return
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(number)
         try:
-            async with asyncio.timeout(self._limits.stop_timeout_s):
+            async with asyncio.timeout(timeout_s):
                 await process.wait()
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
