@@ -1,4 +1,4 @@
-"""Mutated conversations against both transports and mutated messages against the decoders: no crash, flat memory.
+"""Mutated conversations against both transports, mutated messages and MQTT payloads against the decoders: no crash.
 
 Most connections go to the protocol objects over a transport in memory, a smaller share over real sockets to a server
 process; rows say how many of each. `ARGS=--quick` takes seconds. Coverage-guided fuzzing is `benchmarks.fuzz_atheris`.
@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks.foreign import call
 from benchmarks.fuzz_decoders import compare
 from benchmarks.fuzz_mutations import INFER, infer_message, mutate, record_http2, record_rest
+from benchmarks.fuzz_payloads import attack
 from benchmarks.rows import Row
 
 FULL = {"h2": 930_000, "rest": 60_000}
@@ -29,6 +30,7 @@ QUICK = {"h2": 30_000, "rest": 4_000}
 SOCKETS_FULL = {"h2": 8_000, "rest": 4_000}
 SOCKETS_QUICK = {"h2": 1_000, "rest": 500}
 MESSAGES = {True: 50_000, False: 1_000_000}
+PAYLOADS = {True: 30_000, False: 1_000_000}
 WORKERS = max(1, os.cpu_count() or 1)
 SEED = 20_260
 OPEN_AT_ONCE = 32
@@ -45,16 +47,24 @@ def run(*, quick: bool) -> list[Row]:
     counts = SOCKETS_QUICK if quick else SOCKETS_FULL
     on_sockets = asyncio.run(_over_sockets(counts, rows))
     tally = compare(random.Random(SEED), MESSAGES[quick])
-    found = [*on_sockets["first"], *tally.first, *(text for one in seen for text in one["first"])]
+    mqtt = attack(random.Random(SEED), PAYLOADS[quick])
+    found = [*on_sockets["first"], *tally.first, *mqtt.first, *(text for one in seen for text in one["first"])]
     for text in found:
         print(f"fuzz: {text}", file=sys.stderr)
     rows += [
         Row("fuzz.connections", connections + sum(counts.values()), "1", f"{sum(counts.values())} over sockets"),
-        Row("fuzz.crashes", crashes + on_sockets["crashes"] + tally.crashes, "1", "errors that nobody expected"),
+        Row(
+            "fuzz.crashes",
+            crashes + on_sockets["crashes"] + tally.crashes + mqtt.crashes,
+            "1",
+            "errors that nobody expected",
+        ),
         Row("fuzz.probes", probes + on_sockets["probes"], "1", "honest calls in between"),
         Row("fuzz.probes_failed", failed + on_sockets["probes_failed"], "1"),
         Row("fuzz.tasks_left", sum(one["tasks"] for one in seen), "1", "methods that wait for connections long gone"),
         Row("fuzz.messages", tally.messages, "1", f"{tally.accepted} taken, {tally.stricter} refused by us alone"),
+        Row("fuzz.mqtt_payloads", mqtt.messages, "1", f"{mqtt.accepted} taken, the others refused"),
+        Row("fuzz.mqtt_crashes", mqtt.crashes, "1", "payloads that were neither taken nor refused"),
         Row("fuzz.decoder_disagreements", tally.disagreements, "1", "against protobuf's own parser"),
     ]
     return rows

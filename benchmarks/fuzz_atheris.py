@@ -1,8 +1,8 @@
 """Coverage-guided fuzzing, as long as you like: `python -m benchmarks.fuzz_atheris TARGET [-max_total_time=60 ...]`.
 
 Targets: `decoders` (the wire's requests, JSON requests, gRPC messages), `agree` (the wire beside protobuf's parser),
-`http2` (a connection), `formats` (the checks of model files). Needs atheris; options of libFuzzer and a folder
-for the corpus may follow.
+`http2` (a connection), `payloads` (MQTT requests and answers), `formats` (the checks of model files). Needs atheris;
+options of libFuzzer and a folder for the corpus may follow.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> int:
         print("atheris is missing; install the development requirements (make install-dev)", file=sys.stderr)
         return 69
     name = sys.argv.pop(1)
-    with atheris.instrument_imports(include=["nearcast"]):
+    with atheris.instrument_imports(include=["nearcast", "edge_node"]):
         test_one = TARGETS[name]()
     atheris.Setup(sys.argv, test_one)
     atheris.Fuzz()
@@ -69,6 +69,22 @@ def _http2() -> Callable[[bytes], None]:
     return test_one
 
 
+def _payloads() -> Callable[[bytes], None]:
+    from random import Random
+
+    from benchmarks.fuzz_payloads import ask, hear, seed_payloads
+
+    kinds = sorted({kind for kind, _ in seed_payloads()})
+
+    def test_one(data: bytes) -> None:
+        # Two bytes choose the format and what surrounds the payload.
+        kind, rng = kinds[data[0] % len(kinds) if data else 0], Random(data[1] if len(data) > 1 else 0)
+        ask(data[2:], kind, rng)
+        hear(data[2:], kind, rng)
+
+    return test_one
+
+
 def _formats() -> Callable[[bytes], None]:
     from nearcast.errors import MeshError
     from nearcast.serving.formats.foreign import find_foreign
@@ -94,6 +110,7 @@ TARGETS: dict[str, Callable[[], Callable[[bytes], None]]] = {
     "decoders": _decoders,
     "agree": _agree,
     "http2": _http2,
+    "payloads": _payloads,
     "formats": _formats,
 }
 
