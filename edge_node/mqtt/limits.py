@@ -40,7 +40,8 @@ class MqttLimits:
             deadline they give up.
         sequences_max: sequences of hidden-state models remembered, least recently used first forgotten.
         stall_s: a broker that confirms none of our messages for so long is left for a new connection.
-        reconnect_base_s, reconnect_max_s: full jitter over an exponential.
+        reconnect_base_s, reconnect_max_s: full jitter over an exponential. Its devices wait for the node, and it is
+            alone: a fraction of their longest wait.
     """
 
     payload_bytes_max: int = 8 * 1024 * 1024
@@ -80,7 +81,7 @@ class MqttLimits:
     answer_margin_s: float = 0.2
     sequences_max: int = 10_000
     reconnect_base_s: float = 0.2
-    reconnect_max_s: float = 10.0
+    reconnect_max_s: float = 3.0
     connect_timeout_s: float = 5.0
     stall_s: float = 10.0
     keepalive_s: int = 30
