@@ -10,6 +10,8 @@ import uuid
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 
+import msgspec
+
 from benchmarks.chaos_history import BODY_BYTES, Event, History, body_of, digest_of
 from benchmarks.chaos_judge import COME_AGAIN, PATIENT_S
 from benchmarks.chaos_node import MODEL
@@ -104,24 +106,36 @@ class Device:
             await asyncio.sleep(RESEND_S / 4)
             self._resend(RESEND_S)
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether what it sends now leaves it."""
+        return self._connection is not None
+
     def _ask(self) -> None:
         chance = self.draw.random()
-        is_patient = chance < 0.6
         ttl_s = TTL_S if chance < 0.9 else self.draw.uniform(*HASTY_TTL_S)
         message = self.request(ttl_s)
-        key = message.correlation.hex()
-        deadline = time.monotonic() + ttl_s
-        self.history.note("asked", device=self.name, key=key, deadline=deadline, once=not is_patient)
-        sent = self._send(message)
-        if is_patient:
-            self.pending[key] = Asked(message, deadline, time.monotonic())
+        sent = self.ask(message, ttl_s, is_patient=chance < 0.6)
         if sent and self.draw.random() < DUPLICATE_SHARE:
-            self._spawn(self._repeat(message, key))
+            self._spawn(self._repeat(message))
 
-    def request(self, ttl_s: float) -> Message:
-        """A new request."""
+    def ask(self, message: Message, ttl_s: float = TTL_S, *, is_patient: bool = True) -> bool:
+        """Send a request for the first time; whether it left."""
+        key, now = message.correlation.hex(), time.monotonic()
+        self.history.note("asked", device=self.name, key=key, deadline=now + ttl_s, once=not is_patient)
+        if is_patient:
+            self.pending[key] = Asked(message, now + ttl_s, now)
+        return self._send(message)
+
+    def again(self, message: Message) -> None:
+        """Send a request once more, as a device does that does not know whether it was heard."""
+        if self._send(message):
+            self.history.note("again", device=self.name, key=message.correlation.hex())
+
+    def request(self, ttl_s: float = TTL_S, *, body: bytes = b"") -> Message:
+        """A new request, with the body that shows whose it is, or another."""
         correlation = uuid.UUID(int=self.draw.getrandbits(128), version=4).bytes
-        body = body_of(self.name, correlation.hex()).ljust(self.draw.choice(SIZES_BYTES), b"\0")
+        body = body or body_of(self.name, correlation.hex()).ljust(self.draw.choice(SIZES_BYTES), b"\0")
         return Message(
             topic=f"nc/v1/{TENANT}/{self.name}/up/infer/{MODEL}",
             payload=body,
@@ -131,12 +145,11 @@ class Device:
             user={"ttl-ms": str(round(1000 * ttl_s))},
         )
 
-    async def _repeat(self, message: Message, key: str) -> None:
+    async def _repeat(self, message: Message) -> None:
         if self.draw.random() < 0.2:
             await self.restarted.wait()
         await asyncio.sleep(self.draw.choice(DUPLICATE_AFTER_S))
-        if self._send(message):
-            self.history.note("again", device=self.name, key=key)
+        self.again(message)
 
     def _resend(self, older_s: float) -> None:
         """Ask again what has no answer, with what is left of its time."""
@@ -146,10 +159,8 @@ class Device:
                 del self.pending[key]
             elif now - asked.sent >= older_s:
                 left_ms = str(round(1000 * (asked.deadline - now)))
-                message = Message(**{name: getattr(asked.message, name) for name in _KEPT}, user={"ttl-ms": left_ms})
-                if self._send(message):
-                    asked.sent = now
-                    self.history.note("again", device=self.name, key=key)
+                self.again(msgspec.structs.replace(asked.message, user={"ttl-ms": left_ms}))
+                asked.sent = now
 
     def _send(self, message: Message) -> bool:
         if self._connection is None:
@@ -182,6 +193,3 @@ class Device:
         task = asyncio.get_running_loop().create_task(work)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
-
-
-_KEPT = ("topic", "payload", "content_type", "correlation", "response_topic")

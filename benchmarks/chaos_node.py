@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from multiprocessing.process import BaseProcess
@@ -45,8 +46,8 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def ledger(self) -> Path:
-        """The SQLite file."""
-        return Path(self.folder) / "inbox.sqlite"
+        """The SQLite file. Its folder is made by whoever opens it first."""
+        return Path(self.folder) / "disk" / "node" / "inbox.sqlite"
 
     @property
     def journal(self) -> Path:
@@ -156,3 +157,7 @@ def make_worker(settings: NodeSettings, witness: Witness) -> MqttWorker:
         inbox=settings.ledger,
         limits=MqttLimits(reconnect_base_s=0.05, reconnect_max_s=0.3, will_delay_s=0),
     )
+
+
+if __name__ == "__main__":
+    live(msgspec.json.decode(sys.argv[1], type=NodeSettings))

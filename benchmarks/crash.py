@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks.crash_explore import Found, Plan, explore_in_processes, memory_folder
+from benchmarks.crash_explore import Found, Plan, explore_in_processes
 from benchmarks.crash_kills import Killed, kill_everywhere
 from benchmarks.crash_mutants import MUTANTS, first_fault_of
 from benchmarks.crash_points import POINTS
 from benchmarks.crash_scenario import Recording, live, stage
 from benchmarks.crash_trace import is_available
+from benchmarks.memory import memory_folder
 from benchmarks.rows import Row
 from nearcast.telemetry import TelemetryConfig, start
 

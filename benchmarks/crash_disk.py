@@ -32,13 +32,16 @@ Tear: TypeAlias = Callable[[bytes, bytes, random.Random], bytes]
 
 @dataclass(slots=True)
 class Node:
-    """A file, a link or a folder. `settled` holds what is durable, `fresh` what a reader sees."""
+    """A file, a link or a folder. `settled` holds what is durable, `fresh` what a reader sees; `least` is the smallest
+    size that the file had since it was synced: none of what may be left is smaller.
+    """
 
     target: str | None = None
     names: dict[str, int] | None = None
     settled_names: dict[str, int] = field(default_factory=dict)
     fresh: bytes = b""
     settled: bytes = b""
+    least: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,6 +76,7 @@ class Disk:
             case "truncate":
                 node = self.nodes[self._find(call.path)]
                 node.fresh = node.fresh[: call.offset].ljust(call.offset, b"\0")
+                node.least = min(node.least, call.offset)
             case "sync":
                 self._sync(self._find(call.path))
             case "mkdir":
@@ -103,7 +107,7 @@ class Disk:
             number = self._create(call.path, Node())
         node = self.nodes[number]
         if call.truncates:
-            node.fresh = b""
+            node.fresh, node.least = b"", 0
         self._offsets[call.descriptor, number] = -1 if call.appends else 0
 
     def _write(self, call: Call) -> None:
@@ -138,6 +142,7 @@ class Disk:
         node = self.nodes[number]
         if node.names is None:
             node.settled = node.fresh
+            node.least = len(node.fresh)
             return
         wanted = {change for change in self.pending if any(folder == number for folder, _, _ in change.places)}
         kept = set(self._with_needs(wanted))
@@ -225,6 +230,11 @@ class Disk:
         self._walk(image, "", ROOT, folders, tear, draw)
         return image
 
+    @staticmethod
+    def _torn(node: Node, tear: Tear, draw: random.Random) -> bytes:
+        left = tear(node.settled, node.fresh, draw)
+        return left + node.settled[len(left) : node.least]
+
     def _walk(
         self,
         image: Image,
@@ -239,7 +249,7 @@ class Disk:
             image[path] = node.target
         elif node.names is None:
             chosen = tear or draw.choice(_TEARS)
-            image[path] = node.settled if node.fresh is node.settled else chosen(node.settled, node.fresh, draw)
+            image[path] = node.settled if node.fresh is node.settled else self._torn(node, chosen, draw)
         else:
             image[path] = None
             for name, child in sorted(folders[number].items()):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -24,10 +22,10 @@ from benchmarks.crash_judge import judge_boot, judge_image, judge_network, judge
 from benchmarks.crash_points import STORE, Known, positions
 from benchmarks.crash_scenario import Recording
 from benchmarks.crash_trace import Call
+from benchmarks.memory import memory_folder
 from nearcast.telemetry import TelemetryConfig, start
 from tests.integration.agent_parts import MODEL, Origin, Publisher
 
-MEMORY_FOLDER = Path("/dev/shm")
 TRIES = 6
 """Images drawn for each one that is wanted; the others were seen before."""
 SURPLUS = 1.25
@@ -225,17 +223,6 @@ def _result(process: subprocess.Popen[bytes]) -> Found:
     if process.returncode:
         raise RuntimeError(f"an exploring process ended with {process.returncode}")
     return msgspec.json.decode(output, type=Found)
-
-
-@contextmanager
-def memory_folder() -> Iterator[Path]:
-    """A new folder in memory, where an fsync costs nothing; on the disk if there is none."""
-    base = MEMORY_FOLDER if MEMORY_FOLDER.is_dir() else None
-    home = Path(tempfile.mkdtemp(prefix="nearcast-crash-", dir=base))
-    try:
-        yield home
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
 
 
 def main() -> None:

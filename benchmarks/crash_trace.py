@@ -13,16 +13,22 @@ CALLS = (
     "open,openat,creat,lseek,write,pwrite64,writev,pwritev,truncate,ftruncate,fallocate,copy_file_range,sendfile,"
     "fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,rmdir,mkdir,mkdirat,link,linkat,symlink,symlinkat"
 )
+SOCKET_CALLS = "sendto,sendmsg,recvfrom,recvmsg"
 STRING_BYTES_MAX = 8 * 1024 * 1024
 """The longest single write that is recorded whole; a longer one is an error, never a guess."""
 _LINE = re.compile(r"^(\d+) +(\w+)\((.*)\) += (-?\d+)")
 _RESUMED = re.compile(r"^(\d+) +<\.\.\. (\w+) resumed>(.*)$")
+_SENDING = re.compile(r"^\d+ +(sendto|sendmsg)\((.*)<unfinished")
+_SENDS = frozenset({"sendto", "sendmsg"})
 _ARGUMENT = re.compile(r'(?:(\d+|AT_FDCWD)<((?:\\x..)*)>(\(deleted\))?)|"((?:\\x..)*)"(\.\.\.)?|([A-Z0-9_|]+)')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One call that changed or may change the folder. Paths are relative to it; `offset` -1 = where the file stands."""
+    """One call that changed or may change the folder. Paths are relative to it; `offset` -1 = where the file stands.
+
+    What goes through a socket is a `send` or a `receive`; its path is the kernel's name of the socket.
+    """
 
     name: str
     path: str
@@ -34,9 +40,10 @@ class Call:
     truncates: bool = False
 
 
-def record_prefix(trace: Path) -> list[str]:
-    """What to put in front of a command line to have its trace written."""
-    options = ["-f", "-y", "-xx", "-s", str(STRING_BYTES_MAX), "--seccomp-bpf", "-e", f"trace={CALLS}"]
+def record_prefix(trace: Path, *, sockets: bool = False) -> list[str]:
+    """What to put in front of a command line to have its trace written, on request with what its sockets carry."""
+    calls = f"{CALLS},{SOCKET_CALLS}" if sockets else CALLS
+    options = ["-f", "-y", "-xx", "-s", str(STRING_BYTES_MAX), "--seccomp-bpf", "-e", f"trace={calls}"]
     return ["strace", *options, "-e", "signal=none", "-o", str(trace)]
 
 
@@ -50,7 +57,7 @@ def is_available() -> bool:
 
 
 def read_trace(trace: Path, folder: Path) -> Iterator[Call]:
-    """The calls of a trace below `folder`, in the order in which they were completed.
+    """The calls of a trace below `folder`, in the order in which they were completed; a `send` when it began.
 
     Raises:
         ValueError: for a call below the folder that is recorded in part or not understood.
@@ -61,8 +68,13 @@ def read_trace(trace: Path, folder: Path) -> Iterator[Call]:
         for line in lines:
             if line.endswith("<unfinished ...>\n"):
                 begun[line.split(" ", 1)[0]] = line[: -len("<unfinished ...>\n")].rstrip()
+                if sending := _SENDING.match(line):
+                    yield _decode_socket(sending[1], _arguments(sending[2]), STRING_BYTES_MAX)
                 continue
             if resumed := _RESUMED.match(line):
+                if resumed[2] in _SENDS:
+                    del begun[resumed[1]]
+                    continue
                 line = begun.pop(resumed[1], "") + resumed[3]  # noqa: PLW2901 (the two halves of one line)
             found = _LINE.match(line)
             if found is None or int(found[4]) < 0:
@@ -103,6 +115,8 @@ def _bytes(text: str) -> bytes:
 def _decode(name: str, text: str, result: int, line: str, prefix: str) -> Call | None:
     arguments = _arguments(text)
     first = arguments[0]
+    if name in _SOCKETS:
+        return _decode_socket(name, arguments, result)
     if first.descriptor >= 0 and first.data is None and name not in _BY_FOLDER:
         if first.deleted or (not first.path.startswith(prefix + "/") and first.path != prefix):
             return None
@@ -132,7 +146,14 @@ def _decode(name: str, text: str, result: int, line: str, prefix: str) -> Call |
             raise ValueError(f"this call is not understood: {line[:300]}")
 
 
+_SOCKETS = frozenset(SOCKET_CALLS.split(","))
 _BY_FOLDER = frozenset(("openat", "unlinkat", "renameat", "renameat2", "mkdirat", "linkat", "symlinkat"))
+
+
+def _decode_socket(name: str, arguments: list[_Argument], result: int) -> Call:
+    data = b"".join(argument.data for argument in arguments if argument.data is not None)
+    kind = "send" if name in _SENDS else "receive"
+    return Call(name=kind, path=arguments[0].path, descriptor=arguments[0].descriptor, data=data[:result])
 
 
 def _decode_descriptor(

@@ -84,6 +84,20 @@ def test_appended_and_positioned_writes_land_where_they_were_written() -> None:
     assert disk.read("log") == b"oXetw"
 
 
+def test_what_is_overwritten_in_place_keeps_its_size() -> None:
+    old, new = b"a" * 3000, b"b" * 600
+    write = Call(name="write", path="db", descriptor=3, data=new, offset=512)
+    found = {image["db"] for image in images_of(*created("db", old), FOLDER, write)}
+    assert len(found) >= 3
+    for content in found:
+        assert isinstance(content, bytes)
+        assert len(content) == 3000
+        assert (content[:512], content[1112:]) == (old[:512], old[1112:])
+    cut = Call(name="truncate", path="db", offset=1000)
+    sizes = {len(image["db"] or b"") for image in images_of(*created("db", old), FOLDER, cut, write)}
+    assert min(sizes) == 1000
+
+
 def test_equal_images_have_equal_digests() -> None:
     assert digest_of({"a": b"1", "b": None}) == digest_of({"a": b"1", "b": None})
     different: list[Image] = [{"a": b"1"}, {"a": "1"}, {"a": None}, {"a": b"2"}, {"b": b"1"}, {}]

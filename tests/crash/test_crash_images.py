@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.crash_explore import Plan, explore, memory_folder
+from benchmarks.crash_explore import Plan, explore
 from benchmarks.crash_mutants import MUTANTS, first_fault_of
 from benchmarks.crash_scenario import Recording, short_life, stage
 from benchmarks.crash_trace import is_available
+from benchmarks.memory import memory_folder
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="strace cannot trace processes here")
 MISTAKES = (
