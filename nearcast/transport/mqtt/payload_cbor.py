@@ -128,10 +128,9 @@ def _read_tensors(values: Mapping[str, Any], specs: Mapping[str, TensorSpec]) ->
 
 
 def _read_tensor(name: str, value: Any, spec: TensorSpec | None, known: str) -> Array:
-    stated, data, order = value, value, "C"
-    datatype, shape = "", None
-    if isinstance(stated, dict):
-        datatype, shape, data = stated.get("dtype", ""), stated.get("shape"), stated.get("data")
+    datatype, shape, data, order = "", None, value, "C"
+    if isinstance(value, dict):
+        datatype, shape, data = value.get("dtype", ""), value.get("shape"), value.get("data")
         if data is None or not isinstance(datatype, str):
             raise MeshError(Code.INVALID_REQUEST, f"Tensor '{name}' must be a map with data, and dtype as text.")
     if isinstance(data, _Dimensions):
@@ -141,19 +140,22 @@ def _read_tensor(name: str, value: Any, spec: TensorSpec | None, known: str) -> 
         if datatype.upper() != datatype_of(data.dtype):
             raise MeshError(Code.INVALID_REQUEST, f"Tensor '{name}' is a typed array of another type than {datatype}.")
     if spec is None and not datatype:
-        raise MeshError(Code.INVALID_REQUEST, f"State dtype and shape of tensor '{name}'; the model has {known}.")
+        raise MeshError(Code.INVALID_REQUEST, f"State dtype and shape of '{name}'; the model's inputs are: {known}.")
     datatype = datatype.upper() or ("" if spec is None else spec.datatype)
-    flat = _flat(name, datatype, data, shape)
-    dimensions = _dimensions(name, data, shape, spec, flat.size)
+    dimensions = _stated_shape(name, data, shape)
+    flat = _flat(name, datatype, data, dimensions)
+    if dimensions is None:
+        dimensions = (flat.size,) if spec is None else fit_shape(spec, flat.size)
     try:
-        return np.ascontiguousarray(flat.reshape(dimensions, order=order))  # type: ignore[call-overload]
+        shaped: Array = flat.reshape(dimensions, order=order)  # type: ignore[call-overload]
+        return np.asarray(shaped, order="C")
     except ValueError as error:
         raise MeshError(
             Code.INVALID_REQUEST, f"Tensor '{name}' has {flat.size} elements; its shape is {list(dimensions)}."
         ) from error
 
 
-def _flat(name: str, datatype: str, data: Any, shape: Any) -> Array:
+def _flat(name: str, datatype: str, data: Any, shape: tuple[int, ...] | None) -> Array:
     """The elements, in the order in which they came."""
     if isinstance(data, np.ndarray):
         return data
@@ -164,7 +166,7 @@ def _flat(name: str, datatype: str, data: Any, shape: Any) -> Array:
                 Code.INVALID_REQUEST, f"Tensor '{name}': {len(data)} bytes are no whole number of {datatype} elements."
             )
         return from_raw(name, datatype, (count,), data, 0, len(data))
-    elements = flatten(name, data, _nesting(data) if shape is None else shape) if isinstance(data, list) else [data]
+    elements = flatten(name, data, shape or ()) if isinstance(data, list) else [data]
     if len(elements) > LIMITS.contents_elements_max:
         raise MeshError(
             Code.INVALID_REQUEST, f"Tensor '{name}' has more than {LIMITS.contents_elements_max} elements; send bytes."
@@ -176,14 +178,17 @@ def _flat(name: str, datatype: str, data: Any, shape: Any) -> Array:
     return from_elements(name, datatype, (len(elements),), elements)
 
 
-def _dimensions(name: str, data: Any, shape: Any, spec: TensorSpec | None, elements: int) -> tuple[int, ...]:
+def _stated_shape(name: str, data: Any, shape: Any) -> tuple[int, ...] | None:
+    """The shape that was stated, or that nested arrays have; None = there is none."""
     if shape is None and isinstance(data, list) and data and isinstance(data[0], list):
         shape = _nesting(data)
     if shape is None:
-        return (elements,) if spec is None else fit_shape(spec, elements)
-    if not isinstance(shape, list) or len(shape) > DIMENSIONS_MAX:
-        raise MeshError(Code.INVALID_REQUEST, f"The shape of tensor '{name}' must be an array of sizes.")
-    if not all(type(size) is int and 0 <= size < 2**31 for size in shape):
+        return None
+    if (
+        not isinstance(shape, list)
+        or len(shape) > DIMENSIONS_MAX
+        or not all(type(size) is int and 0 <= size < 2**31 for size in shape)
+    ):
         raise MeshError(Code.INVALID_REQUEST, f"The shape of tensor '{name}' must be an array of sizes.")
     return tuple(shape)
 
