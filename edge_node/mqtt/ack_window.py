@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from nearcast.transport.mqtt.message import Message
-
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One message that is not acknowledged yet."""
+    """One message that is not acknowledged yet: its packet identifier, and when it came."""
 
-    message: Message
-    opened: float = 0.0
+    mid: int
+    opened: float
     ready: bool = False
 
 
@@ -26,18 +24,18 @@ class AckWindow:
     def __len__(self) -> int:
         return len(self._tickets)
 
-    def open(self, message: Message, now: float = 0.0) -> Ticket:
+    def open(self, mid: int, now: float) -> Ticket:
         """Take in a message."""
-        ticket = Ticket(message, now)
+        ticket = Ticket(mid, now)
         self._tickets.append(ticket)
         return ticket
 
-    def complete(self, ticket: Ticket) -> list[Message]:
-        """Mark a message as safe; returns those that may be acknowledged now, in order."""
+    def complete(self, ticket: Ticket) -> list[int]:
+        """Mark a message as safe, as often as you like; returns those that may be acknowledged now, in order."""
         ticket.ready = True
         return self._pop()
 
-    def complete_older(self, opened: float) -> tuple[list[Message], int]:
+    def complete_older(self, opened: float) -> tuple[list[int], int]:
         """Give up waiting for messages that came before `opened`; returns as `complete`, and how many were not safe."""
         late = 0
         for ticket in self._tickets:
@@ -47,8 +45,8 @@ class AckWindow:
             ticket.ready = True
         return self._pop(), late
 
-    def _pop(self) -> list[Message]:
+    def _pop(self) -> list[int]:
         out = []
         while self._tickets and self._tickets[0].ready:
-            out.append(self._tickets.popleft().message)
+            out.append(self._tickets.popleft().mid)
         return out

@@ -19,10 +19,11 @@ class MqttLimits:
         pending_max, pending_bytes_max: accepted and not answered; beyond it requests are refused with 429.
         in_flight_max: requests that are given to the models at the same time.
         hold_ms: how long the acceptance of a request waits for its answer, to share a transaction with it.
-        unacknowledged_age_max_s: without durability: an older request is acknowledged unanswered, because those behind
-            it are acknowledged in order and would fill the broker's window.
         memory_replies_bytes_max: answers remembered in memory, for requests that are not on disk.
         unacknowledged_max: our Receive Maximum; where a broker ignores it we stop reading.
+        unanswered_max: our Receive Maximum without durability: there an acknowledgement waits for an answer, and all
+            that came later wait with it, even those that are refused at once.
+        unacknowledged_age_max_s: without durability: an older request is acknowledged unanswered.
         publish_window: answers on their way to the broker.
         commit_batch_max: operations in one transaction.
         replies_age_max_s, replies_max, replies_bytes_max: how long an answer is kept for a repeated request.
@@ -56,6 +57,7 @@ class MqttLimits:
     in_flight_max: int = 64
     hold_ms: float = 2.0
     unacknowledged_max: int = 256
+    unanswered_max: int = 65_535
     unacknowledged_age_max_s: float = 5.0
     publish_window: int = 256
     commit_batch_max: int = 256

@@ -31,6 +31,7 @@ from nearcast.transport.mqtt.message import Message
 from nearcast.transport.mqtt.tls import TlsFiles
 
 PRUNE_INTERVAL_S = 5.0
+WATCH_INTERVAL_S = 1.0
 STABLE_AFTER_S = 5.0
 """A connection that lived this long was no flap: the next reconnect starts with the shortest wait again."""
 HEAD_BYTES_MAX = 256 * 1024
@@ -129,8 +130,7 @@ class MqttWorker:
             _log.info("recovered", requests=len(recovered.requests), topics=len(recovered.outbox["device"]))
         create = asyncio.get_running_loop().create_task
         self._services = [create(self._stay_connected()), create(self._prune()), create(self._management.watch())]
-        if not self._durable:
-            self._services.append(create(self._watch_window()))
+        self._services.append(create(self._watch_window()))
 
     async def wait_connected(self) -> None:
         """Return once requests arrive."""
@@ -222,7 +222,7 @@ class MqttWorker:
             port=self._port,
             client_id=f"nearcast-{self._node}",
             session_expiry_s=limits.session_expiry_s,
-            receive_max=limits.unacknowledged_max if self._durable else limits.pending_max + limits.unacknowledged_max,
+            receive_max=limits.unacknowledged_max if self._durable else limits.unanswered_max,
             packet_bytes_max=2 * limits.payload_bytes_max + HEAD_BYTES_MAX,
             keepalive_s=limits.keepalive_s,
             connect_timeout_s=limits.connect_timeout_s,
@@ -245,12 +245,12 @@ class MqttWorker:
         if self._draining:
             return  # not acknowledged, so it comes again after the restart
         now = self._clock.monotonic()
-        ticket = epoch.window.open(message, now)
+        ticket = epoch.window.open(message.mid, now)
         if message.topic == self._management.wishes:
             self._management.receive(message)
             self._acknowledge(epoch, ticket)
             return
-        if self._durable and len(epoch.window) >= self._limits.unacknowledged_max and epoch.connection is not None:
+        if self._durable and len(epoch.window) >= 2 * self._limits.unacknowledged_max and epoch.connection is not None:
             # Some brokers ignore our Receive Maximum. Without durability what we wait for arrives by reading.
             epoch.connection.pause()
         self._requests.receive(message, partial(self._acknowledge, epoch, ticket))
@@ -260,20 +260,24 @@ class MqttWorker:
         connection = epoch.connection
         if connection is None:
             return
-        for message in epoch.window.complete(ticket):
-            connection.acknowledge(message)
-        if len(epoch.window) <= self._limits.unacknowledged_max // 2:
+        for mid in epoch.window.complete(ticket):
+            if mid:
+                connection.confirm(mid)
+        if len(epoch.window) <= self._limits.unacknowledged_max:
             connection.resume()
 
     async def _watch_window(self) -> None:
-        """Without durability a PUBACK waits for an answer, and all behind it wait with it; but not for ever."""
+        """See to it that the window moves on."""
         age_max_s = self._limits.unacknowledged_age_max_s
         while True:
-            await asyncio.sleep(age_max_s / 5)
+            await asyncio.sleep(WATCH_INTERVAL_S)
             epoch = self._epoch
             if epoch is None or epoch.connection is None:
                 continue
-            messages, late = epoch.window.complete_older(self._clock.monotonic() - age_max_s)
-            self.metrics.acknowledged_early(late)
-            for message in messages:
-                epoch.connection.acknowledge(message)
+            epoch.connection.resume()  # what a refusal waits for may be a PUBACK that we do not read
+            if not self._durable:
+                # A PUBACK waits for an answer, and all behind it wait with it; but not for ever.
+                mids, late = epoch.window.complete_older(self._clock.monotonic() - age_max_s)
+                self.metrics.acknowledged_early(late)
+                for mid in filter(None, mids):
+                    epoch.connection.confirm(mid)

@@ -11,7 +11,6 @@ from edge_node.mqtt.lanes import Lanes, Recent
 from nearcast.backoff import full_jitter_s
 from nearcast.errors import MeshError
 from nearcast.transport.mqtt.connection import parse_url
-from nearcast.transport.mqtt.message import Message
 
 
 @pytest.mark.parametrize(
@@ -32,12 +31,23 @@ def test_the_decision_table(known, has_room, verdict):
 
 def test_acknowledgements_keep_the_order_of_arrival():
     window = AckWindow()
-    tickets = [window.open(Message(topic="t", mid=mid)) for mid in range(4)]
+    tickets = [window.open(mid, now=float(mid)) for mid in range(4)]
     assert window.complete(tickets[2]) == []
     assert window.complete(tickets[1]) == []
-    assert [message.mid for message in window.complete(tickets[0])] == [0, 1, 2]
+    assert window.complete(tickets[0]) == [0, 1, 2]
+    assert window.complete(tickets[0]) == []
     assert len(window) == 1
-    assert [message.mid for message in window.complete(tickets[3])] == [3]
+    assert window.complete(tickets[3]) == [3]
+
+
+def test_who_waits_too_long_does_not_hold_up_the_others():
+    window = AckWindow()
+    tickets = [window.open(mid, now=float(mid)) for mid in range(4)]
+    assert window.complete(tickets[1]) == []
+    assert window.complete(tickets[3]) == []
+    assert window.complete_older(2.0) == ([0, 1], 1)
+    assert window.complete(tickets[0]) == []
+    assert window.complete(tickets[2]) == [2, 3]
 
 
 async def test_lanes_let_in_one_by_one_in_order_and_leave_nothing():

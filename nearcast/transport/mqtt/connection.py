@@ -180,8 +180,13 @@ class Connection(asyncio.Protocol):
 
     def acknowledge(self, message: Message) -> None:
         """Send the PUBACK of a message that came over this connection. Nothing happens if it is gone."""
-        if message.qos and self._transport is not None:
-            self._send(mqtt5.PubAckPacket(message.mid).write())
+        if message.qos:
+            self.confirm(message.mid)
+
+    def confirm(self, mid: int) -> None:
+        """The same, for who has kept only the packet identifier."""
+        if self._transport is not None:
+            self._send(mqtt5.PubAckPacket(mid).write())
 
     def pause(self) -> None:
         """Stop reading: the broker keeps what we cannot take."""
