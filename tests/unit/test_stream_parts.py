@@ -95,6 +95,16 @@ def test_explicit_state_goes_from_the_output_of_the_same_shape_to_its_input():
     assert (plan.data.name, plan.shape) == ("input", (1, 576))
 
 
+def test_of_outputs_of_the_same_shape_the_name_tells_which_is_state():
+    metadata = dataclasses.replace(
+        SILERO,
+        inputs=(TensorSpec("x", "FP32", (-1, 3)), TensorSpec("state", "FP32", (2, -1, 3))),
+        outputs=(TensorSpec("y", "FP32", (-1, 3)), TensorSpec("state_out", "FP32", (2, -1, 3))),
+    )
+    (state,) = make_plan(StreamDefinition(name="s", model="m", window=3), metadata).feedback
+    assert (state.input, state.output) == ("state", "state_out")
+
+
 def test_a_free_axis_takes_what_the_window_leaves():
     metadata = dataclasses.replace(SILERO, inputs=(TensorSpec("x", "FP32", (1, -1, 4)),), properties={})
     assert make_plan(StreamDefinition(name="s", model="m", window=12), metadata).shape == (1, 3, 4)

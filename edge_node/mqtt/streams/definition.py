@@ -26,7 +26,7 @@ class StreamDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         sample_rate_hz: that WAV files must have; 0 = what the model says, if it does.
         scale: factor on each raw sample, before it becomes the model's datatype.
         state: the input that gets each output's value in the next window, as input = output. Empty for a model with
-            explicit state: the one output of the same type and shape.
+            explicit state: the one output of the same type and shape, best with a name that begins like the input's.
         labels: names of the classes by index; one label for a single score.
         score_scale: factor on each score, for models whose outputs are quantised.
         mean_of: windows over which each score is averaged; the windows before the first one count as zero.

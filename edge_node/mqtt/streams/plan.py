@@ -87,12 +87,13 @@ def _feedback(definition: StreamDefinition, metadata: ModelMetadata, stateful: S
 
 
 def _alike(definition: StreamDefinition, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> dict[str, str]:
-    """Each input that has one output of its own type and shape."""
+    """Each input that has one output of its own type and shape; where names go on alike (state, stateN), only those."""
     pairs = {}
     for spec in inputs:
         same = [out.name for out in outputs if (out.datatype, out.shape) == (spec.datatype, spec.shape)]
         if len(same) == 1:
             pairs[spec.name] = same[0]
+    pairs = {name: output for name, output in pairs.items() if output.startswith(name)} or pairs
     if not pairs:
         raise _misfit(definition, "no output has the type and shape of an input; say with `state` which is which")
     return pairs

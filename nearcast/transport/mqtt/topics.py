@@ -137,6 +137,11 @@ def data_filter(tenant: str) -> str:
     return f"nc/v1/{require_id(tenant, 'tenant')}/+/up/data/+"
 
 
+def is_data(topic: str) -> bool:
+    """Whether a topic is one of a stream. Cheap: it is asked of every message."""
+    return topic.split("/", 6)[4:6] == ["up", "data"]
+
+
 def parse_data(topic: str) -> tuple[str, str, str] | None:
     """Tenant, device and stream of a stream's topic; None if they cannot be read from it."""
     found = _DATA.fullmatch(topic)

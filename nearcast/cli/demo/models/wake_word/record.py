@@ -1,7 +1,8 @@
 """Record the clips of the demo: a synthetic voice, turned into the int8 features that the wake-word model reads.
 
 `python nearcast/cli/demo/models/wake_word/record.py` needs `espeak-ng` on PATH, scipy and `pymicro-wakeword`. Written:
-`clips.npz` with one int8 array [steps, 1, 3, 40] per phrase. One step is 30 ms of 16 kHz audio.
+`clips.npz` with one int8 array [steps, 1, 3, 40] per phrase, one step being 30 ms of 16 kHz audio; and one phrase as it
+was spoken, `okay_nabu.wav`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,11 @@ def extract_features(samples: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     """Speak, extract, write."""
-    clips = {name: extract_features(speak(voice, text)) for name, (voice, text) in CLIPS.items()}
+    spoken = {name: speak(voice, text) for name, (voice, text) in CLIPS.items()}
+    with wave.open(str(HERE / "okay_nabu.wav"), "wb") as file:
+        file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
+        file.writeframes(spoken["okay_nabu"].tobytes())
+    clips = {name: extract_features(samples) for name, samples in spoken.items()}
     for name, clip in clips.items():
         print(f"{name}: {len(clip)} steps of 30 ms")
     np.savez_compressed(HERE / "clips.npz", **clips)  # type: ignore[arg-type]

@@ -1,0 +1,122 @@
+"""Streams in memory only: nothing on disk, the state of a stream ends with the node.
+
+The broker keeps a message until its event is on its way: only then it is acknowledged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from edge_node.mqtt.idempotency import Position, follow
+from edge_node.mqtt.ledger.records import Advance, Event, Input, Intake, Outgoing, Page, StoredInput
+from edge_node.mqtt.limits import MqttLimits
+from nearcast.telemetry import get_logger
+from nearcast.transport.mqtt.message import Message
+
+T = TypeVar("T")
+NO_ROW = 0
+_log = get_logger("nearcast.mqtt")
+
+
+@dataclass(slots=True)
+class _Stream:
+    position: Position
+    state: bytes | None = None
+
+
+class VolatileInputs:
+    """An `InputStore` that answers at once.
+
+    Args:
+        send: takes an event, and is told whom to call when the connection has it.
+        limits: bounds of messages and streams.
+    """
+
+    def __init__(self, send: Callable[[Outgoing, Callable[[], None]], None], limits: MqttLimits) -> None:
+        self._send = send
+        self._limits = limits
+        self._loop = asyncio.get_running_loop()
+        self._ids = itertools.count(1)
+        self._last = 0
+        self._rows: dict[int, StoredInput] = {}
+        self._size_bytes = 0
+        self._acknowledge: dict[int, Callable[[], None]] = {}
+        self._streams: OrderedDict[str, _Stream] = OrderedDict()
+
+    def hold(self, row: int, acknowledge: Callable[[], None]) -> None:
+        """Call `acknowledge` once the effect of a message is on its way."""
+        self._acknowledge[row] = acknowledge
+
+    def take(self, item: Input, payload: bytes) -> asyncio.Future[Intake]:
+        """Keep a message, unless it came before or there is no room."""
+        stream = self._stream(item.key)
+        step = follow(stream.position, item.boot, item.seq)
+        if step is None:
+            return self._resolved(Intake("duplicate"))
+        if self._size_bytes + len(payload) > self._limits.pending_bytes_max:
+            return self._resolved(Intake("full"))
+        stream.position = step.position
+        row = self._last = next(self._ids)
+        self._rows[row] = StoredInput(row, item, payload)
+        self._size_bytes += len(payload)
+        return self._resolved(Intake("accept", row, step.lost))
+
+    def inputs(self, after: int, limit: int) -> asyncio.Future[Page[StoredInput]]:
+        """Messages behind the row `after`, in order."""
+        rows = list(itertools.islice((row for id_, row in self._rows.items() if id_ > after), limit))
+        return self._resolved(Page(rows, rows[-1].id if len(rows) == limit else self._last))
+
+    def begin_input(self, row: int) -> asyncio.Future[None]:
+        """Nothing: a crash takes all of this with it."""
+        return self._resolved(None)
+
+    def advance_all(
+        self, steps: Sequence[Advance], now: float, *, state: bytes | None = None
+    ) -> asyncio.Future[Sequence[Outgoing]]:
+        """Forget messages, keep the state and send the events; there is nothing left to send for the caller."""
+        for step in steps:
+            stored = self._rows.pop(step.row)
+            self._size_bytes -= len(stored.payload)
+            if state is not None:
+                self._stream(stored.input.key).state = state
+            if step.buried:
+                _log.warning("a message of a stream was given up", stream=stored.input.key, reason=step.buried)
+            acknowledge = self._acknowledge.pop(step.row, _nothing)
+            for event in step.events[:-1]:
+                self._send(_outgoing(event, now), _nothing)
+            if step.events:
+                self._send(_outgoing(step.events[-1], now), acknowledge)
+            else:
+                acknowledge()
+        return self._resolved(())
+
+    def stream_state(self, tenant: str, device: str, stream: str) -> asyncio.Future[bytes | None]:
+        """The state behind the last message of a stream."""
+        known = self._streams.get(f"{tenant}/{device}/{stream}")
+        return self._resolved(None if known is None else known.state)
+
+    def _stream(self, key: str) -> _Stream:
+        stream = self._streams.setdefault(key, _Stream(Position()))
+        self._streams.move_to_end(key)
+        if len(self._streams) > self._limits.streams_max:
+            self._streams.popitem(last=False)
+        return stream
+
+    def _resolved(self, value: T) -> asyncio.Future[T]:
+        future: asyncio.Future[T] = self._loop.create_future()
+        future.set_result(value)
+        return future
+
+
+def _outgoing(event: Event, now: float) -> Outgoing:
+    message = Message(topic=event.topic, payload=event.payload, content_type=event.content_type, user=event.user)
+    return Outgoing(NO_ROW, message, now + event.ttl_s)
+
+
+def _nothing() -> None:
+    """Nobody waits."""
