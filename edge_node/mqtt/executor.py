@@ -29,7 +29,7 @@ from nearcast.transport.mqtt.status import EXPIRED
 
 SEQUENCE_ID_LENGTH_MAX = 128
 MODELS_MAX = 1024
-"""Models whose kind of state is remembered."""
+"""Models that are remembered: their kind of state, their tensors."""
 _log = get_logger("nearcast.mqtt")
 
 
@@ -61,7 +61,7 @@ class Executor:
         self._lanes = Lanes()
         self._stateless = Recent(MODELS_MAX)
         self._sequences = Recent(limits.sequences_max)
-        self._known = Recent(MODELS_MAX)
+        self._known: dict[tuple[str, str], ModelMetadata] = {}
         self._sees_mesh = sees_mesh
         self._patience = Patience(limits, random.Random())
 
@@ -115,15 +115,17 @@ class Executor:
         Raises:
             MeshError: the same error, if it is the answer.
         """
+        key = request.model, request.version
         wait_s = self._patience.wait_s(
             error,
             attempt,
             request.deadline - self._clock.monotonic(),
-            is_missed=request.model in self._known or not self._sees_mesh(),
+            is_missed=key in self._known or not self._sees_mesh(),
             is_safe=request.model in self._stateless,
         )
         if wait_s is None:
-            self._known.discard(request.model)  # the next one need not wait for what has gone for good
+            if error.code is Code.MODEL_NOT_FOUND:
+                self._known.pop(key, None)  # the next one need not wait for what has gone for good
             raise error
         self._patience.waiting += 1
         try:
@@ -138,12 +140,7 @@ class Executor:
         return self._lanes.enter((request.tenant, request.device, request.model))
 
     async def _run(self, request: Request, payload: bytes) -> Reply:
-        try:
-            metadata = await self._directory.metadata(request.model, request.version)
-        except MeshError as error:
-            error.sent = False  # only a question was sent
-            raise
-        self._known.add(request.model)
+        metadata = await self._metadata(request)
         if metadata.properties.get("stateful") != "hidden":
             self._stateless.add(request.model)
             inference = envelope.to_inference(request, payload, metadata, {})
@@ -151,6 +148,21 @@ class Executor:
         else:
             response = await self._run_in_sequence(request, payload, metadata)
         return envelope.reply(request, response)
+
+    async def _metadata(self, request: Request) -> ModelMetadata:
+        """The model's tensors; those of last time if nobody can be asked: another model may still stand in for it."""
+        key = request.model, request.version
+        try:
+            metadata = await self._directory.metadata(*key)
+        except MeshError as error:
+            error.sent = False  # only a question was sent
+            if error.code is not Code.UNAVAILABLE or key not in self._known:
+                raise
+            return self._known[key]
+        self._known[key] = metadata
+        if len(self._known) > MODELS_MAX:
+            del self._known[next(iter(self._known))]
+        return metadata
 
     async def _run_in_sequence(self, request: Request, payload: bytes, metadata: ModelMetadata) -> InferResponse:
         """A model with hidden state: each device is a sequence of its own, and its first message starts it.
