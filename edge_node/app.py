@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+from prometheus_client import CollectorRegistry
+
 from edge_node.broker import Broker, keep_alive
+from edge_node.broker.tenant import tenant_folder
+from edge_node.broker.tenant_broker import TenantBroker
 from edge_node.config import EdgeConfig
+from edge_node.tenant_metrics import TenantMetrics
 from nearcast import telemetry
 from nearcast.errors import Code, MeshError
 from nearcast.runtime import ExitCode, Shutdown
@@ -73,10 +78,36 @@ async def broker_of(config: EdgeConfig, data_dir: Path) -> AsyncIterator[str]:
 async def devices(
     config: EdgeConfig, node: ServingNode, broker: str, observed: telemetry.Telemetry
 ) -> AsyncIterator[None]:
-    """Answer devices over MQTT meanwhile. The broker may be absent: the worker waits for it."""
-    if not broker:
+    """Answer devices over MQTT meanwhile: a worker for each broker, which may be absent: the worker waits for it."""
+    async with AsyncExitStack() as stack:
+        if broker:
+            await stack.enter_async_context(answering(config, node, broker, config.mqtt.tenants, observed.registry))
+        metrics = TenantMetrics(observed.registry) if config.mqtt.tenant_brokers else None
+        for each in config.mqtt.tenant_brokers:
+            own = await TenantBroker.start(
+                tenant_folder(node.data_dir, each.tenant),
+                tenant=each.tenant,
+                host=each.host,
+                port=each.port,
+                names=each.names,
+            )
+            stack.push_async_callback(own.stop)
+            assert metrics is not None
+            registry = metrics.registry(each.tenant)
+            await stack.enter_async_context(answering(config, node, own.url, (each.tenant,), registry, own))
         yield
-        return
+
+
+@asynccontextmanager
+async def answering(
+    config: EdgeConfig,
+    node: ServingNode,
+    broker: str,
+    tenants: tuple[str, ...],
+    registry: CollectorRegistry,
+    own: TenantBroker | None = None,
+) -> AsyncIterator[None]:
+    """Answer the devices of one broker meanwhile; `own` says who we are to it, and who has no rights any more."""
     from edge_node.mqtt.limits import MqttLimits
     from edge_node.mqtt.worker import MqttWorker
     from nearcast.transport.mqtt.connection import parse_url
@@ -88,11 +119,12 @@ async def devices(
         node=node.name,
         host=host,
         port=port,
-        inbox=node.data_dir / "inbox.sqlite",
-        tenants=config.mqtt.tenants,
+        inbox=config.ledger_path(tenants[0]),
+        tenants=tenants,
         limits=MqttLimits(pending_max=config.mqtt.pending_max, in_flight_max=config.mqtt.in_flight_max),
-        registry=observed.registry,
+        registry=registry,
         durability=config.mqtt.durability,
+        tls=None if own is None else own.tls,
     )
     await worker.start()
     try:

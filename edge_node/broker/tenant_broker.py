@@ -123,6 +123,11 @@ class TenantBroker:
         return self._broker.port
 
     @property
+    def url(self) -> str:
+        """`mqtts://host:port`, for the node itself."""
+        return f"mqtts://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+    @property
     def broker(self) -> Broker:
         """The child."""
         return self._broker
