@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import click
 
@@ -55,6 +53,7 @@ class Answer:
     help="Send this file, such as a photograph, as it is to a model that takes one; repeatable.",
 )
 @click.option("--url", default=f"grpc://127.0.0.1:{GRPC_PORT}", show_default=True, help="grpc://, http:// or mqtt://.")
+@click.option("--identity", type=click.Path(path_type=Path), help="Ask over MQTT as the device with this identity.")
 @click.option("--version", "release", default="", help="A release or a semver; empty = what the channel serves.")
 @click.option("--deadline-ms", type=click.FloatRange(min=0, min_open=True), default=10_000.0, show_default=True)
 @click.option("--parameter", "parameters", multiple=True, metavar="NAME=JSON", help="A request parameter; repeatable.")
@@ -64,6 +63,7 @@ def command(
     inputs: tuple[str, ...],
     files: tuple[Path, ...],
     url: str,
+    identity: Path | None,
     release: str,
     deadline_ms: float,
     parameters: tuple[str, ...],
@@ -79,13 +79,13 @@ def command(
       name=@photo.jpg:BYTES       a file as it is, as one element
       name=[[1, 2], [3, 4]]       JSON; the model says the datatype
 
-    URL is grpc://host:port, http://host:port or mqtt://host:port/tenant/device.
+    URL is grpc://host:port, http://host:port or mqtt://host:port/tenant/device; --identity knows its broker.
     """  # noqa: D301 (click looks for a real backspace)
     if bool(inputs) is bool(files):
         raise click.UsageError("Give either INPUTs or --file.")
     inputs = inputs or tuple(f"{FILE_INPUT}{path}" for path in files)
     settings = dict(_split_parameter(text) for text in parameters)
-    answer = asyncio.run(_ask(url, model, release, inputs, settings, deadline_ms))
+    answer = asyncio.run(_ask(url, identity, model, release, inputs, settings, deadline_ms))
     if as_json:
         click.echo(json.dumps(_as_json(answer)))
     else:
@@ -93,17 +93,23 @@ def command(
 
 
 async def _ask(
-    url: str, model: str, release: str, inputs: tuple[str, ...], parameters: dict[str, Parameter], deadline_ms: float
+    url: str,
+    identity: Path | None,
+    model: str,
+    release: str,
+    inputs: tuple[str, ...],
+    parameters: dict[str, Parameter],
+    deadline_ms: float,
 ) -> Answer:
     scheme, _, place = url.partition("://")
     if not place:
         scheme, place = "grpc", url
+    if identity is not None or scheme in MQTT_SCHEMES:
+        return await _ask_mqtt(url, identity, model, release, inputs, parameters, deadline_ms)
     if scheme == "grpc":
         return await _ask_grpc(place, model, release, inputs, parameters, deadline_ms)
     if scheme in HTTP_SCHEMES:
         return await _ask_http(url.rstrip("/"), model, release, inputs, parameters, deadline_ms)
-    if scheme in MQTT_SCHEMES:
-        return await _ask_mqtt(url, model, release, inputs, parameters, deadline_ms)
     raise MeshError(Code.INVALID_REQUEST, f"{scheme!r} is no transport; use grpc://, http:// or mqtt://.")
 
 
@@ -187,10 +193,15 @@ def _reason(error: Exception) -> str:
 
 
 async def _ask_mqtt(
-    url: str, model: str, release: str, inputs: tuple[str, ...], parameters: dict[str, Parameter], deadline_ms: float
+    url: str,
+    identity: Path | None,
+    model: str,
+    release: str,
+    inputs: tuple[str, ...],
+    parameters: dict[str, Parameter],
+    deadline_ms: float,
 ) -> Answer:
-    from nearcast.client.mqtt import MqttDevice
-    from nearcast.client.mqtt_limits import DeviceLimits
+    from nearcast.cli.infer_mqtt import ask
 
     if _needs_metadata(inputs):
         raise MeshError(
@@ -198,12 +209,7 @@ async def _ask_mqtt(
             "Over MQTT nobody tells the datatype of JSON; use name=@file.npy or @file.bin:DTYPE:1,64.",
         )
     tensors = _read_inputs(inputs, None)
-    word = f"cli-{secrets.token_hex(4)}"  # beside a device of this name, and gone without a trace
-    place = url if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}/local/{word}"
-    limits = DeviceLimits(session_expiry_s=0)
-    async with MqttDevice(place, client_id=word, replies=word, announce=False, limits=limits) as device:
-        await device.link.wait_up(attempts_max=1)
-        answer = await device.infer(model, tensors, version=release, deadline_ms=deadline_ms, parameters=parameters)
+    answer = await ask(url, identity, model, tensors, version=release, parameters=parameters, deadline_ms=deadline_ms)
     return Answer(
         model=model,
         version=answer.version,

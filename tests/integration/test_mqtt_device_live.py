@@ -11,12 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from edge_node.broker import Broker
+from edge_node.broker.tenant_broker import TenantBroker
 from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.worker import MqttWorker
+from nearcast.cli import main as cli
 from nearcast.client.mqtt import MqttDevice
 from nearcast.client.mqtt_limits import DeviceLimits
+from nearcast.client.provisioning import device_url, identity_tls, join
 from nearcast.errors import Code, MeshError
 from nearcast.transport.mqtt.connection import Connection, ConnectionSettings
 from nearcast.transport.mqtt.message import Message
@@ -171,4 +175,38 @@ async def test_others_see_whether_a_device_is_there_and_wish_settings_of_it(tmp_
         assert sorted(each["state"] for each in states[3:5]) == ["offline", "online"]
         assert device._boot_id == states[0]["boot_id"] != states[2]["boot_id"]
     finally:
+        await broker.stop()
+
+
+async def test_a_certificate_says_who_asks_also_on_the_command_line(tmp_path):
+    handler = Doubler()
+    broker = await TenantBroker.start(tmp_path / "acme", tenant="acme")
+    worker = MqttWorker(
+        handler,
+        handler,
+        node="n1",
+        host=broker.host,
+        port=broker.port,
+        inbox=tmp_path / "inbox.sqlite",
+        tenants=("acme",),
+        limits=NODE_LIMITS,
+        tls=broker.tls,
+    )
+    await worker.start()
+    try:
+        async with asyncio.timeout(10):
+            await broker.registrar.listening.wait()
+        broker.authority.invite(tmp_path / "claim", name="camera-1", kind="device", uses=1, life_s=60.0)
+        identity = await join(tmp_path / "claim", tmp_path / "identity")
+        async with MqttDevice(device_url(identity), tls=identity_tls(identity), limits=LIMITS) as device:
+            answer = await device.infer("double", {"x": X}, deadline_ms=9000)
+        assert answer.outputs["y"].tolist() == [[2.0, 4.0]]
+        np.save(tmp_path / "x.npy", X)
+        arguments = ["infer", "double", f"x=@{tmp_path / 'x.npy'}", "--identity", str(tmp_path / "identity"), "--json"]
+        said = await asyncio.to_thread(CliRunner().invoke, cli, arguments)
+        assert said.exit_code == 0, said.output
+        assert json.loads(said.output)["outputs"][0]["data"] == [2.0, 4.0]
+        assert {context.principal for context in handler.contexts} == {"device:acme/camera-1"}
+    finally:
+        await worker.drain(2.0)
         await broker.stop()
