@@ -1,4 +1,4 @@
-"""Devices behind a real router whose cloud goes away and comes back: who needs it waits, who does not is not held up."""
+"""Devices behind a real router whose cloud goes away and comes back: who needs it waits, nobody else is held up."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ async def test_who_needs_the_cloud_waits_for_it_and_nobody_else_does(tmp_path, i
         targets.update([view])
         await until(lambda: "cloud-1" in router.policy.holders("exact"))
         broker = await Broker.start(tmp_path / "broker", kind="mosquitto")
-        limits = MqttLimits(in_flight_max=1, outlast_max_s=0.2)
+        limits = MqttLimits(in_flight_max=1, outlast_max_s=0.2, answer_margin_s=0.5)
         worker = MqttWorker(
             router, router, node="edge-1", host=broker.host, port=broker.port, inbox=tmp_path / "i", limits=limits
         )
@@ -127,11 +127,9 @@ async def test_who_needs_the_cloud_waits_for_it_and_nobody_else_does(tmp_path, i
                 assert "model" not in answer
 
                 await server.drain(0.0)
-                answer, took_s = await ask("exact", 800)
+                answer, took_s = await ask("exact", 1000)
                 assert (answer["status"], answer["code"]) == ("503", "UNAVAILABLE"), answer
-                assert 0.5 < took_s < 0.8, (
-                    "it was tried until just before its deadline, and the device still hears of it"
-                )
+                assert 0.4 < took_s < 1.0, "it was tried until shortly before its deadline, and the device hears of it"
                 answer, _ = await ask("large", 5000)
                 assert (answer["status"], answer["served-by"], answer["model"]) == ("200", "edge", "small"), answer
 
@@ -139,9 +137,7 @@ async def test_who_needs_the_cloud_waits_for_it_and_nobody_else_does(tmp_path, i
                 device.ask(X, model="exact", dtype="FP32", shape="2", ttl_ms="9000")
                 await asyncio.sleep(0.3)
                 answer, _ = await ask("small", 5000)
-                assert (answer["status"], answer["node"]) == ("200", "edge-1"), (
-                    "the one slot is free while another waits"
-                )
+                assert (answer["status"], answer["node"]) == ("200", "edge-1"), "the one slot stays free"
                 await come_back()
                 answer = user_of(await device.answer())
                 assert (answer["status"], answer["served-by"]) == ("200", "cloud"), answer
