@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import json
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,8 +18,11 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper
 from PIL import Image
 
+from edge_node.broker import Broker
+from edge_node.mqtt.worker import MqttWorker
 from model_sync.publisher.bundle import create_bundle, pass_gate, read_spec
 from nearcast.cli import main
+from nearcast.client.mqtt import MqttDevice
 from nearcast.errors import Code, MeshError
 from nearcast.handler import RequestContext
 from nearcast.serving import HostLimits, ModelHost
@@ -195,3 +199,24 @@ async def test_decoding_ends_with_the_deadline_and_leaves_the_loop_free(
     assert 0 < len(decoded) < 60
     with pytest.raises(MeshError, match="holds 65 images; send 1 to 64"):
         await ask(host, {"image": files(*[photo(1, 2, 3)] * 65)})
+
+
+async def test_a_camera_sends_its_photograph_over_mqtt(host: ModelHost, tmp_path: Path) -> None:
+    broker = await Broker.start(tmp_path / "broker")
+    worker = MqttWorker(host, host, node="edge-1", host=broker.host, port=broker.port, inbox=tmp_path / "inbox.sqlite")
+    await worker.start()
+    await worker.wait_connected()
+    try:
+        async with MqttDevice(f"{broker.url}/local/camera") as camera:
+            answer = await camera.infer("colours", {"image": files(photo(10, 250, 10))}, content_type="image/jpeg")
+            assert answer.outputs["labels"].tolist()[0][0] == b"green"
+            said = await camera.ask("colours", photo(10, 10, 250, kind="PNG"), "image/png")
+            assert json.loads(said.payload)["outputs"][2]["data"][0] == "blue"
+            said = await camera.ask("colours", photo(10, 10, 250)[:-30], "image/jpeg")
+            assert (said.user["status"], said.user["code"]) == ("400", "INVALID_REQUEST")
+            assert "damaged" in json.loads(said.payload)["error"]
+            said = await camera.ask("colours", bytes(1024 * 1024 + 1), "image/jpeg")
+            assert said.user["status"] == "413"
+    finally:
+        await worker.drain(1.0)
+        await broker.stop()

@@ -13,6 +13,7 @@ import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import cbor2
 import numpy as np
 import pytest
 from paho.mqtt import client as paho
@@ -132,12 +133,13 @@ async def test_old_device_speaks_mqtt_3_1_1(broker, tmp_path):
     handler = Doubler()
     async with serving(broker, tmp_path, handler):
         with Device(broker.port, "old", protocol=paho.MQTTv311) as device:
-            for _ in range(2):
+            for copy in range(2):
                 device.client.publish("nc/v1/local/old/up/infer/double", json.dumps(body), 1)
                 answer = await device.answer()
                 assert answer.topic == "nc/v1/local/old/down/reply/double"
                 got = json.loads(answer.payload)
                 assert (got["id"], got["status"], got["model_version"]) == ("r-1", 200, "7")
+                assert (got["served_by"], got.get("dedup", 0)) == ("edge", copy)
                 assert got["outputs"][0]["data"] == [2.0, 4.0]
             device.client.publish("nc/v1/local/old/up/infer/nothere", json.dumps(body | {"id": "r-2"}), 1)
             got = json.loads((await device.answer()).payload)
@@ -146,6 +148,7 @@ async def test_old_device_speaks_mqtt_3_1_1(broker, tmp_path):
             got = json.loads((await device.answer()).payload)
             assert got["status"] == 415
     assert len(handler.executed) == 1
+    assert got["error"].endswith("publish CBOR to …/cbor and raw bytes to …/bin.")
     assert handler.contexts[0].deadline - time.monotonic() < 5
 
 
@@ -164,6 +167,30 @@ async def test_mosquitto_rr_gets_an_answer(broker, tmp_path):
     assert correlation == "from-rr"
     assert "status:200" in user
     assert json.loads(payload)["outputs"][0]["data"] == [2.0, 4.0]
+
+
+async def test_old_device_announces_its_format_in_the_topic(broker, tmp_path):
+    handler = Doubler()
+    body = {"id": "c-1", "ttl_ms": 5000, "inputs": {"x": cbor2.CBORTag(85, X.tobytes())}}
+    async with serving(broker, tmp_path, handler):
+        with Device(broker.port, "old", protocol=paho.MQTTv311) as device:
+            for copy in range(2):
+                device.client.publish("nc/v1/local/old/up/infer/double/cbor", cbor2.dumps(body), 1)
+                answer = await device.answer()
+                assert answer.topic == "nc/v1/local/old/down/reply/double/cbor"
+                got = cbor2.loads(answer.payload)
+                assert (got["id"], got["status"], got.get("dedup", 0)) == ("c-1", 200, copy)
+                assert got["outputs"]["y"] == {"dtype": "FP32", "shape": [1, 2], "data": (2 * X).tobytes()}
+            device.client.publish("nc/v1/local/old/up/infer/double/bin", X.tobytes(), 1)
+            answer = await device.answer()
+            assert (answer.topic, answer.payload) == ("nc/v1/local/old/down/reply/double/bin", (2 * X).tobytes())
+            device.client.publish("nc/v1/local/old/up/infer/double/bin", b"odd", 1)
+            answer = await device.answer()
+            assert answer.topic == "nc/v1/local/old/down/reply/double/json"
+            assert json.loads(answer.payload)["status"] == 400
+            device.client.publish("nc/v1/local/old/up/infer/double/raw", X.tobytes(), 1)
+            assert json.loads((await device.answer()).payload)["status"] == 400
+    assert len(handler.executed) == 2
 
 
 async def test_a_duplicate_gets_the_same_answer_and_runs_once_also_after_a_restart(broker, tmp_path):
