@@ -29,6 +29,7 @@ class BrokerLimits:
     start_attempts_max: int = 5
     stop_timeout_s: float = 3.0
     save_timeout_s: float = 30.0
+    log_bytes_max: int = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

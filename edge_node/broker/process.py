@@ -137,6 +137,11 @@ class Broker:
             await self._end(signal.SIGTERM, self._limits.save_timeout_s)
             return await self.launch()
 
+    def trim_log(self) -> None:
+        """Empty the log if it is too long: whoever reaches the port can have a line written."""
+        if self._log_path.stat().st_size > self._limits.log_bytes_max:
+            os.truncate(self._log_path, 0)  # the child appends
+
     async def kill(self) -> None:
         """End the child without warning, as a crash would."""
         await self._end(signal.SIGKILL, self._limits.stop_timeout_s)

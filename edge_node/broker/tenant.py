@@ -6,7 +6,8 @@ changed in the register.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import fcntl
+import os
 from pathlib import Path
 from typing import Final
 
@@ -28,6 +29,7 @@ TENANTS_FOLDER: Final = "tenants"
 PLACE_FILE: Final = "place.json"
 ACCESS_FILE: Final = "access"
 REVOKED_FILE: Final = "revoked.pem"
+LOCK_FILE: Final = "lock"
 
 
 class TenantPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -37,42 +39,46 @@ class TenantPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     url: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TenantAuthority:
-    """Issues and revokes the certificates of one tenant. Made by `open`; its methods block."""
+    """Issues and revokes the certificates of one tenant. Made by `create` or `open`; its methods block."""
 
-    folder: Path
-    place: TenantPlace
-    limits: ProvisioningLimits
-    _authority: CertificateAuthority
-    _registry: Registry
+    def __init__(self, folder: Path, place: TenantPlace, limits: ProvisioningLimits | None, clock: Clock) -> None:
+        self.folder = folder
+        self.place = place
+        self.limits = limits or ProvisioningLimits()
+        self._authority = CertificateAuthority.load(folder / "ca", clock=clock)
+        self._registry = Registry(folder / "devices.sqlite", self.limits, clock.wall)
+
+    @classmethod
+    def create(
+        cls, folder: Path, tenant: str, *, limits: ProvisioningLimits | None = None, clock: Clock = SYSTEM_CLOCK
+    ) -> TenantAuthority:
+        """Open the folder of a tenant, which is made if there is none. Whoever runs the broker says where with `move`.
+
+        Raises:
+            MeshError: INVALID_REQUEST for a bad name, UNAVAILABLE if the folder cannot be read.
+        """
+        require_id(tenant, "tenant")
+        make_folder(folder)
+        if not (folder / "ca" / CA_KEY_FILE).exists():
+            CertificateAuthority.create(folder / "ca", common_name=f"nearcast tenant {tenant}", clock=clock)
+        return cls(folder, TenantPlace(tenant=tenant, url=""), limits, clock)
 
     @classmethod
     def open(
-        cls,
-        folder: Path,
-        *,
-        place: TenantPlace | None = None,
-        limits: ProvisioningLimits | None = None,
-        clock: Clock = SYSTEM_CLOCK,
+        cls, folder: Path, *, limits: ProvisioningLimits | None = None, clock: Clock = SYSTEM_CLOCK
     ) -> TenantAuthority:
-        """Open the folder of a tenant; with a `place` it is made, or its broker has moved there.
+        """Open the folder of a tenant whose broker has run.
 
         Raises:
             MeshError: INVALID_REQUEST if there is none, UNAVAILABLE if it cannot be read.
         """
-        limits = limits or ProvisioningLimits()
-        if place is None:
-            place = _read_place(folder)
-        else:
-            require_id(place.tenant, "tenant")
-            make_folder(folder)
-            if not (folder / "ca" / CA_KEY_FILE).exists():
-                CertificateAuthority.create(folder / "ca", common_name=f"nearcast tenant {place.tenant}", clock=clock)
-            write_file(folder / PLACE_FILE, msgspec.json.encode(place))
-        authority = CertificateAuthority.load(folder / "ca", clock=clock)
-        registry = Registry(folder / "devices.sqlite", limits, clock.wall)
-        return cls(folder=folder, place=place, limits=limits, _authority=authority, _registry=registry)
+        return cls(folder, _read_place(folder), limits, clock)
+
+    def move(self, url: str) -> None:
+        """Say where the broker is; invitations name it."""
+        self.place = TenantPlace(tenant=self.place.tenant, url=url)
+        write_file(self.folder / PLACE_FILE, msgspec.json.encode(self.place))
 
     @property
     def ca(self) -> Path:
@@ -150,6 +156,10 @@ class TenantAuthority:
         """Claims, devices and readers."""
         return self._registry.listing()
 
+    def files(self, label: str) -> TlsFiles:
+        """Where `own_files` keeps a certificate of the node's own."""
+        return TlsFiles(ca=self.ca, certificate=self.folder / f"{label}.pem", key=self.folder / f"{label}.key")
+
     def own_files(self, name: str, label: str, *, hosts: tuple[str, ...] = (), life_s: float = 0.0) -> TlsFiles:
         """Make a certificate of the node's own, which is in no register, as `label.pem` and `label.key`.
 
@@ -159,16 +169,18 @@ class TenantAuthority:
             hosts: for the broker itself: what it is called.
             life_s: 0 = `own_life_s`.
         """
-        certificate_path, key_path = self.folder / f"{label}.pem", self.folder / f"{label}.key"
-        if key_path.exists():  # a new key would not fit the former certificate while the two are replaced
-            csr = sign_plain_csr(key_path.read_bytes())
+        files = self.files(label)
+        assert files.certificate is not None
+        assert files.key is not None
+        if files.key.exists():  # a new key would not fit the former certificate while the two are replaced
+            csr = sign_plain_csr(files.key.read_bytes())
         else:
             key, csr = make_plain_csr()
-            write_file(key_path, key, mode=KEY_MODE)
+            write_file(files.key, key, mode=KEY_MODE)
         lifetime_s = life_s or self.limits.own_life_s
         certificate = self._authority.issue_plain(csr, name=name, lifetime_s=lifetime_s, hosts=hosts)
-        write_file(certificate_path, certificate)
-        return TlsFiles(ca=self.ca, certificate=certificate_path, key=key_path)
+        write_file(files.certificate, certificate)
+        return files
 
     def write_rights(self, rights: Rights) -> None:
         """Write the access file and the revocation list. The broker reads them when it is told to."""
@@ -181,6 +193,30 @@ class TenantAuthority:
 def tenant_folder(data_dir: Path, tenant: str) -> Path:
     """Where an edge node keeps what belongs to a tenant."""
     return data_dir / TENANTS_FOLDER / require_id(tenant, "tenant")
+
+
+def hold(folder: Path) -> int:
+    """Take a tenant's folder for a running node; returns the descriptor that, closed, gives it back.
+
+    Raises:
+        MeshError: CONFLICT if another node runs on it.
+    """
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, KEY_MODE)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise MeshError(Code.CONFLICT, f"Another edge node runs on {folder}; stop it first.") from error
+    return descriptor
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a node runs on a tenant's folder."""
+    try:
+        os.close(hold(folder))
+    except MeshError:
+        return True
+    return False
 
 
 def _read_place(folder: Path) -> TenantPlace:

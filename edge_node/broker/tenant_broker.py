@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 from edge_node.broker.access import DOCTOR, REGISTRAR, WORKER, is_device
@@ -13,13 +15,12 @@ from edge_node.broker.process import Broker
 from edge_node.broker.provisioning import ProvisioningLimits
 from edge_node.broker.registrar import Registrar
 from edge_node.broker.supervision import keep_alive
-from edge_node.broker.tenant import ACCESS_FILE, REVOKED_FILE, TenantAuthority, TenantPlace
+from edge_node.broker.tenant import ACCESS_FILE, REVOKED_FILE, TenantAuthority, hold
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import Code, MeshError
 from nearcast.identity.node import Validity, read_certificate
 from nearcast.telemetry import get_logger
 from nearcast.transport.mqtt.connection import Connection, ConnectionSettings
-from nearcast.transport.mqtt.tls import TlsFiles
 
 PRESENCE_TIMEOUT_S = 5.0
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
@@ -33,24 +34,37 @@ class TenantBroker:
 
     Attributes:
         authority: the tenant's certificates.
+        broker: the child.
+        registrar: answers certificate requests.
         tls: the files with which the node's worker connects; renewed in place.
         denied: devices without rights: nothing of theirs is to be answered any more.
     """
 
-    def __init__(self, authority: TenantAuthority, broker: Broker, hosts: tuple[str, ...], clock: Clock) -> None:
+    def __init__(
+        self,
+        authority: TenantAuthority,
+        broker: Broker,
+        hosts: tuple[str, ...],
+        clock: Clock,
+        *,
+        revision: int,
+        owned: AsyncExitStack,
+    ) -> None:
         self.authority = authority
         self.denied: frozenset[str] = frozenset()
-        self._broker = broker
+        self.broker = broker
         self._hosts = hosts
         self._clock = clock
-        self._version = (-1, -1)
+        self._owned = owned
+        self._version = (revision, -1)
         self._restarted_at = -math.inf
         self._on_denied: Callable[[frozenset[str]], None] = lambda _denied: None
-        folder = authority.folder
-        self.tls = TlsFiles(ca=authority.ca, certificate=folder / "worker.pem", key=folder / "worker.key")
-        registrar = TlsFiles(ca=authority.ca, certificate=folder / "registrar.pem", key=folder / "registrar.key")
-        self.registrar = Registrar(authority, host=self.host, port=broker.port, tls=registrar, clock=clock)
-        self._tasks: list[asyncio.Task[None]] = []
+        self.tls = authority.files("worker")
+        self.registrar = Registrar(
+            authority, host=self.host, port=broker.port, tls=authority.files("registrar"), clock=clock
+        )
+        create = asyncio.get_running_loop().create_task
+        self._tasks = [create(keep_alive(broker)), create(self.registrar.run()), create(self._watch())]
 
     @classmethod
     async def start(
@@ -82,55 +96,37 @@ class TenantBroker:
         """
         outside = names or ((host,) if host not in WILDCARDS else ("127.0.0.1",))
         hosts = tuple(dict.fromkeys((*outside, *LOCAL_HOSTS)))
-        place = TenantPlace(tenant=tenant, url=f"mqtts://{outside[0]}:{port}")
-        authority = await asyncio.to_thread(
-            lambda: TenantAuthority.open(folder, place=place, limits=limits, clock=clock)
-        )
-        files = TlsListener(
-            ca=authority.ca,
-            certificate=folder / "broker.pem",
-            key=folder / "broker.key",
-            revoked=folder / REVOKED_FILE,
-            access=folder / ACCESS_FILE,
-        )
-        try:
+        authority = await asyncio.to_thread(lambda: TenantAuthority.create(folder, tenant, limits=limits, clock=clock))
+        async with AsyncExitStack() as stack:
+            stack.callback(authority.close)
+            stack.callback(os.close, hold(folder))
             revision = await asyncio.to_thread(_prepare, authority, hosts)
             broker = await Broker.start(
-                folder / "broker", host=host, port=port, kind="mosquitto", tls=files, limits=broker_limits
+                folder / "broker",
+                host=host,
+                port=port,
+                kind="mosquitto",
+                tls=_listener(authority),
+                limits=broker_limits,
             )
-        except BaseException:
-            authority.close()
-            raise
-        if port == 0:
-            authority.close()
-            place = TenantPlace(tenant=tenant, url=f"mqtts://{outside[0]}:{broker.port}")
-            authority = TenantAuthority.open(folder, place=place, limits=limits, clock=clock)
-        running = cls(authority, broker, hosts, clock)
-        running._version = (revision, -1)
-        create = asyncio.get_running_loop().create_task
-        running._tasks = [create(keep_alive(broker)), create(running.registrar.run()), create(running._watch())]
-        return running
+            authority.move(f"mqtts://{_bracketed(outside[0])}:{broker.port}")
+            return cls(authority, broker, hosts, clock, revision=revision, owned=stack.pop_all())
 
     @property
     def host(self) -> str:
         """Where the node itself reaches the broker."""
-        host = self._broker.host
+        host = self.broker.host
         return {"::": "::1"}.get(host, "127.0.0.1") if host in WILDCARDS else host
 
     @property
     def port(self) -> int:
         """The port."""
-        return self._broker.port
+        return self.broker.port
 
     @property
     def url(self) -> str:
         """`mqtts://host:port`, for the node itself."""
-        return f"mqtts://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
-
-    @property
-    def broker(self) -> Broker:
-        """The child."""
-        return self._broker
+        return f"mqtts://{_bracketed(self.host)}:{self.port}"
 
     def on_denied(self, call: Callable[[frozenset[str]], None]) -> None:
         """Have `call` told which devices have no rights, now and whenever that changes."""
@@ -142,8 +138,8 @@ class TenantBroker:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._broker.stop()
-        self.authority.close()
+        await self.broker.stop()
+        await self._owned.aclose()
 
     async def _refresh(self) -> None:
         """Tell the broker what changed in the register, end the sessions of those without rights, renew what is due.
@@ -166,7 +162,7 @@ class TenantBroker:
                 await asyncio.to_thread(_renew_own, self.authority, self._hosts)
             await asyncio.to_thread(self.authority.write_rights, rights)
             self._restarted_at = self._clock.monotonic()
-            if problem := await self._broker.restart():
+            if problem := await self.broker.restart():
                 raise MeshError(Code.UNAVAILABLE, problem)
         for name in rights.unpurged:
             await self._purge(name)
@@ -176,6 +172,7 @@ class TenantBroker:
     async def _watch(self) -> None:
         while True:
             try:
+                self.broker.trim_log()
                 await self._refresh()
             except (MeshError, OSError, TimeoutError) as error:
                 _log.warning("rights_not_applied", tenant=self.authority.place.tenant, error=str(error))
@@ -209,6 +206,21 @@ class TenantBroker:
         certificate = read_certificate(self.authority.folder / "broker.pem")
         validity = Validity(certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp())
         return not validity.starts_at <= self._clock.wall() < validity.renew_at
+
+
+def _listener(authority: TenantAuthority) -> TlsListener:
+    folder = authority.folder
+    return TlsListener(
+        ca=authority.ca,
+        certificate=folder / "broker.pem",
+        key=folder / "broker.key",
+        revoked=folder / REVOKED_FILE,
+        access=folder / ACCESS_FILE,
+    )
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _prepare(authority: TenantAuthority, hosts: tuple[str, ...]) -> int:
