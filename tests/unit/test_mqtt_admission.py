@@ -8,7 +8,7 @@ from edge_node.mqtt.admission import Refusal, Request, admit
 from edge_node.mqtt.limits import MqttLimits
 from nearcast.transport.mqtt.message import Message
 
-LIMITS = MqttLimits(payload_bytes_max=64, correlation_bytes_max=8, ttl_max_ms=60_000)
+LIMITS = MqttLimits(payload_bytes_max=64, image_bytes_max=32, correlation_bytes_max=8, ttl_max_ms=60_000)
 TOPIC = "nc/v1/local/cam/up/infer/digits"
 
 
@@ -81,6 +81,53 @@ def test_the_digest_binds_what_changes_the_answer():
         judged(payload=b"abc", content_type="application/json"),
     ]
     assert len({base.digest, *(other.digest for other in others)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("suffix", "fields", "wanted"),
+    [
+        ("", {"user": {}, "payload": b"{}"}, ("application/json", "application/json", True)),
+        ("/json", {"user": {}, "payload": b"{}"}, ("application/json", "application/json", True)),
+        ("/cbor", {"user": {}, "payload": b"\xa0"}, ("application/cbor", "application/cbor", True)),
+        ("/bin", {"user": {}, "payload": b"\xa0"}, ("application/octet-stream", "application/octet-stream", True)),
+        ("/cbor", {}, ("application/cbor", "application/cbor", False)),
+        ("/json", {"content_type": "application/json"}, ("application/json", "application/json", False)),
+        ("", {"content_type": "image/jpg"}, ("image/jpeg", "application/json", False)),
+        ("", {"content_type": "audio/x-wav"}, ("audio/wav", "application/json", False)),
+    ],
+)
+def test_the_format_is_the_content_type_or_else_the_topics_last_level(suffix, fields, wanted):
+    request = judged(topic=TOPIC + suffix, **fields)
+    assert isinstance(request, Request), request
+    assert (request.content_type, request.accept, request.envelope) == wanted
+    assert request.reply_topic == f"nc/v1/local/cam/down/reply/digits{suffix}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "said"),
+    [
+        ({"topic": TOPIC + "/cbor", "content_type": "application/json"}, 400, "announces application/cbor"),
+        ({"topic": TOPIC + "/raw"}, 400, "/json, /cbor or /bin"),
+        ({"user": {"accept": "image/png"}}, 415, "`accept`"),
+        ({"user": {"version": "x" * 65}}, 400, "version"),
+        ({"user": {str(n): "" for n in range(33)}}, 400, "32 user properties"),
+        ({"user": {"note": "x" * 4096}}, 400, "4096 characters"),
+        ({"response_topic": "nc/v1/local/cam/down/a/b/c/d"}, 403, "8 levels"),
+        ({"content_type": "image/png", "payload": b"x" * 33}, 413, "at most 32 are accepted"),
+        ({"topic": TOPIC + "/cbor", "user": {}, "payload": b"\xff"}, 415, "…/cbor"),
+        ({"topic": TOPIC + "/cbor", "user": {}, "payload": b"\xa1\x66ttl_ms\x00"}, 400, "ttl-ms"),
+    ],
+)
+def test_a_refusal_says_what_is_wrong(fields, status, said):
+    refusal = judged(**fields)
+    assert isinstance(refusal, Refusal)
+    assert refusal.status == status
+    assert said in refusal.reason
+
+
+def test_only_what_the_execution_reads_is_kept():
+    request = judged(user={"shape": "3", "note": "x", "ttl-ms": "5", "accept": "application/json", "output": "y"})
+    assert request.user == {"shape": "3", "output": "y"}
 
 
 def envelope(**fields):
