@@ -95,7 +95,8 @@ async def _storm(folder: Path, outage_s: float, *, together: bool) -> dict[str, 
     broker = await Broker.start(folder / "broker")
     (folder / "node").mkdir()
     try:
-        with serve("benchmarks.mqtt_node", str(broker.port), "noop", str(folder / "node"), cpu=None) as node:
+        arguments = (str(broker.port), "local", "noop", str(folder / "node"))
+        with serve("benchmarks.mqtt_node", *arguments, cpu=None) as node:
             crowd = await Crowd.start(broker.port, together=together)
             try:
                 await broker.kill()
