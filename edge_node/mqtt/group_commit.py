@@ -12,8 +12,9 @@ import queue
 import sqlite3
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from nearcast.durable import make_folder
 from nearcast.errors import Code, MeshError
@@ -21,11 +22,29 @@ from nearcast.errors import Code, MeshError
 R = TypeVar("R")
 Operation: TypeAlias = Callable[[sqlite3.Connection], Any]
 _Waiting: TypeAlias = "tuple[Operation, asyncio.Future[Any]]"
+Outcome: TypeAlias = Callable[[], None]
+"""What to do on the loop: tell of a transaction, or resolve one future."""
 _log = logging.getLogger("nearcast.mqtt")
 
 PATIENCE_S = 0.02
 """A commit that nobody waits for would only delay the next one that somebody does wait for."""
 PRAGMAS = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", "PRAGMA busy_timeout=2000", "PRAGMA foreign_keys=ON")
+
+
+class _UnusableError(Exception):
+    """The transaction as a whole could not be begun or committed."""
+
+
+class Watcher(Protocol):
+    """Told on the file's thread how transactions end: what operations keep in memory follows what is on disk."""
+
+    def committed(self) -> Callable[[], None] | None:
+        """After a commit; returns what to do on the loop before the futures of this transaction resolve."""
+        ...
+
+    def rolled_back(self) -> None:
+        """Operations ran, and have not happened."""
+        ...
 
 
 class GroupCommit:
@@ -34,10 +53,11 @@ class GroupCommit:
     Its queue is bounded by the caller: each operation belongs to a request that admission has counted.
     """
 
-    def __init__(self, path: Path, schema: str, *, batch_max: int) -> None:
+    def __init__(self, path: Path, schema: str, *, batch_max: int, watcher: Watcher) -> None:
         self._path = path
         self._schema = schema
         self._batch_max = batch_max
+        self._watcher = watcher
         self._loop = asyncio.get_running_loop()
         self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         self._patient: list[_Waiting] = []
@@ -93,12 +113,12 @@ class GroupCommit:
                 connection.execute(statement)
             connection.executescript(self._schema)
         except (sqlite3.Error, OSError) as error:
-            self._tell([(self._opened, None, _storage_error(error))])
+            self._tell([partial(_fail, self._opened, _storage_error(error))])
             return
-        self._tell([(self._opened, None, None)])
+        self._tell([partial(_fulfil, self._opened, None)])
         try:
             while (batch := self._gather()) is not None:
-                self._tell(_commit(connection, batch))
+                self._tell(_commit(connection, batch, self._watcher))
         finally:
             connection.close()
 
@@ -119,53 +139,66 @@ class GroupCommit:
             batch.append(item)
         return batch
 
-    def _tell(self, outcomes: list[tuple[asyncio.Future[Any], Any, BaseException | None]]) -> None:
+    def _tell(self, outcomes: list[Outcome]) -> None:
         try:
             self._loop.call_soon_threadsafe(_resolve, outcomes)
         except RuntimeError:  # the loop is closed; nobody waits any more
             _log.debug("the loop ended before the inbox")
 
 
-def _commit(
-    connection: sqlite3.Connection, batch: list[_Waiting]
-) -> list[tuple[asyncio.Future[Any], Any, BaseException | None]]:
-    outcomes: list[tuple[asyncio.Future[Any], Any, BaseException | None]] = []
+def _commit(connection: sqlite3.Connection, batch: list[_Waiting], watcher: Watcher) -> list[Outcome]:
+    """One transaction for all; where an operation fails each gets a transaction of its own."""
+    try:
+        results = _transact(connection, batch)
+    except Exception as error:  # noqa: BLE001  # handed to the callers
+        watcher.rolled_back()
+        if len(batch) == 1 or isinstance(error, _UnusableError):
+            _log.warning("the ledger cannot be written: %s", error)
+            return [partial(_fail, future, _told(error)) for _operation, future in batch]
+        return [outcome for each in batch for outcome in _commit(connection, [each], watcher)]
+    first = watcher.committed()
+    outcomes: list[Outcome] = [
+        partial(_fulfil, future, result) for (_, future), result in zip(batch, results, strict=True)
+    ]
+    return outcomes if first is None else [first, *outcomes]
+
+
+def _transact(connection: sqlite3.Connection, batch: list[_Waiting]) -> list[Any]:
     try:
         connection.execute("BEGIN IMMEDIATE")
-        for operation, future in batch:
-            outcomes.append(_attempt(connection, operation, future))
+    except sqlite3.Error as error:
+        raise _UnusableError(error) from error
+    try:
+        results = [operation(connection) for operation, _future in batch]
+    except Exception:
+        connection.execute("ROLLBACK")
+        raise
+    try:
         connection.execute("COMMIT")
     except sqlite3.Error as error:
-        _log.exception("the inbox cannot be written")
         if connection.in_transaction:
             connection.execute("ROLLBACK")
-        return [(future, None, _storage_error(error)) for _operation, future in batch]
-    return outcomes
+        raise _UnusableError(error) from error
+    return results
 
 
-def _attempt(
-    connection: sqlite3.Connection, operation: Operation, future: asyncio.Future[Any]
-) -> tuple[asyncio.Future[Any], Any, BaseException | None]:
-    """One operation inside the shared transaction: its failure undoes itself and spares its neighbours."""
-    connection.execute("SAVEPOINT one")
-    try:
-        result = operation(connection)
-    except Exception as error:  # noqa: BLE001  # handed to the caller
-        connection.execute("ROLLBACK TO one")
-        connection.execute("RELEASE one")
-        return future, None, _storage_error(error) if isinstance(error, sqlite3.Error) else error
-    connection.execute("RELEASE one")
-    return future, result, None
+def _resolve(outcomes: list[Outcome]) -> None:
+    for outcome in outcomes:
+        outcome()
 
 
-def _resolve(outcomes: list[tuple[asyncio.Future[Any], Any, BaseException | None]]) -> None:
-    for future, result, error in outcomes:
-        if future.done():  # its waiter was cancelled; the commit stands
-            continue
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
+def _fulfil(future: asyncio.Future[Any], result: object) -> None:
+    if not future.done():  # else its waiter was cancelled; the commit stands
+        future.set_result(result)
+
+
+def _fail(future: asyncio.Future[Any], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+def _told(error: Exception) -> Exception:
+    return _storage_error(error) if isinstance(error, sqlite3.Error | _UnusableError) else error
 
 
 def _storage_error(error: Exception) -> MeshError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +29,16 @@ class MqttLimits:
         commit_batch_max: operations in one transaction.
         replies_age_max_s, replies_max, replies_bytes_max: how long an answer is kept for a repeated request.
         attempts_max: a request that was being executed in this many crashes is answered 500 instead of tried again.
-        inputs_bytes_max: streams' messages that wait for their execution, on disk. streams_max: streams remembered; a
+        inputs_bytes_max, inputs_age_max_s: streams' messages that wait for their execution, on disk.
+        outbox_bytes_max: events that wait for a link, on disk; how long they wait is theirs to say.
+        when_full: what goes then: `drop-oldest`, or `reject` = the new one. Either is counted and told of.
+        live_rows_max, live_bytes_max: of what waits for a link, so much is kept in memory. page_rows_max,
+            page_bytes_max: the rest is read in pages. live_share: messages of streams without a backlog for each one
+            of a backlog. backlog_window: of the window of a link, so much is for backlogs. publish_bytes_max: and so
+            many bytes are on their way. read_retry_s: between two tries to read a page.
+        refusals_max: a broker is offered an event so often; between, full jitter over refusal_retry_base_s to
+            refusal_retry_max_s.
+        streams_max: streams remembered; a
             new one takes the place of the one that was quiet longest.
         inputs_in_hand_max: messages of streams between the ledger and their models. windows_max: completed by one of
             them. states_cached_max: streams whose state is kept in memory too.
@@ -67,6 +77,20 @@ class MqttLimits:
     memory_replies_bytes_max: int = 16 * 1024 * 1024
     attempts_max: int = 3
     inputs_bytes_max: int = 256 * 1024 * 1024
+    inputs_age_max_s: float = 172_800.0
+    outbox_bytes_max: int = 256 * 1024 * 1024
+    when_full: Literal["drop-oldest", "reject"] = "drop-oldest"
+    live_rows_max: int = 1024
+    live_bytes_max: int = 4 * 1024 * 1024
+    page_rows_max: int = 128
+    page_bytes_max: int = 1024 * 1024
+    live_share: int = 4
+    backlog_window: int = 64
+    publish_bytes_max: int = 4 * 1024 * 1024
+    read_retry_s: float = 0.2
+    refusals_max: int = 5
+    refusal_retry_base_s: float = 0.5
+    refusal_retry_max_s: float = 60.0
     streams_max: int = 10_000
     inputs_in_hand_max: int = 128
     windows_max: int = 4096

@@ -1,44 +1,50 @@
-"""Answers on their way to the broker. An outbox row goes only when the broker has said that it has the message."""
+"""Messages on their way to one broker. An outbox row goes only when the broker has said that it has the message.
+
+What is owed is on disk; memory holds a window of it. Which row is next `backlog` decides.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from edge_node.mqtt.backlog import Backlog, BacklogLimits, Row
 from edge_node.mqtt.ledger.ledger import Ledger
-from edge_node.mqtt.ledger.records import Link, Outgoing
+from edge_node.mqtt.ledger.records import LINK_BITS, Committed, Link, Outgoing
 from edge_node.mqtt.limits import MqttLimits
+from nearcast.backoff import full_jitter_s
 from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError
 from nearcast.telemetry import get_logger
 from nearcast.transport.mqtt.connection import Connection
 from nearcast.transport.mqtt.message import Message
 
-PAGE_ROWS = 128
+UNSTORED = 0
+"""The id of what has no row on disk."""
 _log = get_logger("nearcast.mqtt")
 
 
 @dataclass(frozen=True, slots=True)
 class _Parcel:
-    """A message to send: `row` is its outbox row, None for one that is not on disk. `handed`: told when it has left."""
+    """A message to send. `handed`: told when it has left, or is given up."""
 
-    message: Message
-    row: int | None
-    expires: float
+    outgoing: Outgoing
     handed: Callable[[], None] | None = None
 
 
 class Publisher:
-    """The window between outbox and broker. Survives connections; what one of them lost goes over the next.
+    """The window between the outbox and one broker. Survives connections; what one lost goes over the next.
 
     Args:
-        ledger: where delivered rows are forgotten.
+        ledger: tells of owed rows, has those that are not in memory, and forgets delivered ones.
         limits: the window's size.
         clock: for expiry.
-        on_drop: told "expired" or "refused" for each answer that is given up.
+        on_drop: told "expired" or "refused" for each message that is given up.
+        link: whose rows these are.
     """
 
     def __init__(
@@ -52,40 +58,65 @@ class Publisher:
     ) -> None:
         self._ledger = ledger
         self._link = link
+        self._bit = LINK_BITS[link]
         self._limits = limits
         self._clock = clock
         self._on_drop = on_drop
-        self._waiting: deque[_Parcel] = deque()
-        self._in_flight: dict[int, _Parcel] = {}
+        self._lanes: Backlog[_Parcel] = Backlog(_lanes_limits(limits))
+        self._in_flight: dict[int, Row[_Parcel]] = {}
+        self._in_flight_bytes = 0
         self._delivered: list[int] = []
+        self._refusals: dict[int, int] = {}
+        self._resting = False
         self._forgetting: asyncio.Task[None] | None = None
+        self._reading: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
         self._progress = asyncio.Event()
+        self._generator = random.Random()
+        ledger.on_commit(self._committed)
+
+    @property
+    def streams_behind(self) -> int:
+        """Topics whose next message is only on disk."""
+        return self._lanes.streams
 
     async def settled(self) -> None:
-        """Return once every answer has been taken by the broker and forgotten."""
-        while self._waiting or self._in_flight or self._forgetting is not None:
+        """Return once everything has been taken by the broker and forgotten."""
+        while self._lanes or self._in_flight or self._forgetting is not None:
             self._progress.clear()
             await self._progress.wait()
 
-    def send(self, outgoing: Outgoing, handed: Callable[[], None] | None = None) -> None:
-        """Send an answer, now or when there is a connection. `handed` is told when the connection has it."""
-        self._waiting.append(_Parcel(outgoing.message, outgoing.id or None, outgoing.expires, handed))
+    def recover(self, owed: Mapping[str, int]) -> None:
+        """Begin with what a former life left: `owed` names the last row of each topic."""
+        self._lanes = Backlog(_lanes_limits(self._limits), owed)
+
+    def _committed(self, committed: Committed) -> None:
+        """The ledger owes new messages, and has given up others."""
+        if committed.dropped:
+            self._lanes.drop(committed.dropped)
+        for outgoing in committed.added:
+            if outgoing.links & self._bit:
+                self._lanes.add(Row(outgoing.id, outgoing.message.topic, outgoing.size_bytes, _Parcel(outgoing)))
         self._pump()
 
-    async def recover(self, owed: Mapping[str, int]) -> None:
-        """Send what a former life left: `owed` names the last row of each topic."""
-        after = 0
-        while after < max(owed.values(), default=0):
-            page = await self._ledger.owed(self._link, after, PAGE_ROWS)
-            after = page.through
-            for outgoing in page.rows:
-                self.send(outgoing)
+    def send(self, outgoing: Outgoing, handed: Callable[[], None] | None = None) -> None:
+        """Send a message that has no row, now or when there is a connection, as long as the process lives.
+
+        `handed` is told when the connection has it. Of a row the ledger has told already.
+        """
+        if outgoing.id != UNSTORED:
+            if handed is not None:
+                handed()
+            return
+        parcel = _Parcel(outgoing, handed)
+        self._lanes.add_unstored(Row(UNSTORED, outgoing.message.topic, outgoing.size_bytes, parcel))
+        self._pump()
 
     def notify(self, message: Message, expires: float, handed: Callable[[], None] | None = None) -> None:
         """Send a refusal. It is not stored: the request was never accepted, and its device asks again."""
         if self._connection is not None:
-            self._waiting.append(_Parcel(message, None, expires, handed))
+            parcel = _Parcel(Outgoing(UNSTORED, message, expires), handed)
+            self._lanes.add_unstored(Row(UNSTORED, message.topic, len(message.payload), parcel))
             self._pump()
 
     def attach(self, connection: Connection) -> None:
@@ -96,59 +127,120 @@ class Publisher:
     def detach(self) -> None:
         """The connection is gone: what it did not confirm is sent again over the next one."""
         self._connection = None
-        unconfirmed = [parcel for parcel in self._in_flight.values() if parcel.row is not None]
+        self._lanes.put_back(self._in_flight.values())
+        self._lanes.drop({UNSTORED})
         self._in_flight.clear()
-        self._waiting = deque([*unconfirmed, *(parcel for parcel in self._waiting if parcel.row is not None)])
+        self._in_flight_bytes = 0
 
     def confirmed(self, mid: int, *, taken: bool) -> None:
         """The broker's PUBACK for a packet identifier of this connection."""
-        parcel = self._in_flight.pop(mid, None)
-        if parcel is None:
+        row = self._in_flight.pop(mid, None)
+        if row is None:
             return
-        if not taken:
-            _log.warning("the broker refused an answer", topic=parcel.message.topic)
-            self._on_drop("refused")
-        self._forget(parcel)
+        self._in_flight_bytes -= row.size_bytes
+        if taken:
+            self._refusals.pop(row.id, None)
+            self._forget(row)
+        else:
+            self._refused(row)
         self._progress.set()
         self._pump()
 
+    # -- sending ------------------------------------------------------------------------------------------------------
+
     def _pump(self) -> None:
-        while self._connection is not None and self._waiting and len(self._in_flight) < self._window():
-            parcel = self._waiting.popleft()
-            remaining_s = parcel.expires - self._clock.monotonic()
+        while self._connection is not None and not self._resting and self._has_window():
+            row = self._lanes.next(live_only=len(self._in_flight) >= self._limits.backlog_window)
+            if row is None:
+                break
+            remaining_s = row.item.outgoing.expires - self._clock.monotonic()
             if remaining_s <= 0:
-                self._drop(parcel, "expired")
-                continue
-            self._send_parcel(self._connection, parcel, remaining_s)
+                self._give_up(row, "expired")
+            else:
+                self._send_row(self._connection, row, remaining_s)
+        if self._connection is not None and (after := self._lanes.start_reading()) is not None:
+            self._reading = asyncio.get_running_loop().create_task(self._read_page(after))
 
-    def _window(self) -> int:
+    def _has_window(self) -> bool:
         granted = 0 if self._connection is None else self._connection.publish_window
-        return min(self._limits.publish_window, granted)
+        has_rows = len(self._in_flight) < min(self._limits.publish_window, granted)
+        return has_rows and self._in_flight_bytes < self._limits.publish_bytes_max
 
-    def _send_parcel(self, connection: Connection, parcel: _Parcel, remaining_s: float) -> None:
+    def _send_row(self, connection: Connection, row: Row[_Parcel], remaining_s: float) -> None:
+        message = row.item.outgoing.message
         try:
-            mid = connection.publish(parcel.message.expiring(max(1, math.ceil(remaining_s))))
+            mid = connection.publish(message.expiring(max(1, math.ceil(remaining_s))))
         except MeshError as error:
             if error.code is Code.INVALID_REQUEST:
-                _log.warning("an answer cannot be sent", topic=parcel.message.topic, error=error.message)
-                self._drop(parcel, "refused")
+                _log.warning("a message cannot be sent", link=self._link, topic=message.topic, error=error.message)
+                self._bury(row, error.message)
             else:
-                self._waiting.appendleft(parcel)
+                self._lanes.put_back([row])
                 self._connection = None  # its owner will notice the loss and attach the next
             return
-        self._in_flight[mid] = parcel
-        if parcel.handed is not None:
-            parcel.handed()
+        self._in_flight[mid] = row
+        self._in_flight_bytes += row.size_bytes
+        if row.item.handed is not None:
+            row.item.handed()
 
-    def _drop(self, parcel: _Parcel, reason: str) -> None:
+    async def _read_page(self, after: int) -> None:
+        lanes, limits = self._lanes, self._limits
+        try:
+            page = await self._ledger.owed(self._link, after, limits.page_rows_max, limits.page_bytes_max)
+        except MeshError as error:
+            _log.warning("owed messages could not be read", link=self._link, error=error.message)
+            await asyncio.sleep(limits.read_retry_s)
+            lanes.failed()
+        else:
+            lanes.read(
+                [Row(each.id, each.message.topic, each.size_bytes, _Parcel(each)) for each in page.rows], page.through
+            )
+        self._progress.set()
+        self._pump()
+
+    # -- what the broker does not take --------------------------------------------------------------------------------
+
+    def _refused(self, row: Row[_Parcel]) -> None:
+        """A broker may be full, or its access list may lag: an event is tried again. Who asks, asks again."""
+        outgoing = row.item.outgoing
+        refusals = self._refusals[row.id] = self._refusals.get(row.id, 0) + 1
+        _log.warning("the broker refused a message", link=self._link, topic=outgoing.message.topic, refusals=refusals)
+        if not outgoing.is_event or refusals >= self._limits.refusals_max:
+            self._bury(row, f"The broker of the link {self._link} refused it {refusals} times.")
+            return
+        self._lanes.put_back([row])
+        if not self._resting:
+            self._resting = True
+            limits = self._limits
+            delay_s = full_jitter_s(
+                refusals, self._generator, base_s=limits.refusal_retry_base_s, max_s=limits.refusal_retry_max_s
+            )
+            asyncio.get_running_loop().call_later(delay_s, self._rise)
+
+    def _rise(self) -> None:
+        self._resting = False
+        self._pump()
+
+    def _bury(self, row: Row[_Parcel], reason: str) -> None:
+        self._refusals.pop(row.id, None)
+        if not row.item.outgoing.is_event:
+            self._give_up(row, "refused")
+            return
+        self._on_drop("refused")
+        letter = self._ledger.refuse(row.id, self._link, reason, self._clock.monotonic())
+        letter.add_done_callback(_ignore_failure)
+
+    def _give_up(self, row: Row[_Parcel], reason: str) -> None:
         self._on_drop(reason)
-        if parcel.handed is not None:
-            parcel.handed()
-        self._forget(parcel)
+        if row.item.handed is not None:
+            row.item.handed()
+        self._forget(row)
 
-    def _forget(self, parcel: _Parcel) -> None:
-        if parcel.row is not None:
-            self._delivered.append(parcel.row)
+    # -- forgetting ---------------------------------------------------------------------------------------------------
+
+    def _forget(self, row: Row[_Parcel]) -> None:
+        if row.id != UNSTORED:
+            self._delivered.append(row.id)
             if self._forgetting is None:
                 self._forgetting = asyncio.get_running_loop().create_task(self._forget_rows())
 
@@ -159,7 +251,23 @@ class Publisher:
                 await self._ledger.delivered(rows, self._link)
         except MeshError as error:
             # The rows stay and are sent once more after a restart: the devices see the same answer twice.
-            _log.warning("delivered answers could not be forgotten", error=error.message)
+            _log.warning("delivered messages could not be forgotten", error=error.message)
         finally:
             self._forgetting = None
             self._progress.set()
+
+
+def _ignore_failure(letter: asyncio.Future[Any]) -> None:
+    """The row stays, and is offered again after a restart."""
+    if not letter.cancelled():
+        letter.exception()
+
+
+def _lanes_limits(limits: MqttLimits) -> BacklogLimits:
+    return BacklogLimits(
+        live_rows_max=limits.live_rows_max,
+        live_bytes_max=limits.live_bytes_max,
+        page_rows_max=limits.page_rows_max,
+        page_bytes_max=limits.page_bytes_max,
+        live_share=limits.live_share,
+    )

@@ -124,7 +124,7 @@ class MqttWorker:
             MeshError: UNAVAILABLE if the inbox cannot be opened.
         """
         recovered = await self._inbox.open(self._clock.monotonic())
-        await self._publisher.recover(recovered.outbox["device"])
+        self._publisher.recover(recovered.outbox["device"])
         self._requests.recover(recovered.requests, crashed=recovered.crashed)
         if recovered.requests or recovered.outbox["device"]:
             _log.info("recovered", requests=len(recovered.requests), topics=len(recovered.outbox["device"]))

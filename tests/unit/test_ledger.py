@@ -102,7 +102,7 @@ async def test_an_answer_stays_in_the_outbox_until_the_broker_has_it(tmp_path):
     recovered = await ledger.open(0.0)
     assert recovered.requests == []
     ((topic, last),) = recovered.outbox["device"].items()
-    (outgoing,) = (await ledger.owed("device", 0, 10)).rows
+    (outgoing,) = (await ledger.owed("device", 0, 10, 1 << 20)).rows
     assert (topic, last) == (reply_of().topic, outgoing.id)
     assert (outgoing.message.topic, outgoing.message.payload, outgoing.expires) == (topic, b"answer", 130.0)
     await ledger.delivered([outgoing.id])
@@ -231,11 +231,11 @@ async def test_an_event_is_owed_until_every_link_has_it(tmp_path):
     await ledger.take(input_of(1), b"x")
     (event,) = await ledger.advance(1, 10.0, events=[event_of(b"one")])
     await ledger.delivered([event.id], "device")
-    assert (await ledger.owed("device", 0, 10)).rows == []
+    assert (await ledger.owed("device", 0, 10, 1 << 20)).rows == []
     await ledger.close()
     ledger = make(tmp_path, boot="boot-2", links=("device", "upstream"))
     await ledger.open(1000.0)
-    (owed,) = (await ledger.owed("upstream", 0, 10)).rows
+    (owed,) = (await ledger.owed("upstream", 0, 10, 1 << 20)).rows
     assert (owed.message, owed.expires) == (event.message, 1060.0)  # what passed between two boots is not known
     await ledger.delivered([owed.id], "upstream")
     await ledger.close()
@@ -262,7 +262,8 @@ async def test_dead_letters_are_listed_announced_and_tried_again(tmp_path):
     assert read_letter(path, 3) is None
     assert mark_for_replay(path, [1, 2, 9]) == [1, 2]
     assert [each.replay for each in list_letters(path)] == [True, True]
-    (request,), (item,) = await ledger.revive(200.0, 30.0)
+    revived = await ledger.revive(200.0, 30.0)
+    (request,), (item,) = revived.requests, revived.inputs
     assert (request.request.correlation, request.request.deadline, request.payload) == (b"c", 230.0, b"payload")
     assert (item.input.key, item.payload) == ("local/mic/audio", b"data")
     assert list_letters(path) == []

@@ -12,18 +12,21 @@ import asyncio
 import contextlib
 import sqlite3
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
 
 from edge_node.mqtt.admission import Request
 from edge_node.mqtt.group_commit import GroupCommit
+from edge_node.mqtt.ledger.changes import Changes
 from edge_node.mqtt.ledger.letters import Letters
 from edge_node.mqtt.ledger.outbox import Outbox
 from edge_node.mqtt.ledger.records import (
+    LINK_BITS,
     Admission,
     Advance,
+    Committed,
     Event,
     Input,
     Intake,
@@ -32,6 +35,7 @@ from edge_node.mqtt.ledger.records import (
     Page,
     Recovered,
     Reply,
+    Revived,
     StoredInput,
     Unanswered,
 )
@@ -41,6 +45,7 @@ from edge_node.mqtt.ledger.streams import Streams
 from edge_node.mqtt.limits import MqttLimits
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import Code, MeshError
+from nearcast.transport.mqtt import topics
 
 
 class Ledger:
@@ -50,6 +55,7 @@ class Ledger:
     Args:
         path: the SQLite file.
         node: this node's name, under which dead letters are announced.
+        tenant: whose topic gets the announcements that belong to no single device.
         boot: identity of this boot of the machine; monotonic instants of another boot mean nothing here.
         limits: bounds of age, rows and bytes, and of a transaction.
         links: to whom events and dead letters are owed.
@@ -63,15 +69,19 @@ class Ledger:
         boot: str,
         limits: MqttLimits,
         node: str = "edge",
+        tenant: str = "local",
         links: Sequence[Link] = ("device",),
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._node = node
+        self._tenant = tenant
         self._boot = boot
         self._limits = limits
         self._links = links
         self._clock = clock
-        self._commits = GroupCommit(path, SCHEMA, batch_max=limits.commit_batch_max)
+        self._changes = Changes()
+        self._listeners: list[Callable[[Committed], None]] = []
+        self._commits = GroupCommit(path, SCHEMA, batch_max=limits.commit_batch_max, watcher=self)
         self._outbox: Outbox
         self._requests: Requests
         self._streams: Streams
@@ -94,10 +104,10 @@ class Ledger:
         connection.execute("INSERT OR IGNORE INTO boots (name) VALUES (?)", (self._boot,))
         (boot,) = connection.execute("SELECT number FROM boots WHERE name = ?", (self._boot,)).fetchone()
         crashed = not connection.execute("INSERT OR IGNORE INTO running VALUES (1)").rowcount
-        self._outbox = Outbox(boot, self._links, now)
+        self._outbox = Outbox(boot, self._links, now, self._limits, self._changes)
         self._letters = Letters(self._node, self._limits, self._outbox, self._clock)
         self._requests = Requests(boot, self._limits, self._outbox, self._letters)
-        self._streams = Streams(boot, self._limits, self._outbox, self._letters)
+        self._streams = Streams(boot, self._limits, self._outbox, self._letters, now, self._changes)
         return Recovered(
             self._requests.recover(connection, now, crashed=crashed),
             self._streams.recover(connection, crashed=crashed),
@@ -202,19 +212,60 @@ class Ledger:
 
     # -- what is owed -------------------------------------------------------------------------------------------------
 
-    def owed(self, link: Link, after: int, limit: int) -> asyncio.Future[Page[Outgoing]]:
-        """Messages for `link` behind the outbox row `after`."""
-        return self._commits.submit(lambda c: self._outbox.page(c, link, after, limit))
+    def owed(self, link: Link, after: int, rows_max: int, bytes_max: int) -> asyncio.Future[Page[Outgoing]]:
+        """Messages for `link` behind the outbox row `after`, within the bounds, at least one if there is one."""
+        return self._commits.submit(lambda c: self._outbox.page(c, link, after, rows_max, bytes_max))
 
     def delivered(self, rows: Iterable[int], link: Link = "device") -> asyncio.Future[None]:
         """Forget outbox rows that `link` has taken, or that have expired."""
         ids = list(rows)
         return self._commits.submit(lambda c: self._outbox.delivered(c, link, ids), urgent=False)
 
+    @property
+    def event_bytes(self) -> int:
+        """What the waiting events take on disk."""
+        return self._outbox.event_bytes
+
+    def on_commit(self, listener: Callable[[Committed], None]) -> None:
+        """`listener` is told on the loop what each transaction did, in their order, before its futures resolve."""
+        self._listeners.append(listener)
+
+    def committed(self) -> Callable[[], None] | None:
+        """For the commits: what to tell on the loop."""
+        committed = self._changes.committed()
+        return None if committed is None else lambda: self._tell(committed)
+
+    def rolled_back(self) -> None:
+        """For the commits: nothing of what was counted may have happened."""
+        self._changes.rolled_back()
+        self._outbox.forget_size()
+        self._streams.forget_size()
+
+    def _tell(self, committed: Committed) -> None:
+        for listener in self._listeners:
+            listener(committed)
+
     # -- dead letters -------------------------------------------------------------------------------------------------
 
-    def revive(self, now: float, ttl_s: float) -> asyncio.Future[tuple[Sequence[Unanswered], Sequence[StoredInput]]]:
-        """Take the dead letters that are marked for another try back as new rows, which are then to be executed.
+    def refuse(self, row: int, link: Link, reason: str, now: float) -> asyncio.Future[Sequence[Outgoing]]:
+        """Bury an event that a link does not take, and announce it; what is itself such an announcement just goes."""
+        return self._commits.submit(lambda c: self._refuse(c, row, link, reason, now))
+
+    def _refuse(
+        self, connection: sqlite3.Connection, row: int, link: Link, reason: str, now: float
+    ) -> Sequence[Outgoing]:
+        taken = self._outbox.take_out(connection, link, row)
+        if taken is None:
+            return ()
+        event, payload = taken
+        _nc, _v1, tenant, device, *_rest = event.topic.split("/")
+        if event.topic == topics.dead_letter_topic(tenant, self._node):
+            return ()
+        letter = self._letters.letter("outgoing", tenant, device, link, reason, 0)
+        return self._letters.bury(connection, letter, now, head=msgspec.msgpack.encode(event), payload=payload)
+
+    def revive(self, now: float, ttl_s: float) -> asyncio.Future[Revived]:
+        """Take the dead letters that are marked for another try back as new rows, to be executed or sent.
 
         Args:
             now: monotonic; the requests arrive now.
@@ -222,10 +273,8 @@ class Ledger:
         """
         return self._commits.submit(lambda c: self._revive(c, now, ttl_s))
 
-    def _revive(
-        self, connection: sqlite3.Connection, now: float, ttl_s: float
-    ) -> tuple[list[Unanswered], list[StoredInput]]:
-        requests, inputs = [], []
+    def _revive(self, connection: sqlite3.Connection, now: float, ttl_s: float) -> Revived:
+        requests, inputs, outgoing = [], [], []
         for letter, head, payload in self._letters.take_marked(connection):
             if letter.kind == "request":
                 request = msgspec.msgpack.decode(head, type=Request)
@@ -237,13 +286,35 @@ class Ledger:
             elif letter.kind == "input":
                 item = msgspec.structs.replace(msgspec.msgpack.decode(head, type=Input), boot="", seq=None, arrived=now)
                 inputs.append(StoredInput(self._streams.put_back(connection, item, payload), item, payload))
-        return requests, inputs
+            elif head:
+                event = msgspec.structs.replace(msgspec.msgpack.decode(head, type=Event), payload=payload)
+                link: Link = "upstream" if letter.name == "upstream" else "device"
+                outgoing.append(self._outbox.add(connection, event, now, links=LINK_BITS[link]))
+        return Revived(requests, inputs, [each for each in outgoing if each is not None])
 
     # -- upkeep -------------------------------------------------------------------------------------------------------
 
     def prune(self, now: float) -> asyncio.Future[int]:
-        """Forget answers that are too old or too many; returns how many went, a bounded number at a time."""
-        return self._commits.submit(lambda c: self._requests.prune(c, now))
+        """Forget answers that are too old or too many, and what waited too long; returns how many went, a bounded
+        number at a time.
+        """
+        return self._commits.submit(
+            lambda c: self._requests.prune(c, now) + self._outbox.prune(c, now) + self._streams.prune(c, now)
+        )
+
+    def tell_drops(self, now: float) -> asyncio.Future[Sequence[Outgoing]]:
+        """A dead letter, without payloads, for everything that was dropped since the last one; none if nothing was."""
+        return self._commits.submit(lambda c: self._bury_drops(c, now))
+
+    def _bury_drops(self, connection: sqlite3.Connection, now: float) -> Sequence[Outgoing]:
+        untold = self._changes.untold
+        if not untold:
+            return ()
+        what = ", ".join(f"{count} {reason}" for reason, count in sorted(untold.items()))
+        letter = self._letters.letter("dropped", self._tenant, "", self._node, f"Messages were dropped: {what}.", 0)
+        announced = self._letters.bury(connection, letter, now, head=b"", payload=b"")
+        untold.clear()
+        return announced
 
     async def close(self) -> None:
         """Commit what waits, note that this was no crash, and close the file."""

@@ -47,7 +47,7 @@ class Letters:
 
     def bury(
         self, connection: sqlite3.Connection, letter: Letter, now: float, *, head: bytes, payload: bytes
-    ) -> Outgoing:
+    ) -> tuple[Outgoing, ...]:
         """Store a letter and order that it be announced. The oldest letters go when there are too many."""
         size_bytes = len(head) + len(payload)
         row = connection.execute(
@@ -64,7 +64,8 @@ class Letters:
             payload=msgspec.json.encode(stored),
             ttl_s=self._limits.letter_ttl_s,
         )
-        return self._outbox.add(connection, event, now)
+        announced = self._outbox.add(connection, event, now)
+        return () if announced is None else (announced,)
 
     def take_marked(self, connection: sqlite3.Connection) -> list[tuple[Letter, bytes, bytes]]:
         """Remove and return the letters that are to be tried again: letter, head, payload."""

@@ -15,8 +15,8 @@ from nearcast.transport.mqtt.message import Message
 Link: TypeAlias = Literal["device", "upstream"]
 """`device`: the broker that requests come from. `upstream`: a second one, which gets events and dead letters too."""
 LINK_BITS: Mapping[Link, int] = {"device": 1, "upstream": 2}
-Kind: TypeAlias = Literal["request", "input", "outgoing"]
-"""What a dead letter was: a request, a message of a stream, or messages that no link took in time."""
+Kind: TypeAlias = Literal["request", "input", "outgoing", "dropped"]
+"""What a dead letter was: a request, a stream's message, one that a broker refused; or a note of what was dropped."""
 T = TypeVar("T")
 
 
@@ -72,13 +72,19 @@ class Input(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A message that the ledger owes to `links` (a sum of `LINK_BITS`). `expires`: monotonic, -inf = already."""
+    """A message that the ledger owes to `links` (a sum of `LINK_BITS`).
+
+    Attributes:
+        expires: monotonic, -inf = already.
+        is_event: nobody asks for it again, as a device does for its answer.
+    """
 
     id: int
     message: Message
     expires: float
     links: int = LINK_BITS["device"]
     size_bytes: int = 0
+    is_event: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +138,24 @@ class Advance:
     row: int
     events: Sequence[Event] = ()
     buried: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What one transaction did: outbox rows that came, those that were dropped, and all drops by reason."""
+
+    added: Sequence[Outgoing]
+    dropped: frozenset[int]
+    reasons: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Revived:
+    """Dead letters that are rows again, to be executed or sent."""
+
+    requests: Sequence[Unanswered]
+    inputs: Sequence[StoredInput]
+    outgoing: Sequence[Outgoing]
 
 
 @dataclass(frozen=True, slots=True)

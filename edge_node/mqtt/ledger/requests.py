@@ -144,7 +144,7 @@ class Requests:
         ).fetchone()
         request = msgspec.msgpack.decode(head, type=Request)
         letter = self._letters.letter("request", request.tenant, request.device, request.model, reason, attempts)
-        return (self._letters.bury(connection, letter, now, head=head, payload=payload or b""),)
+        return self._letters.bury(connection, letter, now, head=head, payload=payload or b"")
 
     def prune(self, connection: sqlite3.Connection, now: float) -> int:
         """Forget answers that are too old or too many, never unsent ones; returns how many went."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from edge_node.mqtt.idempotency import Position, follow
+from edge_node.mqtt.ledger.changes import Changes
 from edge_node.mqtt.ledger.letters import Letters
 from edge_node.mqtt.ledger.outbox import Outbox, last_id
 from edge_node.mqtt.ledger.records import Advance, Event, Input, Intake, Outgoing, Page, StoredInput
@@ -15,24 +16,43 @@ from edge_node.mqtt.limits import MqttLimits
 
 ROW_BYTES = 64
 """What a row costs besides its message."""
+DROP_ROWS = 256
+DROP_SHARE = 64
+"""The oldest messages go until one part in so many is free."""
 
 
 class Streams:
     """Rows of inputs, each until its events are committed; one row per stream with its position and state."""
 
-    def __init__(self, boot: int, limits: MqttLimits, outbox: Outbox, letters: Letters) -> None:
+    def __init__(
+        self, boot: int, limits: MqttLimits, outbox: Outbox, letters: Letters, opened: float, changes: Changes
+    ) -> None:
         self._boot = boot
+        self._opened = opened
+        self._changes = changes
         self._limits = limits
         self._outbox = outbox
         self._letters = letters
-        self._waiting_bytes = 0
+        self._waiting_bytes: int | None = None
+
+    def forget_size(self) -> None:
+        """A transaction was undone: the size has to be counted again."""
+        self._waiting_bytes = None
+
+    def _size(self, connection: sqlite3.Connection) -> int:
+        if self._waiting_bytes is None:
+            self._waiting_bytes = int(connection.execute("SELECT coalesce(sum(size), 0) FROM inputs").fetchone()[0])
+        return self._waiting_bytes
+
+    def _resize(self, change_bytes: int) -> None:
+        if self._waiting_bytes is not None:
+            self._waiting_bytes += change_bytes
 
     def recover(self, connection: sqlite3.Connection, *, crashed: bool) -> Mapping[str, int]:
         """The last waiting row of each stream. A crash counts as it does for requests."""
         if crashed:
             connection.execute("UPDATE inputs SET attempts = attempts + 1 WHERE begun")
         connection.execute("UPDATE inputs SET begun = 0 WHERE begun")
-        (self._waiting_bytes,) = connection.execute("SELECT coalesce(sum(size), 0) FROM inputs").fetchone()
         return dict(
             connection.execute(
                 "SELECT s.tenant || '/' || s.device || '/' || s.name, max(i.id)"
@@ -48,7 +68,8 @@ class Streams:
             return Intake("duplicate")
         head = msgspec.msgpack.encode(item)
         size_bytes = len(head) + len(payload) + ROW_BYTES
-        if self._waiting_bytes + size_bytes > self._limits.inputs_bytes_max:
+        if not self._make_room(connection, size_bytes):
+            self._changes.drop("inputs_full", 1)
             return Intake("full")
         row = self._insert(connection, stream, head, payload, size_bytes)
         connection.execute(
@@ -69,8 +90,38 @@ class Streams:
             (stream, self._boot, size, head, payload),
         ).lastrowid
         assert row is not None
-        self._waiting_bytes += size
+        self._resize(size)
         return row
+
+    def _make_room(self, connection: sqlite3.Connection, size_bytes: int) -> bool:
+        """Whether there is room; the oldest messages go for it in steps if that is the policy."""
+        bound = self._limits.inputs_bytes_max
+        if self._size(connection) + size_bytes <= bound:
+            return True
+        if self._limits.when_full == "reject":
+            return False
+        while self._size(connection) + size_bytes > bound - bound // DROP_SHARE:
+            oldest = connection.execute("SELECT id, size FROM inputs ORDER BY id LIMIT ?", (DROP_ROWS,)).fetchall()
+            if not oldest:
+                break
+            self._drop(connection, oldest, "inputs_full")
+        return self._size(connection) + size_bytes <= bound
+
+    def _drop(self, connection: sqlite3.Connection, rows: list[tuple[int, int]], reason: str) -> None:
+        connection.executemany("DELETE FROM inputs WHERE id = ?", [(row,) for row, _ in rows])
+        self._resize(-sum(size for _, size in rows))
+        self._changes.drop(reason, len(rows))
+
+    def prune(self, connection: sqlite3.Connection, now: float) -> int:
+        """Forget the oldest messages if they waited too long; returns how many went, at most `DROP_ROWS`."""
+        oldest = connection.execute("SELECT id, size, boot, head FROM inputs ORDER BY id LIMIT ?", (DROP_ROWS,))
+        gone = []
+        for row, size, boot, head in oldest:
+            since = msgspec.msgpack.decode(head, type=Input).arrived if boot == self._boot else self._opened
+            if now - since > self._limits.inputs_age_max_s:
+                gone.append((row, size))
+        self._drop(connection, gone, "inputs_old")
+        return len(gone)
 
     def _stream(self, connection: sqlite3.Connection, item: Input) -> tuple[int, Position]:
         key = (item.tenant, item.device, item.stream)
@@ -90,15 +141,19 @@ class Streams:
         return row, Position()
 
     def page(self, connection: sqlite3.Connection, after: int, limit: int) -> Page[StoredInput]:
-        """At most `limit` waiting rows behind the row `after`."""
-        found = connection.execute(
+        """At most `limit` waiting rows behind the row `after`, within `page_bytes_max`; one at least."""
+        waiting = connection.execute(
             "SELECT id, head, payload, attempts, boot FROM inputs WHERE id > ? ORDER BY id LIMIT ?", (after, limit)
-        ).fetchall()
-        rows = [
-            StoredInput(row, msgspec.msgpack.decode(head, type=Input), payload, attempts, boot == self._boot)
-            for row, head, payload, attempts, boot in found
-        ]
-        return Page(rows, rows[-1].id if len(rows) == limit else last_id(connection, "inputs"))
+        )
+        rows: list[StoredInput] = []
+        size_bytes = 0
+        for row, head, payload, attempts, boot in waiting:
+            item = msgspec.msgpack.decode(head, type=Input)
+            rows.append(StoredInput(row, item, payload, attempts, boot == self._boot))
+            size_bytes += len(payload)
+            if size_bytes >= self._limits.page_bytes_max or len(rows) == limit:
+                return Page(rows, row)
+        return Page(rows, last_id(connection, "inputs"))
 
     def begin(self, connection: sqlite3.Connection, row: int) -> None:
         """An input is about to be tried: a crash from now on is its doing."""
@@ -121,14 +176,15 @@ class Streams:
         if found is None:  # dropped meanwhile: its effect is not wanted any more
             return ()
         stream, size, head, payload, attempts = found
-        self._waiting_bytes -= size
+        self._resize(-size)
         if state is not None:
             connection.execute("UPDATE streams SET state = ? WHERE id = ?", (state, stream))
-        out = [self._outbox.add(connection, event, now) for event in events]
+        added = [self._outbox.add(connection, event, now) for event in events]
+        out = [event for event in added if event is not None]
         if buried:
             item = msgspec.msgpack.decode(head, type=Input)
             letter = self._letters.letter("input", item.tenant, item.device, item.stream, buried, attempts)
-            out.append(self._letters.bury(connection, letter, now, head=head, payload=payload))
+            out += self._letters.bury(connection, letter, now, head=head, payload=payload)
         return tuple(out)
 
     def advance_all(
