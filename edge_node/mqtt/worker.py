@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,9 @@ from edge_node.mqtt.management import Management
 from edge_node.mqtt.metrics import MqttMetrics
 from edge_node.mqtt.publisher import Publisher
 from edge_node.mqtt.requests import RequestService
+from edge_node.mqtt.streams.definition import StreamDefinition, by_name
+from edge_node.mqtt.streams.metrics import StreamMetrics
+from edge_node.mqtt.streams.service import StreamService
 from nearcast.backoff import full_jitter_s
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import MeshError
@@ -30,7 +34,7 @@ from nearcast.transport.mqtt.connection import Connection, ConnectionSettings
 from nearcast.transport.mqtt.message import Message
 from nearcast.transport.mqtt.tls import TlsFiles
 
-PRUNE_INTERVAL_S = 5.0
+TEND_INTERVAL_S = 5.0
 WATCH_INTERVAL_S = 1.0
 STABLE_AFTER_S = 5.0
 """A connection that lived this long was no flap: the next reconnect starts with the shortest wait again."""
@@ -61,9 +65,11 @@ class MqttWorker:
         tenants: whose requests are read. Anonymous loopback is for `local` only.
         boot: identity of the machine's boot; a test may pretend a reboot.
         management: the node's own topics on this broker; None = presence alone.
+        streams: what the messages of streams mean.
         durability: `full` = accepted requests are on disk before the broker may forget them; `none` = only the broker
             keeps them, until their answer is on its way. Requests with QoS 0 are never on disk.
         tls: for a broker behind TLS.
+        sees_mesh: whether it is known now what other nodes hold.
     """
 
     def __init__(
@@ -81,8 +87,10 @@ class MqttWorker:
         registry: CollectorRegistry | None = None,
         boot: str | None = None,
         management: Management | None = None,
+        streams: Sequence[StreamDefinition] = (),
         durability: Durability = "full",
         tls: TlsFiles | None = None,
+        sees_mesh: Callable[[], bool] = lambda: True,
     ) -> None:
         self._node = node
         self._host = host
@@ -90,7 +98,7 @@ class MqttWorker:
         self._port = port
         self._limits = limits or MqttLimits()
         self._clock = clock
-        filters = (topics.request_filter, topics.suffixed_filter)
+        filters = (topics.request_filter, topics.suffixed_filter, topics.data_filter)
         self._filters = tuple(make(tenant) for tenant in tenants for make in filters)
         self._boot = boot or boot_identity()
         self._management = management or Management(node, tenants[0], boot=self._boot)
@@ -100,12 +108,22 @@ class MqttWorker:
         self._durable = durability == "full"
         self._requests = RequestService(
             self._inbox,
-            Executor(handler, directory, limits=self._limits, clock=clock),
+            Executor(handler, directory, limits=self._limits, clock=clock, sees_mesh=sees_mesh),
             self._publisher,
             limits=self._limits,
             clock=clock,
             metrics=self.metrics,
             durable=self._durable,
+        )
+        self.streams = StreamService(
+            handler,
+            directory,
+            self._inbox,
+            self._publisher.send,
+            by_name(streams),
+            limits=self._limits,
+            clock=clock,
+            metrics=StreamMetrics(self.metrics.registry),
         )
         self._draining = False
         self._online = asyncio.Event()
@@ -126,10 +144,11 @@ class MqttWorker:
         recovered = await self._inbox.open(self._clock.monotonic())
         self._publisher.recover(recovered.outbox["device"])
         self._requests.recover(recovered.requests, crashed=recovered.crashed)
+        self.streams.recover(recovered.inputs, crashed=recovered.crashed)
         if recovered.requests or recovered.outbox["device"]:
             _log.info("recovered", requests=len(recovered.requests), topics=len(recovered.outbox["device"]))
         create = asyncio.get_running_loop().create_task
-        self._services = [create(self._stay_connected()), create(self._prune()), create(self._management.watch())]
+        self._services = [create(self._stay_connected()), create(self._tend()), create(self._management.watch())]
         self._services.append(create(self._watch_window()))
 
     async def wait_connected(self) -> None:
@@ -151,6 +170,7 @@ class MqttWorker:
             task.cancel()
         await asyncio.gather(*self._services, return_exceptions=True)
         await self._requests.cancel()
+        await self.streams.cancel()
         if epoch is not None and epoch.connection is not None:
             with contextlib.suppress(MeshError):
                 epoch.connection.publish(self._management.presence("offline"))
@@ -158,6 +178,7 @@ class MqttWorker:
         await self._inbox.close()
 
     async def _settle(self) -> None:
+        await self.streams.close()
         await self._requests.settled()
         if self._online.is_set():
             await self._publisher.settled()
@@ -232,12 +253,19 @@ class MqttWorker:
             tls=self._tls,
         )
 
-    async def _prune(self) -> None:
+    async def _tend(self) -> None:
+        """Try again what an operator has marked for it, and forget what is old."""
+        ttl_s = self._limits.ttl_default_ms / 1e3
         while True:
-            await asyncio.sleep(PRUNE_INTERVAL_S)
+            await asyncio.sleep(TEND_INTERVAL_S)
             with contextlib.suppress(MeshError):
+                revived = await self._inbox.revive(self._clock.monotonic(), ttl_s)
+                self._requests.recover(revived.requests, crashed=False)
+                for stored in revived.inputs:
+                    self.streams.resume(stored)
                 while await self._inbox.prune(self._clock.monotonic()):
                     pass
+                await self._inbox.tell_drops(self._clock.monotonic())
 
     # -- one message --------------------------------------------------------------------------------------------------
 
@@ -253,7 +281,8 @@ class MqttWorker:
         if self._durable and len(epoch.window) >= 2 * self._limits.unacknowledged_max and epoch.connection is not None:
             # Some brokers ignore our Receive Maximum. Without durability what we wait for arrives by reading.
             epoch.connection.pause()
-        self._requests.receive(message, partial(self._acknowledge, epoch, ticket))
+        receive = self.streams.receive if topics.is_data(message.topic) else self._requests.receive
+        receive(message, partial(self._acknowledge, epoch, ticket))
 
     def _acknowledge(self, epoch: _Epoch, ticket: Ticket) -> None:
         """PUBACK over the connection that brought the message, and over no other."""
