@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from edge_node.clock import open_clock
 from edge_node.doctor.delivery import find_deliveries
 from edge_node.doctor.findings import Check, DoctorLimits, Finding, Subject
 from edge_node.doctor.handshake import find_listener, find_versions
-from edge_node.doctor.machine import clock_floor, find_certificates, find_clock
+from edge_node.doctor.machine import find_certificates, find_clock
 from edge_node.doctor.nagle import measure_stalls
 from edge_node.doctor.persistence import find_persistence
 from edge_node.doctor.player import playing
@@ -28,7 +29,7 @@ async def examine(
     limits = limits or DoctorLimits()
     found = [find_clock(subject.data_dir, clock)]
     listener = await find_listener(subject, limits)
-    now = clock_floor(subject.data_dir, clock).read().now
+    now = open_clock(subject.data_dir, clock).read().now
     certificates = await find_certificates(subject, now, limits, has_broker=listener.status == "ok")
     found += [certificates, listener]
     if listener.status != "ok":

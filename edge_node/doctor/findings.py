@@ -37,7 +37,7 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
         device_tls, node_tls: who we are to the broker on either side; None = in the clear. Without files of the node
             only a running node can be on the other side.
         broker_config: the broker's `mosquitto.conf`, where it lies on this machine; None = elsewhere.
-        data_dir: of the node, with its certificates and its clock floor; None = none on this machine.
+        data_dir: of the node, with its certificates and its clock floor; need not exist.
     """
 
     host: str
@@ -48,7 +48,7 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     device_tls: TlsFiles | None = None
     node_tls: TlsFiles | None = None
     broker_config: Path | None = None
-    data_dir: Path | None = None
+    data_dir: Path
 
     @property
     def plays_node(self) -> bool:

@@ -10,9 +10,9 @@ from pathlib import Path
 import msgspec
 from cryptography import x509
 
+from edge_node.clock import open_clock
 from edge_node.doctor.findings import DoctorLimits, Finding, Subject
 from nearcast.clock import Clock
-from nearcast.clock_store import ClockFloor
 from nearcast.errors import MeshError
 
 CERTIFICATES_MAX = 1024
@@ -31,21 +31,13 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
     ends_at: float
 
 
-def find_clock(data_dir: Path | None, clock: Clock) -> Finding:
+def find_clock(data_dir: Path, clock: Clock) -> Finding:
     """Whether the machine's clock can be right: not before this release, not before what the node has seen."""
-    reading = clock_floor(data_dir, clock).read()
+    reading = open_clock(data_dir, clock).read()
     if reading.reason:
         advice = "Set the clock, or let NTP do it; delete clock.json in the node's folder if the clock is right."
         return Finding(check="clock", status="fail", detail=reading.reason, advice=advice)
     return Finding(check="clock", status="ok", detail="not before anything that this node has seen")
-
-
-def clock_floor(data_dir: Path | None, clock: Clock) -> ClockFloor:
-    """The floor under a node's clock: its own, and what its agent has verified."""
-    if data_dir is None:
-        return ClockFloor(Path("/nonexistent"), clock, build_time=0)
-    verified = ClockFloor(data_dir / "models" / ".agent" / "clock.json", clock, build_time=0).floor
-    return ClockFloor(data_dir / "clock.json", clock, build_time=int(verified))
 
 
 async def find_certificates(subject: Subject, now: float, limits: DoctorLimits, *, has_broker: bool) -> Finding:
@@ -98,9 +90,8 @@ def _on_disk(subject: Subject) -> tuple[list[Held], list[str]]:
 
 
 def _files(subject: Subject) -> Iterable[Path]:
-    if subject.data_dir is not None:
-        for folder in ("identity", "broker"):
-            yield from (path for path in (subject.data_dir / folder).rglob("*") if path.suffix in _SUFFIXES)
+    for folder in ("identity", "broker", "tenants"):
+        yield from (path for path in (subject.data_dir / folder).rglob("*") if path.suffix in _SUFFIXES)
     for tls in (subject.device_tls, subject.node_tls):
         if tls is not None:
             yield from (path for path in (tls.ca, tls.certificate) if path is not None)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
-from edge_node.config import EdgeConfig
+from edge_node.broker.tenant import TenantAuthority, tenant_folder
+from edge_node.config import LOCAL, EdgeConfig
 from edge_node.doctor.findings import Subject
 from nearcast.errors import Code, MeshError
 from nearcast.identity.device import DeviceIdentity
@@ -13,25 +14,37 @@ from nearcast.transport.mqtt.connection import parse_url
 from nearcast.transport.mqtt.tls import TlsFiles
 
 SPAWN = "spawn"
+CONFIGURATION = "mosquitto.conf"
+DEVICE = "nearcast-doctor"
+DEVICE_LIFE_S = 600.0
+"""The device that we pretend to be, and how long its certificate holds."""
 
 
 def find_subject(
-    config: EdgeConfig, *, url: str = "", identity: Path | None = None, broker_config: Path | None = None
+    config: EdgeConfig,
+    *,
+    url: str = "",
+    tenant: str = LOCAL,
+    identity: Path | None = None,
+    broker_config: Path | None = None,
 ) -> Subject:
     """What a node's settings mean for an examination.
 
     Args:
         config: the node's.
-        url: `mqtt://host:port/tenant`; "" = the broker of the identity, or else of the settings.
-        identity: folder of a device's identity, to be that device; None = anonymous.
+        url: `mqtt://host:port/tenant`; "" = the broker of the tenant or of the identity, or else of the settings.
+        tenant: one with a broker of its own on this node, or `local`.
+        identity: folder of a device's identity, to be that device; None = somebody new.
         broker_config: the broker's configuration; None = that of the node's own broker, if it is this one.
 
     Raises:
         MeshError: INVALID_REQUEST if no broker is named anywhere, UNAUTHENTICATED if the identity cannot be read.
     """
     data_dir = Path(config.data_dir)
-    own = data_dir / "broker" / "mosquitto.conf"
+    if tenant != LOCAL and not url:
+        return _of_tenant(config, tenant, identity)
     held = None if identity is None else DeviceIdentity.load(identity)
+    own = data_dir / "broker" / CONFIGURATION
     url = url or ("" if held is None else held.place.url)
     if not url:
         url = _spawned(own) if config.mqtt.broker == SPAWN else config.mqtt.broker
@@ -44,13 +57,41 @@ def find_subject(
     return Subject(
         host=host,
         port=port,
-        tenant=held.place.tenant if held is not None else path.partition("/")[0] or config.mqtt.tenants[0],
+        tenant=held.place.tenant if held is not None else path.partition("/")[0] or tenant,
         device=held.place.name if held is not None else f"doctor-{secrets.token_hex(4)}",
         node=config.name,
-        device_tls=None if held is None else TlsFiles(held.ca, held.certificate, held.key),
+        device_tls=None if held is None else _files(held),
         broker_config=broker_config,
-        data_dir=data_dir if data_dir.is_dir() else None,
+        data_dir=data_dir,
     )
+
+
+def _of_tenant(config: EdgeConfig, tenant: str, identity: Path | None) -> Subject:
+    """A tenant with certificates: this node can make one for a device that does not exist."""
+    data_dir = Path(config.data_dir)
+    folder = tenant_folder(data_dir, tenant)
+    authority = TenantAuthority.open(folder)
+    try:
+        held = None if identity is None else DeviceIdentity.load(identity)
+        device_tls = authority.own_files(DEVICE, DEVICE, life_s=DEVICE_LIFE_S) if held is None else _files(held)
+        host, port, _ = parse_url(authority.place.url)
+        return Subject(
+            host=host,
+            port=port,
+            tenant=tenant,
+            device=DEVICE if held is None else held.place.name,
+            node=config.name,
+            device_tls=device_tls,
+            node_tls=TlsFiles(ca=authority.ca, certificate=folder / "doctor.pem", key=folder / "doctor.key"),
+            broker_config=folder / "broker" / CONFIGURATION,
+            data_dir=data_dir,
+        )
+    finally:
+        authority.close()
+
+
+def _files(held: DeviceIdentity) -> TlsFiles:
+    return TlsFiles(ca=held.ca, certificate=held.certificate, key=held.key)
 
 
 def listener_port(text: str) -> int:

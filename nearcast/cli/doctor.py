@@ -16,6 +16,7 @@ from nearcast.cli.process_options import settings_options
 @click.command()
 @settings_options
 @click.option("--url", default="", metavar="MQTT://HOST:PORT/TENANT", help="The broker; empty = the node's.")
+@click.option("--tenant", default="local", show_default=True, help="One that has a broker of its own on this node.")
 @click.option(
     "--identity",
     type=click.Path(path_type=Path, file_okay=False, exists=True),
@@ -31,6 +32,7 @@ def command(
     path: Path | None,
     overrides: tuple[str, ...],
     url: str,
+    tenant: str,
     identity: Path | None,
     broker_config: Path | None,
     as_json: bool,
@@ -48,7 +50,8 @@ def command(
     from nearcast.config import load_config
 
     config = load_config(EdgeConfig, path=path, overrides=overrides).value
-    findings = asyncio.run(examine(find_subject(config, url=url, identity=identity, broker_config=broker_config)))
+    subject = find_subject(config, url=url, tenant=tenant, identity=identity, broker_config=broker_config)
+    findings = asyncio.run(examine(subject))
     if as_json:
         print_json({"findings": [msgspec.to_builtins(finding) for finding in findings]})
     else:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import json
+import os
+import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,10 +24,14 @@ from cryptography.x509.oid import NameOID
 
 from edge_node.broker import Broker, BrokerLimits
 from edge_node.broker.process import mosquitto_path
+from edge_node.broker.tenant import tenant_folder
+from edge_node.broker.tenant_broker import TenantBroker
+from edge_node.config import EdgeConfig
 from edge_node.doctor.examine import examine
 from edge_node.doctor.findings import DoctorLimits, Subject
 from edge_node.doctor.nagle import measure_stalls
 from edge_node.doctor.player import playing
+from edge_node.doctor.subject import find_subject
 from edge_node.mqtt.worker import MqttWorker
 from nearcast.cli import main
 from nearcast.clock import ManualClock
@@ -34,7 +40,7 @@ from nearcast.transport.mqtt.connection import Connection, ConnectionSettings
 from nearcast.transport.mqtt.message import Message
 from tests.integration.mqtt_parts import Doubler
 
-FAST = DoctorLimits(answer_timeout_s=3.0, silence_s=0.3, autosave_margin_s=0.5, rounds=5)
+FAST = DoctorLimits(answer_timeout_s=3.0, silence_s=0.3, autosave_margin_s=3.0, rounds=5)
 CHECKS = ["clock", "certificates", "broker", "mqtt5", "nagle-here", "nagle-broker", "acl", "persistence", "node"]
 WRITE_ONLY = "topic write nc/v1/#\ntopic read nc/v1/local/+/up/#\ntopic read nc/v1/local/node/n1/#\n"
 
@@ -101,12 +107,19 @@ async def only_311(broker: Broker) -> AsyncIterator[int]:
 
 def subject_of(port: int, name: str, folder: Path | None = None) -> Subject:
     config = None if folder is None else folder / "mosquitto.conf"
-    return Subject(host="127.0.0.1", port=port, device=f"doctor-{name}", node="n1", broker_config=config)
+    return Subject(
+        host="127.0.0.1",
+        port=port,
+        device=f"doctor-{name}",
+        node="n1",
+        broker_config=config,
+        data_dir=Path("/nonexistent"),
+    )
 
 
-async def failing(subject: Subject, **options) -> set[str]:
+async def failing(subject: Subject, *, limits: DoctorLimits = FAST, **options) -> set[str]:
     """The checks that fail."""
-    found = await examine(subject, limits=FAST, **options)
+    found = await examine(subject, limits=limits, **options)
     assert sorted(finding.check for finding in found) == sorted(CHECKS), "each check has one line"
     print(*found, sep="\n")
     return {finding.check for finding in found if finding.status == "fail"}
@@ -147,6 +160,7 @@ async def test_every_broken_thing_fails_its_own_line(tmp_path):
             taken.bind(("127.0.0.1", 0))
             free = taken.getsockname()[1]
         (tmp_path / "liar" / "mosquitto.conf").write_text((tmp_path / "sound" / "mosquitto.conf").read_text())
+        hasty = msgspec.structs.replace(FAST, autosave_margin_s=0.2)
         well = subject_of(sound.port, "a", folder=tmp_path / "sound")
         told = await asyncio.gather(
             failing(well),
@@ -155,10 +169,11 @@ async def test_every_broken_thing_fails_its_own_line(tmp_path):
             failing(subject_of(nagle.port, "d", folder=tmp_path / "nagle")),
             failing(subject_of(deaf.port, "e", folder=tmp_path / "acl-broker")),
             failing(subject_of(forgetful.port, "f", folder=tmp_path / "forgetful")),
-            failing(subject_of(liar.port, "g", folder=tmp_path / "liar")),
+            failing(subject_of(liar.port, "g", folder=tmp_path / "liar"), limits=hasty),
             failing(subject_of(old_port, "h")),
             failing(subject_of(free, "i")),
             says_online_and_is_silent(alone),
+            with_certificates(tmp_path),
         )
     assert told == [
         set(),
@@ -171,6 +186,7 @@ async def test_every_broken_thing_fails_its_own_line(tmp_path):
         {"mqtt5"},
         {"broker"},
         {"node"},
+        {"acl"},
     ]
 
 
@@ -183,6 +199,23 @@ async def says_online_and_is_silent(broker: Broker) -> set[str]:
         return await failing(subject_of(broker.port, "j"))
     finally:
         await pretender.close()
+
+
+async def with_certificates(folder: Path) -> set[str]:
+    """A tenant's broker is sound, and then lets devices hear everything."""
+    place = tenant_folder(folder, "acme")
+    tenant = await TenantBroker.start(place, tenant="acme", broker_limits=BrokerLimits(autosave_interval_s=1))
+    try:
+        subject = find_subject(EdgeConfig(name="n1", data_dir=str(folder)), tenant="acme")
+        assert subject.broker_config == place / "broker" / "mosquitto.conf"
+        subject = msgspec.structs.replace(subject, broker_config=None)  # the other brokers show what saving means
+        assert await failing(subject) == set()
+        access = place / "access"
+        access.write_text(access.read_text() + "\npattern read nc/v1/acme/#\n")
+        os.kill(tenant.broker.pid, signal.SIGHUP)
+        return await failing(subject)
+    finally:
+        await tenant.stop()
 
 
 async def test_nagle_on_our_own_side_is_told_from_that_of_the_broker(tmp_path):
