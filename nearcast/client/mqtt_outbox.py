@@ -125,7 +125,6 @@ class Outbox:
     def offline(self, trouble: str) -> None:
         """There is no connection, and why."""
         self._window = 0
-        self._ready.clear()
         self._trouble = trouble
 
     def confirmed(self, now: float, key: bytes, *, taken: bool) -> list[Send | End]:
@@ -173,8 +172,7 @@ class Outbox:
                 out.append(self._end(key, error=self._overdue(kept)))
             elif kept.again_at <= now:
                 kept.again_at = inf
-                if not kept.unconfirmed:
-                    self._ready.append(key)
+                self._ready.append(key)
         return out + self._send_ready(now)
 
     def _send_ready(self, now: float) -> list[Send | End]:

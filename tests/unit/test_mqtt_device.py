@@ -64,6 +64,25 @@ def test_a_confirmed_request_is_sent_again_after_a_growing_pause_and_an_unconfir
     assert all(1.0 < pause <= 1.0 + min(4.0, 2.0**attempt) for attempt, pause in enumerate(pauses))
 
 
+def test_a_new_connection_has_its_whole_window_and_sends_nothing_that_is_overdue():
+    outbox = box()
+    for index in range(6):
+        outbox.put(0.0, b"%d" % index, request(), deadline=1.0 + index, is_request=True)
+    outbox.offline("gone")
+    assert sent(outbox.online(1.5, 100)) == [b"1", b"2", b"3", b"4"]
+    assert sent(outbox.confirmed(1.6, b"1", taken=True)) == [b"5"]
+    assert [each.key for each in outbox.tick(1.6)] == [b"0"]
+
+
+def test_a_refusal_that_overtakes_the_puback_sets_the_pause():
+    outbox = box()
+    outbox.put(0.0, b"k", request(), deadline=100.0, is_request=True)
+    outbox.replied(0.1, b"k", reply(status="429", retry_after_ms="30000"))
+    assert sent(outbox.confirmed(0.2, b"k", taken=True)) == []
+    assert sent(outbox.tick(30.0)) == []
+    assert sent(outbox.tick(31.2)) == [b"k"]
+
+
 def test_not_accepted_is_asked_again_later_and_a_stored_refusal_is_final():
     outbox = box()
     outbox.put(0.0, b"k", request(), deadline=10.0, is_request=True)
