@@ -124,6 +124,7 @@ async def answering(
         limits=MqttLimits(pending_max=config.mqtt.pending_max, in_flight_max=config.mqtt.in_flight_max),
         registry=registry,
         durability=config.mqtt.durability,
+        streams=config.streams,
         tls=None if own is None else own.tls,
     )
     await worker.start()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from edge_node.mqtt.backlog import BacklogLimits
 from typing import Literal
 
 
@@ -114,3 +116,14 @@ class MqttLimits:
     session_expiry_s: int = 86_400
     will_delay_s: int = 10
     retry_after_ms: int = 200
+
+    @property
+    def lanes(self) -> BacklogLimits:
+        """Of each consumer of stored rows: a link, or the streams."""
+        return BacklogLimits(
+            live_rows_max=self.live_rows_max,
+            live_bytes_max=self.live_bytes_max,
+            page_rows_max=self.page_rows_max,
+            page_bytes_max=self.page_bytes_max,
+            live_share=self.live_share,
+        )

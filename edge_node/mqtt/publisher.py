@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edge_node.mqtt.backlog import Backlog, BacklogLimits, Row
+from edge_node.mqtt.backlog import Backlog, Row
 from edge_node.mqtt.ledger.ledger import Ledger
 from edge_node.mqtt.ledger.records import LINK_BITS, Committed, Link, Outgoing
 from edge_node.mqtt.limits import MqttLimits
@@ -62,7 +62,7 @@ class Publisher:
         self._limits = limits
         self._clock = clock
         self._on_drop = on_drop
-        self._lanes: Backlog[_Parcel] = Backlog(_lanes_limits(limits))
+        self._lanes: Backlog[_Parcel] = Backlog(limits.lanes)
         self._in_flight: dict[int, Row[_Parcel]] = {}
         self._in_flight_bytes = 0
         self._delivered: list[int] = []
@@ -88,7 +88,7 @@ class Publisher:
 
     def recover(self, owed: Mapping[str, int]) -> None:
         """Begin with what a former life left: `owed` names the last row of each topic."""
-        self._lanes = Backlog(_lanes_limits(self._limits), owed)
+        self._lanes = Backlog(self._limits.lanes, owed)
 
     def _committed(self, committed: Committed) -> None:
         """The ledger owes new messages, and has given up others."""
@@ -261,13 +261,3 @@ def _ignore_failure(letter: asyncio.Future[Any]) -> None:
     """The row stays, and is offered again after a restart."""
     if not letter.cancelled():
         letter.exception()
-
-
-def _lanes_limits(limits: MqttLimits) -> BacklogLimits:
-    return BacklogLimits(
-        live_rows_max=limits.live_rows_max,
-        live_bytes_max=limits.live_bytes_max,
-        page_rows_max=limits.page_rows_max,
-        page_bytes_max=limits.page_bytes_max,
-        live_share=limits.live_share,
-    )

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 
-from edge_node.mqtt.backlog import Backlog, BacklogLimits, Row
+from edge_node.mqtt.backlog import Backlog, Row
 from edge_node.mqtt.ledger.records import Input, Intake, Outgoing, StoredInput
 from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.streams.admission import Dropped, admit_input
@@ -87,7 +87,7 @@ class StreamService:
         self._metrics = metrics
         self._generator = random.Random()
         self._loop = asyncio.get_running_loop()
-        self._backlog: Backlog[StoredInput] = Backlog(BacklogLimits())
+        self._backlog: Backlog[StoredInput] = Backlog(limits.lanes)
         self._lanes: dict[str, _Lane] = {}
         self._suspected: set[str] = set()
         self._in_hand = 0
@@ -100,7 +100,7 @@ class StreamService:
 
     def recover(self, left: Mapping[str, int], *, crashed: bool) -> None:
         """Begin with what a former life left: the last row of each stream."""
-        self._backlog = Backlog(BacklogLimits(), left)
+        self._backlog = Backlog(self._limits.lanes, left)
         if crashed:
             self._suspected = set(left)
         self._pump()
@@ -185,7 +185,7 @@ class StreamService:
 
     async def _read_page(self, after: int) -> None:
         try:
-            page = await self._store.inputs(after, BacklogLimits().page_rows_max)
+            page = await self._store.inputs(after, self._limits.page_rows_max)
         except MeshError:
             self._backlog.failed()
             self._loop.call_later(STORE_RETRY_S, self._pump)
@@ -256,7 +256,7 @@ class StreamService:
         """
         assert lane.left_out is not None
         first, last = lane.left_out
-        page = await self._store.inputs(first - 1, BacklogLimits().page_rows_max)
+        page = await self._store.inputs(first - 1, self._limits.page_rows_max)
         last = lane.left_out[1]  # more may have come meanwhile
         found = [stored for stored in page.rows if stored.input.key == lane.key and stored.id <= last]
         lane.waiting.extend(found)
