@@ -23,6 +23,7 @@ TENANT = "local"
 TTL_S = 3 * PATIENT_S
 HASTY_TTL_S = (0.1, 1.0)
 RESEND_S = 1.0
+PATIENT_SHARE = 0.6
 DUPLICATE_SHARE = 0.1
 DUPLICATE_AFTER_S = (0.0, 0.0, 0.05, 0.4)
 """A repetition comes at once, while the request runs, or after its answer; one in five waits for a restart instead."""
@@ -113,9 +114,11 @@ class Device:
 
     def _ask(self) -> None:
         chance = self.draw.random()
+        if not self.is_connected and chance >= PATIENT_SHARE:
+            return  # it would leave without having been heard
         ttl_s = TTL_S if chance < 0.9 else self.draw.uniform(*HASTY_TTL_S)
         message = self.request(ttl_s)
-        sent = self.ask(message, ttl_s, is_patient=chance < 0.6)
+        sent = self.ask(message, ttl_s, is_patient=chance < PATIENT_SHARE)
         if sent and self.draw.random() < DUPLICATE_SHARE:
             self._spawn(self._repeat(message))
 
@@ -171,21 +174,10 @@ class Device:
         return False
 
     def _answered(self, message: Message) -> None:
-        key, status = message.correlation.hex(), int(message.user.get("status", "0"))
-        self.history.add(
-            Event(
-                at=time.monotonic(),
-                kind="answered",
-                device=self.name,
-                key=key,
-                status=status,
-                digest=digest_of(message.payload, message.content_type, message.user.items()),
-                body=message.payload[:BODY_BYTES].hex(),
-                marked=message.user.get("dedup") == "1",
-            )
-        )
-        if status not in COME_AGAIN:
-            self.pending.pop(key, None)
+        event = answer_of(self.name, message)
+        self.history.add(event)
+        if event.status not in COME_AGAIN:
+            self.pending.pop(event.key, None)
         if self._connection is not None:
             self._connection.acknowledge(message)
 
@@ -193,3 +185,17 @@ class Device:
         task = asyncio.get_running_loop().create_task(work)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
+
+
+def answer_of(device: str, message: Message) -> Event:
+    """The event that an answer is for the device that gets it now."""
+    return Event(
+        at=time.monotonic(),
+        kind="answered",
+        device=device,
+        key=message.correlation.hex(),
+        status=int(message.user.get("status", "0")),
+        digest=digest_of(message.payload, message.content_type, message.user.items()),
+        body=message.payload[:BODY_BYTES].hex(),
+        marked=message.user.get("dedup") == "1",
+    )

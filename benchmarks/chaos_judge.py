@@ -34,6 +34,8 @@ FAULTS = (
     "unmarked",
     "data_lost",
     "data_different",
+    "data_order",
+    "data_state",
 )
 
 
@@ -62,6 +64,7 @@ def judge(history: Sequence[Event]) -> Verdict:
     kills = [event.at for event in history if event.kind == "broker killed"]
     for events in _by_key(history, ("sent", "kept", "taken", "event")).values():
         _judge_data(events, kills, verdict)
+    _judge_order([event for event in history if event.kind == "event"], verdict)
     return verdict
 
 
@@ -160,6 +163,24 @@ def _judge_data(events: Mapping[Kind, list[Event]], kills: Sequence[float], verd
         verdict.counts["data_lost_in_window"] += 1
     else:
         verdict.blame("data_lost", sent[0], "no broker was killed while it held this" if kept else "it was not kept")
+
+
+def _judge_order(results: Sequence[Event], verdict: Verdict) -> None:
+    """First results of a stream come in the order of its messages; each says one more than the one before."""
+    last: dict[tuple[str, str], tuple[int, int]] = {}
+    seen: set[tuple[str, str]] = set()
+    for event in results:
+        if (event.device, event.key) in seen or not event.body:
+            continue
+        seen.add((event.device, event.key))
+        stream, _, number = event.key.rpartition("/")
+        seq, tally = int(number), int(event.body)
+        before, said = last.get((event.device, stream), (0, 0))
+        if seq <= before:
+            verdict.blame("data_order", event, f"behind {before}")
+        if tally != said + 1:
+            verdict.blame("data_state", event, f"the model said {tally}, before {said}")
+        last[event.device, stream] = seq, tally
 
 
 def faults_in_words(verdict: Verdict) -> Iterator[str]:

@@ -31,7 +31,7 @@ from nearcast.transport.mqtt.packets import decode
 LEDGER = "node/inbox.sqlite"
 WAL = f"{LEDGER}-wal"
 BOOT = "the same boot"
-OWED_MAX = 100_000
+OWED_MAX, OWED_BYTES_MAX = 100_000, 1 << 30
 TRIES = 6
 """Images drawn for each one that is wanted; the others were seen before."""
 NOTHING = Call(name="nothing", path="")
@@ -191,7 +191,7 @@ async def judge_image(image: Image, promise: Promise, folder: Path) -> list[str]
 async def _question(ledger: Ledger, promise: Promise) -> list[str]:
     recovered = await ledger.open(0.0)
     pending = {one.request.correlation for one in recovered.requests}
-    owed = {one.message.correlation for one in (await ledger.owed("device", 0, OWED_MAX)).rows}
+    owed = {one.message.correlation for one in (await ledger.owed("device", 0, OWED_MAX, OWED_BYTES_MAX)).rows}
     keys = [key for key in promise.questions if key in promise.accepted or key in promise.answers]
     faults = []
     requests = [admit(promise.questions[key], 0.0, MqttLimits(), nonce=key) for key in keys]

@@ -22,12 +22,15 @@ import numpy as np
 
 from benchmarks.chaos_history import Event
 from edge_node.mqtt.limits import MqttLimits
-from edge_node.mqtt.worker import MqttWorker
-from nearcast.handler import InferRequest, InferResponse, ModelMetadata, RequestContext, Served, TensorSpec
+from edge_node.mqtt.streams.definition import StreamDefinition
+from edge_node.mqtt.worker import Durability, MqttWorker
+from nearcast.handler import InferRequest, InferResponse, ModelMetadata, RequestContext, Served, Tensors, TensorSpec
 from nearcast.telemetry import TelemetryConfig, start
 from nearcast.wire.response import TensorResponse
 
-MODEL = "witness"
+MODEL, TALLY, STREAM = "witness", "tally", "count"
+TALLY_WIDTH = 3
+STREAMS = (StreamDefinition(name=STREAM, model=TALLY, labels=("count", "")),)
 NODE = "n1"
 NONCE_BYTES = 8
 POISON = b"poison!!"
@@ -41,7 +44,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     port: int
     folder: str
-    durability: str = "full"
+    durability: Durability = "full"
     wrong: str = ""
 
     @property
@@ -56,7 +59,11 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Witness:
-    """The model `witness`. A request that begins with `POISON` kills the process."""
+    """The models `witness` and `tally`. A request that begins with `POISON` kills the process.
+
+    `tally` has explicit state, the number of messages so far, and says it: one that is left out, run twice or run with
+    an old state shows in every later result.
+    """
 
     def __init__(self, journal: Path, *, runs: int = 1) -> None:
         self._journal = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -64,6 +71,15 @@ class Witness:
         self._draw = random.Random()
 
     async def metadata(self, model: str, version: str) -> ModelMetadata:
+        if model == TALLY:
+            return ModelMetadata(
+                name=TALLY,
+                versions=("1",),
+                platform="chaos",
+                inputs=(TensorSpec("x", "FP32", (1, TALLY_WIDTH)), TensorSpec("state", "FP32", (1, 1))),
+                outputs=(TensorSpec("y", "FP32", (1, 2)), TensorSpec("stateN", "FP32", (1, 1))),
+                properties={"stateful": "explicit"},
+            )
         return ModelMetadata(
             name=MODEL,
             versions=("1",),
@@ -77,6 +93,10 @@ class Witness:
         return True
 
     async def infer(self, request: InferRequest, context: RequestContext) -> InferResponse:
+        if request.model == TALLY:
+            state = request.decode()["state"] + 1
+            outputs = {"y": np.array([[state[0, 0], -1]], np.float32), "stateN": state}
+            return _response(request, outputs)
         device = context.principal.rpartition("/")[2]
         line = f"{time.monotonic()} {os.getpid()} {device} {context.idempotency_key}\n".encode()
         for _ in range(self._runs):
@@ -86,11 +106,15 @@ class Witness:
             os.kill(os.getpid(), signal.SIGKILL)
         await asyncio.sleep(self._draw.uniform(0.0, RUN_S_MAX))
         y = np.concatenate((x, np.frombuffer(os.urandom(NONCE_BYTES), np.uint8)))
-        served = Served(node=NODE, tier="local", version="1")
-        return TensorResponse(model=MODEL, version="1", outputs={"y": y}, id=request.id, served=served)
+        return _response(request, {"y": y})
 
     def stream(self, requests: AsyncIterator[InferRequest], context: RequestContext) -> AsyncIterator[InferResponse]:
         raise NotImplementedError
+
+
+def _response(request: InferRequest, outputs: Tensors) -> TensorResponse:
+    served = Served(node=NODE, tier="local", version="1")
+    return TensorResponse(model=request.model, version="1", outputs=outputs, id=request.id, served=served)
 
 
 def read_journal(journal: Path) -> Iterator[Event]:
@@ -156,6 +180,8 @@ def make_worker(settings: NodeSettings, witness: Witness) -> MqttWorker:
         port=settings.port,
         inbox=settings.ledger,
         limits=MqttLimits(reconnect_base_s=0.05, reconnect_max_s=0.3, will_delay_s=0),
+        streams=STREAMS,
+        durability=settings.durability,
     )
 
 

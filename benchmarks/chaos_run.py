@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from benchmarks.chaos_clients import Client
 from benchmarks.chaos_devices import Device
 from benchmarks.chaos_history import Event, History
 from benchmarks.chaos_mutants import wire_of
@@ -18,6 +19,7 @@ from benchmarks.chaos_node import Node, NodeSettings, read_journal
 from benchmarks.chaos_proxy import CUTS, Proxy
 from benchmarks.chaos_wire import MOMENTS, Moment, NodeWire
 from edge_node.broker import Broker, Kind
+from edge_node.mqtt.worker import Durability
 
 Fault: TypeAlias = Literal["node", "broker", "link"]
 READY_TIMEOUT_S = 15.0
@@ -25,6 +27,7 @@ TRAP_S = 0.5
 """A trap that has not closed by then is sprung."""
 QUIET_TIMEOUT_S = 30.0
 QUIET_S = 1.0
+SESSION_EXPIRY_S = 600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +37,7 @@ class Plan:
     Attributes:
         pace_s: mean time between two faults.
         moments: when the node is killed; None = whenever.
+        clients: devices that use our own client, and stream too.
         rate_hz: requests of each device in a second.
         wrong: the one mistake that this node or its link makes; "" = none.
     """
@@ -43,9 +47,10 @@ class Plan:
     link_cuts: int
     pace_s: float = 0.35
     devices: int = 8
+    clients: int = 2
     rate_hz: float = 10.0
     broker: Kind = "mosquitto"
-    durability: str = "full"
+    durability: Durability = "full"
     wrong: str = ""
     moments: tuple[Moment | None, ...] = (None, *MOMENTS)
     seed: int = 1
@@ -163,23 +168,34 @@ def faults_of(plan: Plan) -> list[Fault]:
     return faults
 
 
+def make_devices(stage: Scene) -> list[Device | Client]:
+    """The devices of a plan; every second one has a session that outlives its connection."""
+    plan, port = stage.plan, stage.device_link.port
+    clients = [
+        Client(f"c{number}", port, stage.history, random.Random(f"{plan.seed}/c{number}"), plan.rate_hz / 2)
+        for number in range(plan.clients)
+    ]
+    devices = [
+        Device(
+            name=f"d{number}",
+            port=port,
+            history=stage.history,
+            draw=random.Random(f"{plan.seed}/{number}"),
+            rate_hz=plan.rate_hz,
+            restarted=stage.restarted,
+            session_expiry_s=SESSION_EXPIRY_S if number % 2 else 0,
+        )
+        for number in range(plan.devices)
+    ]
+    return [*devices, *clients]
+
+
 async def live_through(plan: Plan, folder: Path) -> Sequence[Event]:
     """Run a plan, then let everybody finish in peace; returns the history."""
     problems: list[Exception] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: _keep(context, problems))
     async with scene(plan, folder) as stage, asyncio.TaskGroup() as group:
-        devices = [
-            Device(
-                name=f"d{number}",
-                port=stage.device_link.port,
-                history=stage.history,
-                draw=random.Random(f"{plan.seed}/{number}"),
-                rate_hz=plan.rate_hz,
-                restarted=stage.restarted,
-                session_expiry_s=600 if number % 2 else 0,
-            )
-            for number in range(plan.devices)
-        ]
+        devices = make_devices(stage)
         running = [group.create_task(device.run()) for device in devices]
         for fault in faults_of(plan):
             await asyncio.sleep(stage.draw.expovariate(1.0 / plan.pace_s))
@@ -199,7 +215,7 @@ def _keep(context: Mapping[str, object], problems: list[Exception]) -> None:
     problems.append(problem if isinstance(problem, Exception) else RuntimeError(str(context.get("message"))))
 
 
-async def _settle(stage: Scene, devices: Sequence[Device]) -> None:
+async def _settle(stage: Scene, devices: Sequence[Device | Client]) -> None:
     await stage.ready()
     for device in devices:
         device.is_asking = False

@@ -19,12 +19,17 @@ Moment: TypeAlias = Literal["delivered", "accepted", "replied", "confirmed"]
 MOMENTS: tuple[Moment, ...] = ("delivered", "accepted", "replied", "confirmed")
 
 
+class _Score(msgspec.Struct):
+    score: float
+
+
 class _Result(msgspec.Struct):
-    """What of a result event says which message of a stream it belongs to."""
+    """What of a result event says which message of a stream it belongs to, and what the model said."""
 
     id: str
     boot_id: str = ""
-    seq: int = 0
+    seq: int | None = None
+    results: tuple[_Score, ...] = ()
 
 
 class NodeWire:
@@ -130,5 +135,6 @@ def publication_of(packet: mqtt5.PublishPacket) -> Event | None:
         result = msgspec.json.decode(packet.payload, type=_Result)
         key = f"{levels[5]}/{result.boot_id}/{result.seq}"
         digest = digest_of(packet.payload, content_type, ())
-        return Event(at=now, kind="event", device=levels[3], key=key, digest=digest, body=result.id)
+        said = str(round(result.results[0].score)) if result.results else ""
+        return Event(at=now, kind="event", device=levels[3], key=key, digest=digest, body=said)
     return None

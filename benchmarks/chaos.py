@@ -1,0 +1,157 @@
+"""Nothing that was accepted is lost, whoever is killed and whichever link is cut; nobody gets two different answers.
+
+A run of chaos writes down what devices, the node's link and the model saw (`chaos_run`), and a checker judges the
+history (`chaos_judge`). It must find nodes with one mistake each (`chaos_mutants`). The ledger is opened on every disk
+that a power cut may leave (`chaos_ledger`), and a poisonous request must be given up (`chaos_poison`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks import chaos_ledger
+from benchmarks.chaos_history import Event, save
+from benchmarks.chaos_judge import FAULTS, Verdict, judge
+from benchmarks.chaos_mutants import EARLY, MUTANTS
+from benchmarks.chaos_poison import Poisoned, poison
+from benchmarks.chaos_recording import record
+from benchmarks.chaos_run import Plan, live_through
+from benchmarks.crash_trace import is_available
+from benchmarks.memory import memory_folder
+from benchmarks.rows import Row
+from nearcast.telemetry import TelemetryConfig, start
+
+FULL = Plan(node_kills=50, broker_kills=20, link_cuts=200)
+QUICK = Plan(node_kills=6, broker_kills=3, link_cuts=24, pace_s=0.3)
+SHORT = Plan(node_kills=5, broker_kills=2, link_cuts=15, broker="iotcore")
+TINY = Plan(node_kills=1, broker_kills=1, link_cuts=3, broker="iotcore", devices=4, clients=1)
+MUTANT = Plan(node_kills=4, broker_kills=0, link_cuts=2, devices=4, clients=0, pace_s=0.6)
+EARLY_MUTANT = replace(MUTANT, node_kills=12, link_cuts=0, pace_s=0.3, moments=("delivered",))
+POISON = Plan(node_kills=0, broker_kills=0, link_cuts=0, devices=4, clients=0)
+SAVED = Path(__file__).parent / "results" / "chaos.history.jsonl"
+
+
+def run(*, quick: bool) -> list[Row]:
+    """Chaos, its mutants, the ledger, the poison."""
+    start("chaos", TelemetryConfig(level="error"))
+    with memory_folder() as home:
+        history = asyncio.run(live_through(QUICK if quick else FULL, home / "run"))
+        verdict = judge(history)
+        if verdict.faults:
+            SAVED.parent.mkdir(exist_ok=True)
+            save(history, SAVED)
+        rows = [*_run_rows(history, verdict), *_duplicate_rows(history, verdict)]
+        rows += _poison_rows(asyncio.run(poison(POISON, home / "poison")))
+        rows += _mutant_rows(asyncio.run(_live_mutants(home)))
+        if importlib.util.find_spec("iotcore") is not None:
+            rows += _embedded_rows(judge(asyncio.run(live_through(TINY if quick else SHORT, home / "iotcore"))))
+        if is_available():
+            rows += _ledger_rows(home / "ledger", quick=quick)
+    return rows
+
+
+def _tell(what: str, verdict: Verdict) -> None:
+    for example in verdict.examples:
+        print(f"{what}: {example}", file=sys.stderr)
+
+
+def _run_rows(history: Sequence[Event], verdict: Verdict) -> list[Row]:
+    _tell("chaos", verdict)
+    kinds, counts, faults = Counter(event.kind for event in history), verdict.counts, verdict.faults
+    said = f"{counts['accepted']} of {counts['requests']} were accepted, {counts['answered']} answered"
+    again = f"{counts['repeats']} repeats of {counts['answered']} answers"
+    kept = f"{counts['data_lost_in_window']} of {counts['data_sent']} lost by killed brokers within their window"
+    return [
+        Row("chaos.node_kills", kinds["node killed"], "", f"{kinds['node ready']} times ready"),
+        Row("chaos.broker_kills", kinds["broker killed"], "", "it restarts empty"),
+        Row("chaos.link_cuts", kinds["link cut"], "", "of node and devices, in five ways"),
+        Row("chaos.accepted_lost", faults["lost"], "requests", said),
+        Row("chaos.unanswered", faults["unanswered"], "requests", f"{counts['expired']} expired in an outage"),
+        Row("chaos.answered_differently", faults["different"], "requests", again),
+        Row("chaos.repeats_unmarked", faults["unmarked"], "answers", again),
+        Row("chaos.misdelivered", faults["misdelivered"], "answers"),
+        Row("chaos.late", faults["late"], "answers"),
+        Row("chaos.answered_with_failure", counts["failed"], "requests", "500, 504 and the like; 408 where it expired"),
+        Row("chaos.data_sent", counts["data_sent"], "messages"),
+        Row("chaos.data_lost_outside_window", faults["data_lost"], "messages", kept),
+        Row("chaos.data_answered_differently", faults["data_different"], "messages"),
+        Row("chaos.data_out_of_order", faults["data_order"], "messages"),
+        Row("chaos.data_state_wrong", faults["data_state"], "messages", "of a model that counts what it is given"),
+    ]
+
+
+def _duplicate_rows(history: Sequence[Event], verdict: Verdict) -> list[Row]:
+    answered: dict[str, float] = {}
+    kills: list[float] = []
+    repeated: set[str] = set()
+    across: set[str] = set()
+    for event in history:
+        if event.kind == "answered":
+            answered.setdefault(event.key, event.at)
+        elif event.kind == "node killed":
+            kills.append(event.at)
+        elif event.kind == "again":
+            repeated.add(event.key)
+            if kills and answered.get(event.key, event.at) < kills[-1]:
+                across.add(event.key)
+    share = len(repeated) / max(1, verdict.counts["requests"])
+    note = f"{verdict.counts['runs_repeated']} runs again of what had no answer yet"
+    return [
+        Row("chaos.duplicates_share", share, "share", f"of {verdict.counts['requests']} requests"),
+        Row("chaos.duplicates_across_restart", len(across), "requests", "answered, node killed, asked again"),
+        Row("chaos.reruns", verdict.faults["rerun"], "runs", note),
+    ]
+
+
+def _poison_rows(found: Poisoned) -> list[Row]:
+    return [
+        Row("chaos.poison_crashes", found.crashes, "", f"then it is answered {found.status}"),
+        Row("chaos.poison_quarantined", found.status == 500 and found.letters > 0, "", f"{found.letters} dead letters"),
+        Row("chaos.poison_others_failed", found.others_failed, "requests", f"of {found.others} meanwhile"),
+    ]
+
+
+async def _live_mutants(home: Path) -> dict[str, Verdict]:
+    async def live(number: int, name: str) -> Verdict:
+        plan = EARLY_MUTANT if name == EARLY else MUTANT
+        return judge(await live_through(replace(plan, wrong=name), home / f"mutant-{number}"))
+
+    verdicts = await asyncio.gather(*(live(number, name) for number, name in enumerate(MUTANTS)))
+    return dict(zip(MUTANTS, verdicts, strict=True))
+
+
+def _mutant_rows(verdicts: dict[str, Verdict]) -> list[Row]:
+    for name, verdict in verdicts.items():
+        print(f"mutant {name}: {dict(verdict.faults) or 'NOT FOUND'}", file=sys.stderr)
+    caught = sum(any(verdict.faults[fault] for fault in MUTANTS[name]) for name, verdict in verdicts.items())
+    return [Row("chaos.mutants_caught", caught / len(MUTANTS), "share", f"of {len(MUTANTS)} live ones")]
+
+
+def _embedded_rows(verdict: Verdict) -> list[Row]:
+    _tell("iotcore", verdict)
+    counts = verdict.counts
+    note = f"{counts['requests']} requests, {counts['answered']} answered, {counts['repeats']} repeats"
+    return [Row("chaos.iotcore_faults", sum(verdict.faults[name] for name in FAULTS), "", note)]
+
+
+def _ledger_rows(folder: Path, *, quick: bool) -> list[Row]:
+    calls = asyncio.run(record(folder / "life", requests=15 if quick else 100))
+    found = chaos_ledger.replay(calls, folder / "image", per_position=1 if quick else 2)
+    for example in found.examples:
+        print(f"ledger: {example}", file=sys.stderr)
+    faults = {name: chaos_ledger.first_fault_of(name, calls, folder / "mutant") for name in chaos_ledger.MUTANTS}
+    for name, fault in faults.items():
+        print(f"mutant of the ledger, {name}: {fault or 'NOT FOUND'}"[:160], file=sys.stderr)
+    caught = sum(map(bool, faults.values())) / len(faults)
+    return [
+        Row("chaos.ledger_images", found.images, "images", f"of {len(calls)} calls, {found.sends} right at a send"),
+        Row("chaos.ledger_violations", found.violations, ""),
+        Row("chaos.ledger_unsynced_pubacks", found.unsynced, "", "PUBACKs that no sync of the log preceded"),
+        Row("chaos.ledger_mutants_caught", caught, "share", f"of {len(faults)}"),
+    ]
