@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import json
-import os
-import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -201,6 +199,11 @@ async def says_online_and_is_silent(broker: Broker) -> set[str]:
         await pretender.close()
 
 
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 async def with_certificates(folder: Path) -> set[str]:
     """A tenant's broker is sound, and then lets devices hear everything."""
     place = tenant_folder(folder, "acme")
@@ -212,7 +215,10 @@ async def with_certificates(folder: Path) -> set[str]:
         assert await failing(subject) == set()
         access = place / "access"
         access.write_text(access.read_text() + "\npattern read nc/v1/acme/#\n")
-        os.kill(tenant.broker.pid, signal.SIGHUP)
+        before = tenant.broker.pid
+        await tenant.broker.stop()  # its keeper starts it again, with the changed file
+        while tenant.broker.pid in (0, before) or not is_listening(subject.port):
+            await asyncio.sleep(0.02)
         return await failing(subject)
     finally:
         await tenant.stop()
