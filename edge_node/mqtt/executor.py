@@ -30,6 +30,8 @@ from nearcast.transport.mqtt.status import EXPIRED
 SEQUENCE_ID_LENGTH_MAX = 128
 MODELS_MAX = 1024
 """Models that are remembered: their kind of state, their tensors."""
+METADATA_AGE_S_MAX = 1.0
+"""A model is asked about its tensors this often: for a small one the question costs as much as the answer."""
 _log = get_logger("nearcast.mqtt")
 
 
@@ -61,7 +63,7 @@ class Executor:
         self._lanes = Lanes()
         self._stateless = Recent(MODELS_MAX)
         self._sequences = Recent(limits.sequences_max)
-        self._known: dict[tuple[str, str], ModelMetadata] = {}
+        self._known: dict[tuple[str, str], tuple[float, ModelMetadata]] = {}
         self._sees_mesh = sees_mesh
         self._patience = Patience(limits, random.Random())
 
@@ -152,14 +154,18 @@ class Executor:
     async def _metadata(self, request: Request) -> ModelMetadata:
         """The model's tensors; those of last time if nobody can be asked: another model may still stand in for it."""
         key = request.model, request.version
+        now = self._clock.monotonic()
+        asked_at, metadata = self._known.get(key, (0.0, None))
+        if metadata is not None and now - asked_at < METADATA_AGE_S_MAX:
+            return metadata
         try:
             metadata = await self._directory.metadata(*key)
         except MeshError as error:
             error.sent = False  # only a question was sent
-            if error.code is not Code.UNAVAILABLE or key not in self._known:
+            if error.code is not Code.UNAVAILABLE or metadata is None:
                 raise
-            return self._known[key]
-        self._known[key] = metadata
+            return metadata
+        self._known[key] = now, metadata
         if len(self._known) > MODELS_MAX:
             del self._known[next(iter(self._known))]
         return metadata

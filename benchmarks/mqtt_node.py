@@ -1,0 +1,174 @@
+"""`python -m benchmarks.mqtt_node PORT TENANT KIND FOLDER [OPTIONS]`: a node for devices, or its measure.
+
+`echo` sends each message back and does nothing else: the floor of the bus. `noop` answers with its input behind the
+whole MQTT side. `digits` and `dense` are real models in a model host behind the router, as on a node. `slow` answers
+`--capacity` requests a second, one at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import uvloop
+from onnx import TensorProto, helper, numpy_helper
+
+from benchmarks.serving_models import Workload, fill_store
+from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.worker import MqttWorker
+from nearcast.errors import Code, MeshError
+from nearcast.handler import InferRequest, InferResponse, ModelMetadata, RequestContext, Served, TensorSpec
+from nearcast.runtime import keep_pages
+from nearcast.serving.host import ModelHost
+from nearcast.serving.limits import HostLimits
+from nearcast.store.manifest import Tensor
+from nearcast.transport.mqtt import topics
+from nearcast.transport.mqtt.connection import Connection, ConnectionSettings
+from nearcast.transport.mqtt.message import Message
+from nearcast.wire.response import TensorResponse
+from router.policy import Policy, PolicyConfig
+from router.router import Router
+
+NODE = "bench-node"
+DIGITS = Path(__file__).parents[1] / "nearcast/cli/demo/models/digits/digits-1.onnx"
+DENSE_WIDTHS = (256, 2048, 2048, 10)
+"""17 MB of weights: one row costs the time to read them, and 64 rows read them once."""
+
+
+class Noop:
+    """Answers with its input, at once or (`capacity` > 0) so many times a second, one after the other."""
+
+    def __init__(self, capacity: float = 0.0) -> None:
+        self._pause_s = 1.0 / capacity if capacity else 0.0
+        self._turn = asyncio.Lock()
+        spec = TensorSpec("x", "FP32", (-1, 256))
+        self._metadata = ModelMetadata(name="noop", versions=("1",), platform="none", inputs=(spec,), outputs=(spec,))
+
+    async def infer(self, request: InferRequest, context: RequestContext) -> InferResponse:
+        if self._pause_s:
+            async with self._turn:
+                await asyncio.sleep(self._pause_s)
+        served = Served(node=NODE, tier="local", version="1")
+        return TensorResponse(model=request.model, version="1", outputs={"x": request.decode()["x"]}, served=served)
+
+    def stream(self, requests: AsyncIterator[InferRequest], context: RequestContext) -> AsyncIterator[InferResponse]:
+        raise MeshError(Code.UNSUPPORTED, "This benchmark answers unary calls only.")
+
+    async def metadata(self, model: str, version: str) -> ModelMetadata:
+        return self._metadata
+
+    async def is_ready(self, model: str = "", version: str = "") -> bool:
+        return True
+
+
+def dense_model() -> bytes:
+    """Layers of random weights with relu between them, as `x` FP32 [n, 256] -> `y` FP32 [n, 10]."""
+    rng, nodes, constants, last = np.random.default_rng(7), [], [], "x"
+    for index, (rows, columns) in enumerate(itertools.pairwise(DENSE_WIDTHS)):
+        weight = (rng.standard_normal((rows, columns)) / np.sqrt(rows)).astype(np.float32)
+        constants.append(numpy_helper.from_array(weight, f"w{index}"))
+        nodes += [helper.make_node("MatMul", [last, f"w{index}"], [f"m{index}"])]
+        last = f"m{index}"
+        if index < len(DENSE_WIDTHS) - 2:
+            nodes.append(helper.make_node("Relu", [last], [f"r{index}"]))
+            last = f"r{index}"
+    nodes.append(helper.make_node("Identity", [last], ["y"]))
+    spec = helper.make_tensor_value_info
+    inputs = [spec("x", TensorProto.FLOAT, ["n", DENSE_WIDTHS[0]])]
+    outputs = [spec("y", TensorProto.FLOAT, ["n", DENSE_WIDTHS[-1]])]
+    graph = helper.make_graph(nodes, "dense", inputs, outputs, constants)
+    model: bytes = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8
+    ).SerializeToString()
+    return model
+
+
+def workload(kind: str) -> Workload:
+    """One of the real models."""
+    given, width, made = ("image", 64, "probabilities") if kind == "digits" else ("x", DENSE_WIDTHS[0], "y")
+    return Workload(
+        name=kind,
+        engine_us=0,
+        make=DIGITS.read_bytes if kind == "digits" else dense_model,
+        inputs=(Tensor(name=given, datatype="FP32", shape=(-1, width), batch_axis=0),),
+        outputs=(Tensor(name=made, datatype="FP32", shape=(-1, 10), batch_axis=0),),
+    )
+
+
+async def serve_router(options: argparse.Namespace) -> Router:
+    """The model behind the router, as on a node."""
+    limits = HostLimits(batch_rows_max=options.batch_rows) if options.batch_rows else HostLimits()
+    model = workload(options.kind)
+    host = ModelHost(fill_store(options.folder, model, model.make()), node=NODE, limits=limits)
+    await host.start()
+    router = Router(Policy(PolicyConfig(), seed=1), local=host, node=NODE)
+    await router.start()
+    return router
+
+
+async def echo(port: int, tenant: str) -> None:
+    """The floor: what a message costs on the bus there and back."""
+
+    def receive(message: Message) -> None:
+        connection.acknowledge(message)
+        connection.publish(
+            Message(
+                topic=message.response_topic,
+                payload=message.payload,
+                qos=message.qos,
+                content_type=message.content_type,
+                correlation=message.correlation,
+                user={"status": "200"},
+            )
+        )
+
+    settings = ConnectionSettings(host="127.0.0.1", port=port, client_id="echo")
+    connection = Connection(settings, on_message=receive)
+    await connection.open()
+    await connection.subscribe(topics.request_filter(tenant))
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("port", type=int)
+    parser.add_argument("tenant", help="each process here has its own, or all would answer each")
+    parser.add_argument("kind", choices=("echo", "noop", "slow", "digits", "dense"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--durability", choices=("full", "none"), default="full")
+    parser.add_argument("--capacity", type=float, default=0.0)
+    parser.add_argument("--pending", type=int, default=MqttLimits().pending_max)
+    parser.add_argument("--batch-rows", type=int, default=0, help="1 = requests are never joined; 0 = the default")
+    options = parser.parse_args()
+    keep_pages()
+    if options.kind == "echo":
+        await echo(options.port, options.tenant)
+    else:
+        handler: Any = Noop(options.capacity)
+        if options.kind in ("digits", "dense"):
+            handler = await serve_router(options)
+        worker = MqttWorker(
+            handler,
+            handler,
+            node=options.tenant,
+            host="127.0.0.1",
+            port=options.port,
+            inbox=options.folder / "inbox.sqlite",
+            limits=MqttLimits(pending_max=options.pending),
+            durability=options.durability,
+            tenants=(options.tenant,),
+        )
+        await worker.start()
+        await worker.wait_connected()
+    print(json.dumps({"pid": os.getpid()}), flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    uvloop.run(main())
