@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from edge_node.mqtt.backlog import BacklogLimits
-from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from edge_node.mqtt.ack_window import AckWindow, Ticket
 from edge_node.mqtt.executor import Executor
 from edge_node.mqtt.ledger.ledger import Ledger, boot_identity
+from edge_node.mqtt.ledger.records import Committed
 from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.management import Management
 from edge_node.mqtt.metrics import MqttMetrics
@@ -24,6 +25,8 @@ from edge_node.mqtt.requests import RequestService
 from edge_node.mqtt.streams.definition import StreamDefinition, by_name
 from edge_node.mqtt.streams.metrics import StreamMetrics
 from edge_node.mqtt.streams.service import StreamService
+from edge_node.mqtt.streams.volatile import VolatileInputs
+from edge_node.mqtt.uplink import Uplink
 from nearcast.backoff import full_jitter_s
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import MeshError
@@ -70,6 +73,7 @@ class MqttWorker:
             keeps them, until their answer is on its way. Requests with QoS 0 are never on disk.
         tls: for a broker behind TLS.
         sees_mesh: whether it is known now what other nodes hold.
+        upstream: a second broker, which gets the events of streams and the dead letters too.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class MqttWorker:
         durability: Durability = "full",
         tls: TlsFiles | None = None,
         sees_mesh: Callable[[], bool] = lambda: True,
+        upstream: ConnectionSettings | None = None,
     ) -> None:
         self._node = node
         self._host = host
@@ -103,7 +108,18 @@ class MqttWorker:
         self._boot = boot or boot_identity()
         self._management = management or Management(node, tenants[0], boot=self._boot)
         self.metrics = MqttMetrics(registry)
-        self._inbox = Ledger(inbox, node=node, boot=self._boot, limits=self._limits)
+        self._inbox = Ledger(
+            inbox,
+            node=node,
+            tenant=tenants[0],
+            boot=self._boot,
+            limits=self._limits,
+            links=("device",) if upstream is None else ("device", "upstream"),
+            clock=clock,
+        )
+        self._inbox.on_commit(self._count_drops)
+        self.metrics.watch_outbox(lambda: self._inbox.event_bytes)
+        self._uplink = None if upstream is None else self._make_uplink(upstream)
         self._publisher = Publisher(self._inbox, self._limits, clock, on_drop=self.metrics.dropped)
         self._durable = durability == "full"
         self._requests = RequestService(
@@ -115,15 +131,17 @@ class MqttWorker:
             metrics=self.metrics,
             durable=self._durable,
         )
+        volatile = None if self._durable else VolatileInputs(self._publisher.send, self._limits)
         self.streams = StreamService(
             handler,
             directory,
-            self._inbox,
+            volatile or self._inbox,
             self._publisher.send,
             by_name(streams),
             limits=self._limits,
             clock=clock,
             metrics=StreamMetrics(self.metrics.registry),
+            hold=None if volatile is None else volatile.hold,
         )
         self._draining = False
         self._online = asyncio.Event()
@@ -143,13 +161,18 @@ class MqttWorker:
         """
         recovered = await self._inbox.open(self._clock.monotonic())
         self._publisher.recover(recovered.outbox["device"])
+        if self._uplink is not None:
+            self._uplink.publisher.recover(recovered.outbox["upstream"])
         self._requests.recover(recovered.requests, crashed=recovered.crashed)
-        self.streams.recover(recovered.inputs, crashed=recovered.crashed)
+        if self._durable:
+            self.streams.recover(recovered.inputs, crashed=recovered.crashed)
         if recovered.requests or recovered.outbox["device"]:
             _log.info("recovered", requests=len(recovered.requests), topics=len(recovered.outbox["device"]))
         create = asyncio.get_running_loop().create_task
         self._services = [create(self._stay_connected()), create(self._tend()), create(self._management.watch())]
         self._services.append(create(self._watch_window()))
+        if self._uplink is not None:
+            self._services.append(create(self._uplink.run()))
 
     async def wait_connected(self) -> None:
         """Return once requests arrive."""
@@ -182,6 +205,15 @@ class MqttWorker:
         await self._requests.settled()
         if self._online.is_set():
             await self._publisher.settled()
+
+    def _make_uplink(self, upstream: ConnectionSettings) -> Uplink:
+        limits, clock, metrics = self._limits, self._clock, self.metrics
+        publisher = Publisher(self._inbox, limits, clock, on_drop=metrics.dropped, link="upstream")
+        return Uplink(upstream, publisher, limits=limits, clock=clock, metrics=metrics)
+
+    def _count_drops(self, committed: Committed) -> None:
+        for reason, count in committed.reasons.items():
+            self.metrics.dropped(reason, count)
 
     # -- the connection -----------------------------------------------------------------------------------------------
 

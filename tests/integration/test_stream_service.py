@@ -16,6 +16,7 @@ from edge_node.mqtt.streams.batches import BATCH_MAX
 from edge_node.mqtt.streams.definition import StreamDefinition, by_name
 from edge_node.mqtt.streams.metrics import StreamMetrics
 from edge_node.mqtt.streams.service import StreamService
+from edge_node.mqtt.streams.volatile import VolatileInputs
 from nearcast.clock import SYSTEM_CLOCK
 from nearcast.errors import Code, MeshError
 from nearcast.handler import ModelMetadata, Served, TensorSpec
@@ -274,6 +275,37 @@ async def test_a_message_that_ends_the_node_is_buried_after_three_crashes(tmp_pa
             crashes += 1
     assert crashes == 3
     assert node.count("nc_mqtt_inputs_executed_total", outcome="buried") == 1
+
+
+async def test_without_a_disk_the_broker_keeps_a_message_until_its_event_is_on_its_way(tmp_path):
+    sent, acknowledged = [], []
+    store = VolatileInputs(lambda outgoing, handed: sent.append((outgoing, handed)), LIMITS)
+    definitions = by_name([StreamDefinition(name="add", model="sum", window=2)])
+    handler = Accumulator()
+    service = StreamService(
+        handler,
+        handler,
+        store,
+        lambda outgoing: sent.append((outgoing, None)),
+        definitions,
+        limits=LIMITS,
+        clock=SYSTEM_CLOCK,
+        metrics=StreamMetrics(CollectorRegistry()),
+        hold=store.hold,
+    )
+    for seq in (1, 2, 2):
+        payload = np.array([seq, 0], np.float32).tobytes()
+        message = Message(topic="nc/v1/local/d1/up/data/add", payload=payload, user={"boot-id": "b", "seq": str(seq)})
+        service.receive(message, lambda seq=seq: acknowledged.append(seq))
+    async with asyncio.timeout(5):
+        while len(sent) < 2:
+            await asyncio.sleep(0)
+    assert acknowledged == [2], "only the duplicate, which needs no event"
+    for _, handed in sent:
+        handed()
+    assert acknowledged == [2, 1, 2]
+    assert [json.loads(out.message.payload)["results"][0]["score"] for out, _ in sent] == [1.0, 3.0]
+    await service.close()
 
 
 def test_a_batch_fits_into_what_may_be_in_hand():
