@@ -1,4 +1,4 @@
-"""Clients that know nothing of us get right answers from the running mesh: gRPC, HTTP, MQTT 5 and MQTT 3.1.1."""
+"""Clients that know nothing of us get right answers from the running mesh: gRPC, HTTP, MQTT (and `test_mqtt_clients`)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from paho.mqtt import client as paho
 
-from edge_node.broker import find_broker
 from nearcast.client import AsyncClient, Client
 from nearcast.errors import Code, MeshError
 from nearcast.wire.tensors import to_raw
@@ -112,20 +110,6 @@ def test_paho_with_mqtt_5(fleet):
     assert user["served-by"] in EDGES
     assert reply.properties.CorrelationData == key
     assert int(np.frombuffer(reply.payload, "<f4").argmax()) == 5
-
-
-def test_paho_with_mqtt_3_1_1(fleet):
-    if find_broker() != "mosquitto":
-        pytest.skip("the embedded broker speaks MQTT 5 only; mosquitto is not installed")
-    with Device(port_of(fleet), "paho3", protocol=paho.MQTTv311) as device:
-        for digit in (6, 8):
-            body = {"id": f"request-{digit}", "ttl_ms": 8000, **image_json(digit)}
-            device.client.publish("nc/v1/local/paho3/up/infer/digits", json.dumps(body), 1)
-            reply = device.reply()
-            answer = json.loads(reply.payload)
-            assert reply.topic == "nc/v1/local/paho3/down/reply/digits"
-            assert (answer["id"], answer["status"], answer["model_version"]) == (f"request-{digit}", 200, "1")
-            assert digit_of(answer) == digit
 
 
 @pytest.mark.parametrize("way", ["named", "leased"])

@@ -72,7 +72,7 @@ async def listening(port: int, *filters: str):
 
 
 async def test_a_request_outlives_an_absent_broker_and_a_killed_one_that_forgets_and_runs_once(tmp_path):
-    port, handler = free_port(), Doubler(delay_s=0.3)
+    port, handler = free_port(), Doubler(delay_s=0.2)
     async with (
         serving(port, tmp_path, handler) as worker,
         MqttDevice(f"mqtt://127.0.0.1:{port}/local/d1", limits=LIMITS) as device,
@@ -88,6 +88,7 @@ async def test_a_request_outlives_an_absent_broker_and_a_killed_one_that_forgets
         broker = await Broker.start(tmp_path / "b2", port=port)  # a new folder: it knows nobody and nothing
         try:
             answer = await first
+            handler.delay_s = 0.0
             assert answer.outputs["y"].tolist() == [[2.0, 4.0]]
             assert (answer.version, answer.served_by) == ("7", "n1")
             assert handler.executed == [b"one".hex()]
