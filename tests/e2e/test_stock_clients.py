@@ -1,4 +1,4 @@
-"""Clients that know nothing of us get right answers from the running mesh: gRPC, HTTP, MQTT (and `test_mqtt_clients`)."""
+"""Clients that know nothing of us get right answers from a mesh: gRPC, HTTP, MQTT 5 (3.1.1: `test_mqtt_clients`)."""
 
 from __future__ import annotations
 
