@@ -9,11 +9,12 @@ import asyncio
 import math
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edge_node.mqtt.backlog import Backlog, Row
 from edge_node.mqtt.ledger.ledger import Ledger
+from edge_node.mqtt.ledger.outbox import repeated
 from edge_node.mqtt.ledger.records import LINK_BITS, Committed, Link, Outgoing
 from edge_node.mqtt.limits import MqttLimits
 from nearcast.backoff import full_jitter_s
@@ -127,7 +128,7 @@ class Publisher:
     def detach(self) -> None:
         """The connection is gone: what it did not confirm is sent again over the next one."""
         self._connection = None
-        self._lanes.put_back(self._in_flight.values())
+        self._lanes.put_back([_sent_before(row) for row in self._in_flight.values()])
         self._lanes.drop({UNSTORED})
         self._in_flight.clear()
         self._in_flight_bytes = 0
@@ -255,6 +256,15 @@ class Publisher:
         finally:
             self._forgetting = None
             self._progress.set()
+
+
+def _sent_before(row: Row[_Parcel]) -> Row[_Parcel]:
+    """An answer that is sent again says so; an event has its id."""
+    outgoing = row.item.outgoing
+    if outgoing.is_event:
+        return row
+    again = replace(outgoing, message=repeated(outgoing.message))
+    return replace(row, item=replace(row.item, outgoing=again))
 
 
 def _ignore_failure(letter: asyncio.Future[Any]) -> None:

@@ -49,6 +49,7 @@ class Outbox:
         self._links: dict[Link, int] = {link: LINK_BITS[link] for link in links}
         self._all = sum(self._links.values())
         self._opened = opened
+        self._left = 0
 
     @property
     def event_bytes(self) -> int:
@@ -63,6 +64,7 @@ class Outbox:
         """For each link the last row of each topic. What is owed to no link of this node any more goes."""
         connection.execute("UPDATE outbox SET links = links & ? WHERE links & ~?", (self._all, self._all))
         connection.execute("DELETE FROM outbox WHERE links = 0")
+        self._left = last_id(connection, "outbox")
         return {
             link: dict(connection.execute("SELECT topic, max(id) FROM outbox WHERE links & ? GROUP BY topic", (bit,)))
             for link, bit in self._links.items()
@@ -195,7 +197,8 @@ class Outbox:
             answer = msgspec.structs.replace(msgspec.msgpack.decode(reply, type=Reply), topic=topic)
             # An answer's deadline is an instant of its boot: after another one it has passed.
             expires = expires if boot == self._boot else -math.inf
-            return Outgoing(row, reply_message(answer, dedup=bool(dedup)), expires, links, size_bytes + len(reply))
+            may_be_sent = bool(dedup) or row <= self._left  # a former life may have sent it
+            return Outgoing(row, reply_message(answer, dedup=may_be_sent), expires, links, size_bytes + len(reply))
         decoded = msgspec.msgpack.decode(head or b"", type=_Head)
         message = Message(topic=topic, payload=payload or b"", content_type=decoded.content_type, user=decoded.user)
         expires = expires if boot == self._boot else self._opened + ttl
@@ -222,10 +225,19 @@ def last_id(connection: sqlite3.Connection, table: str) -> int:
 
 def reply_message(reply: Reply, *, dedup: bool) -> Message:
     """The answer as it is sent; `dedup` marks it as one to a repeated request."""
-    return Message(
+    message = Message(
         topic=reply.topic,
-        payload=mark_repeated(reply.content_type, reply.payload) if dedup else reply.payload,
+        payload=reply.payload,
         content_type=reply.content_type,
         correlation=reply.correlation,
-        user={**reply.user, "dedup": "1"} if dedup else reply.user,
+        user=reply.user,
     )
+    return repeated(message) if dedup else message
+
+
+def repeated(message: Message) -> Message:
+    """The same answer, saying that it may have come before."""
+    if "dedup" in message.user:
+        return message
+    payload = mark_repeated(message.content_type, message.payload)
+    return msgspec.structs.replace(message, payload=payload, user={**message.user, "dedup": "1"})

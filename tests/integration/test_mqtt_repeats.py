@@ -1,0 +1,78 @@
+"""An answer that may have been sent before says so, whether the link or the node had failed meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+
+from benchmarks.chaos_proxy import Proxy
+from benchmarks.chaos_wire import PUBACK
+from edge_node.broker import Broker
+from edge_node.broker.process import mosquitto_path
+from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.worker import MqttWorker
+from tests.integration.mqtt_parts import Device, Doubler, user_of
+
+X = np.ones((1, 2), dtype=np.float32).tobytes()
+FAST = MqttLimits(reconnect_base_s=0.02, reconnect_max_s=0.05, will_delay_s=0)
+
+
+class Deaf:
+    """A link on which the node does not hear that the broker has what it said."""
+
+    def __init__(self) -> None:
+        self.is_deaf = True
+        self.sessions = set()
+
+    def watch(self, session, is_client, frame):
+        self.sessions.add(session)
+        return b"" if self.is_deaf and not is_client and frame[0] >> 4 == PUBACK else frame
+
+
+@asynccontextmanager
+async def serving(port, folder):
+    handler = Doubler()
+    worker = MqttWorker(
+        handler, handler, node="n1", host="127.0.0.1", port=port, inbox=folder / "inbox.sqlite", limits=FAST
+    )
+    await worker.start()
+    try:
+        async with asyncio.timeout(10):
+            await worker.wait_connected()
+        yield handler
+    finally:
+        await worker.drain(0.0)
+
+
+@pytest.mark.skipif(mosquitto_path() is None, reason="mosquitto is not installed")
+async def test_what_is_sent_again_says_so(tmp_path):
+    broker, link = await Broker.start(tmp_path / "broker", kind="mosquitto"), Deaf()
+    try:
+        async with Proxy(broker.port, link.watch) as proxy:
+            with Device(broker.port, "d1") as device:
+                async with serving(proxy.port, tmp_path) as handler:
+                    correlation = device.ask(X)
+                    answers = [await device.answer()]
+                    for session in list(link.sessions):
+                        session.end()
+                    answers.append(await device.answer())
+                link.is_deaf = False
+                async with serving(proxy.port, tmp_path) as successor:
+                    answers.append(await device.answer())
+                    fresh = device.ask(2 * X)
+                    last = await device.answer()
+                async with serving(proxy.port, tmp_path):
+                    with pytest.raises(queue.Empty):  # the broker has confirmed all of it
+                        await asyncio.to_thread(device.reply, 0.15)
+    finally:
+        await broker.stop()
+    assert [user_of(answer).get("dedup") for answer in answers] == [None, "1", "1"]
+    assert {answer.properties.CorrelationData for answer in answers} == {correlation}
+    assert len({answer.payload for answer in answers}) == 1
+    assert len(handler.executed) == 1
+    assert (last.properties.CorrelationData, user_of(last).get("dedup")) == (fresh, None)
+    assert len(successor.executed) == 1
