@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
@@ -19,6 +20,9 @@ from nearcast.errors import Code, MeshError
 from nearcast.runtime import ExitCode, Shutdown
 from nearcast.runtime import run as run_process
 from router.serving_node import ServingNode, load_or_join
+
+if TYPE_CHECKING:
+    from nearcast.transport.mqtt.connection import ConnectionSettings
 
 
 def run(config: EdgeConfig, *, token: str = "") -> int:
@@ -98,6 +102,24 @@ async def devices(
         yield
 
 
+def upstream_of(config: EdgeConfig, node: str, tenant: str) -> ConnectionSettings | None:
+    """The upstream broker, if the tenant's messages go there: a connection of its own for each tenant."""
+    from nearcast.transport.mqtt.connection import ConnectionSettings, parse_url
+    from nearcast.transport.mqtt.tls import TlsFiles
+
+    upstream = config.mqtt.upstream
+    if not upstream.url or tenant not in upstream.tenants:
+        return None
+    host, port, _ = parse_url(upstream.url)
+    tls = None
+    if upstream.url.startswith("mqtts://"):
+        ca, certificate, key = (
+            Path(name) if name else None for name in (upstream.ca, upstream.certificate, upstream.key)
+        )
+        tls = TlsFiles(ca, certificate, key)
+    return ConnectionSettings(host=host, port=port, client_id=f"nearcast-{node}-{tenant}-up", tls=tls)
+
+
 @asynccontextmanager
 async def answering(
     config: EdgeConfig,
@@ -121,7 +143,14 @@ async def answering(
         port=port,
         inbox=config.ledger_path(tenants[0]),
         tenants=tenants,
-        limits=MqttLimits(pending_max=config.mqtt.pending_max, in_flight_max=config.mqtt.in_flight_max),
+        limits=MqttLimits(
+            pending_max=config.mqtt.pending_max,
+            in_flight_max=config.mqtt.in_flight_max,
+            outbox_bytes_max=config.mqtt.outbox_bytes_max,
+            inputs_bytes_max=config.mqtt.inputs_bytes_max,
+            when_full=config.mqtt.when_full,
+        ),
+        upstream=upstream_of(config, node.name, tenants[0]),
         registry=registry,
         durability=config.mqtt.durability,
         streams=config.streams,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -35,6 +35,35 @@ class TenantBrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True
             raise ValueError(f"{self.tenant!r} can be no tenant with certificates; use letters, digits, `_` and `-`")
 
 
+class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A second broker, to which the node forwards what streams bring about, and its dead letters: `[mqtt.upstream]`.
+
+    What cannot be forwarded waits on disk, within `outbox_bytes_max` and each event's own time to live.
+
+    Attributes:
+        url: `mqtt://host:port` or `mqtts://…`; "" = none.
+        ca: PEM file of whom its certificate must come from; "" = the machine's authorities. For `mqtts` only.
+        certificate, key: PEM files of who we are there.
+        tenants: whose messages it gets.
+    """
+
+    url: str = ""
+    ca: str = ""
+    certificate: str = ""
+    key: str = ""
+    tenants: tuple[str, ...] = (LOCAL,)
+
+    def __post_init__(self) -> None:
+        if not self.url:
+            return
+        if not self.url.startswith(("mqtt://", "mqtts://")) or self.url.rstrip("/").count("/") > 2:
+            raise ValueError(f"{self.url!r} is no broker; write it as mqtt://host:port or mqtts://host:port")
+        if bool(self.certificate) != bool(self.key):
+            raise ValueError("certificate and key go together")
+        if (self.ca or self.key) and not self.url.startswith("mqtts://"):
+            raise ValueError("ca, certificate and key need an upstream with mqtts://")
+
+
 class MqttConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The node's side of MQTT.
 
@@ -47,6 +76,11 @@ class MqttConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         tenant_brokers: brokers of tenants whose devices have certificates, beside `broker`.
         durability: `full` = what is accepted is on disk first, and answered after a crash; `none` = only the broker
             keeps a request until its answer is on its way.
+        metrics_interval_s: how often the node's metrics are published on its topic `metrics`; 0 = never.
+        upstream: a second broker for events and dead letters.
+        outbox_bytes_max: events that wait for a broker, on disk. inputs_bytes_max: streams' messages that wait for
+            their model, on disk.
+        when_full: `drop-oldest`, or `reject` = the new one goes. Either is counted and told of in a dead letter.
     """
 
     broker: str = ""
@@ -56,6 +90,11 @@ class MqttConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     in_flight_max: int = 64
     tenant_brokers: tuple[TenantBrokerConfig, ...] = ()
     durability: Literal["full", "none"] = "full"
+    metrics_interval_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    upstream: UpstreamConfig = UpstreamConfig()
+    outbox_bytes_max: Annotated[int, msgspec.Meta(ge=65_536)] = 256 * 1024 * 1024
+    inputs_bytes_max: Annotated[int, msgspec.Meta(ge=65_536)] = 256 * 1024 * 1024
+    when_full: Literal["drop-oldest", "reject"] = "drop-oldest"
 
     def __post_init__(self) -> None:
         names = [each.tenant for each in self.tenant_brokers]

@@ -22,8 +22,10 @@ class MqttMetrics:
         self._replayed = Counter(
             "nc_mqtt_duplicates", "Requests that came again with the same correlation.", registry=into
         )
-        self._dropped = Counter("nc_mqtt_replies_dropped", "Answers given up, by reason.", ["reason"], registry=into)
+        self._dropped = Counter("nc_mqtt_replies_dropped", "Messages given up, by reason.", ["reason"], registry=into)
         self._pending = Gauge("nc_mqtt_pending", "Requests accepted and not yet answered.", registry=into)
+        self._outbox = Gauge("nc_mqtt_outbox_bytes", "Events on disk that a link has not taken.", registry=into)
+        self._upstream = Gauge("nc_mqtt_upstream_connected", "1 while the upstream broker is there.", registry=into)
         self._connected = Gauge("nc_mqtt_connected", "1 while the broker is connected.", registry=into)
         self._unreadable = Counter("nc_mqtt_unreadable", "Messages that made no sense as MQTT.", registry=into)
         self._early = Counter(
@@ -46,9 +48,17 @@ class MqttMetrics:
         """A known request came again."""
         self._replayed.inc()
 
-    def dropped(self, reason: str) -> None:
-        """An answer will not reach its device."""
-        self._dropped.labels(reason).inc()
+    def dropped(self, reason: str, count: int = 1) -> None:
+        """Messages will not reach whom they were for."""
+        self._dropped.labels(reason).inc(count)
+
+    def watch_outbox(self, size_bytes: Callable[[], int]) -> None:
+        """What waiting events take on disk, asked for when somebody looks."""
+        self._outbox.set_function(size_bytes)
+
+    def upstream(self, *, up: bool) -> None:
+        """The upstream broker came or went."""
+        self._upstream.set(int(up))
 
     def watch_pending(self, count: Callable[[], int]) -> None:
         """Requests accepted and not yet answered, asked for when somebody looks."""
