@@ -102,6 +102,11 @@ class Batches:
             return Progress(0, error)
         state = await self._state_of(first)
         steps: list[Advance] = []
+        if plan.joins and len(rows) > 1:
+            effects = await self._runner.run_joined(plan, rows[:BATCH_MAX], state)
+            if effects:
+                steps = [_step(row, effect) for row, effect in zip(rows, effects, strict=False)]
+                return await self._commit(first.key, steps, effects[-1].state)
         failure, began = None, self._clock.monotonic()
         yielded = began
         for row in rows[:BATCH_MAX]:
@@ -149,6 +154,8 @@ class Batches:
         except MeshError as error:
             if not is_hopeless(error, tries, self._limits):
                 raise
+            if await self._runner.plan(row.input.stream, renew=True) != plan:  # the model is another one since
+                raise MeshError(Code.UNAVAILABLE, "The model has changed; the message is tried again.") from error
             _log.warning("a message of a stream was buried", stream=row.input.key, error=error.message)
             return Advance(row.id, buried=error.message), state
         except Exception as error:
@@ -156,7 +163,7 @@ class Batches:
                 raise MeshError(Code.INTERNAL, "The node failed on this message; see its log.") from error
             _log.exception("a message of a stream failed unexpectedly", stream=row.input.key)
             return Advance(row.id, buried="The node failed on this message; see its log."), state
-        return Advance(row.id, () if effect.event is None else (effect.event,)), effect.state
+        return _step(row, effect), effect.state
 
     async def _commit(
         self, key: str, steps: Sequence[Advance], state: StreamState | None, failure: MeshError | None = None
@@ -186,6 +193,10 @@ class Batches:
         self._states.move_to_end(key)
         if len(self._states) > self._limits.states_cached_max:
             self._states.popitem(last=False)
+
+
+def _step(row: StoredInput, effect: Effect) -> Advance:
+    return Advance(row.id, () if effect.event is None else (effect.event,))
 
 
 def is_hopeless(error: MeshError, tries: int, limits: MqttLimits) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -25,6 +26,9 @@ from nearcast.transport.mqtt import topics
 from nearcast.wire.message import NO_PARAMETERS
 from nearcast.wire.request import TensorRequest
 from nearcast.wire.tensors import Array
+
+JOINED_BYTES_MAX = 4 * 1024 * 1024
+PLAN_AGE_S_MAX = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +65,10 @@ class Runner:
         self._limits = limits
         self._clock = clock
         self._open_sequences = Recent(limits.sequences_max)
+        self._plans: dict[str, tuple[float, Plan]] = {}
 
-    async def plan(self, stream: str) -> Plan:
-        """How the stream's model is fed now.
+    async def plan(self, stream: str, *, renew: bool = False) -> Plan:
+        """How the stream's model is fed. The model is asked about its tensors once a second, or to `renew` the plan.
 
         Raises:
             MeshError: MODEL_NOT_FOUND, INVALID_REQUEST if definition and model do not fit, or what the directory says.
@@ -71,7 +76,14 @@ class Runner:
         definition = self.definitions.get(stream)
         if definition is None:
             raise MeshError(Code.INVALID_REQUEST, f"The stream {stream} is not configured any more.")
-        return make_plan(definition, await self._directory.metadata(definition.model, definition.version))
+        now = self._clock.monotonic()
+        if not renew and stream in self._plans:
+            made_at, known = self._plans[stream]
+            if known.definition is definition and now - made_at < PLAN_AGE_S_MAX:
+                return known
+        plan = make_plan(definition, await self._directory.metadata(definition.model, definition.version))
+        self._plans[stream] = now, plan
+        return plan
 
     async def run(self, plan: Plan, stored: StoredInput, state: StreamState) -> Effect:
         """Execute one message on the state that the one before has left.
@@ -80,30 +92,51 @@ class Runner:
             MeshError: INVALID_REQUEST, TOO_LARGE and the like if the message cannot be used, others if the model cannot
                 answer now. The state given still holds then.
         """
-        item = stored.input
-        state = _entered(state, item)
-        windows, rest = self._windows(plan, stored, state)
-        state = msgspec.structs.replace(state, rest=rest)
+        if _is_other_boot(state, stored.input):
+            self._open_sequences.discard(_sequence(plan, stored.input))
+        state, windows = self._cut(plan, stored, state)
         results: list[events.Result] = []
-        version = state.version
-        try:
-            for number, window in enumerate(windows):
-                async with asyncio.timeout(plan.definition.deadline_ms / 1e3):
-                    response, state = await self._run_window(plan, item, window, state)
-                version = response.served.version or response.version
-                state, found = _read(plan, response.decode(), state, version, number)
-                results += found
-        except TimeoutError as error:
-            raise MeshError(Code.DEADLINE, f"{plan.definition.model} did not answer within the deadline.") from error
-        if not len(windows):
-            return Effect(state)
-        return self._effect(plan, stored, state, results, version)
+        for number, window in enumerate(windows):
+            response, state = await self._run_window(plan, stored.input, window, state)
+            state, found = _read(plan, response.decode(), state, _version(plan, response), number)
+            results += found
+        return self._effect(plan, stored, state, results) if windows else Effect(state)
 
-    def _windows(self, plan: Plan, stored: StoredInput, state: StreamState) -> tuple[list[Array], bytes]:
-        definition = plan.definition
+    async def run_joined(self, plan: Plan, rows: Sequence[StoredInput], state: StreamState) -> list[Effect]:
+        """Execute several messages in one run of a model without state; no effect at all if that cannot be done."""
+        parts: list[tuple[StoredInput, StreamState, list[Array]]] = []
+        try:
+            cutting = state
+            for stored in rows:
+                cutting, windows = self._cut(plan, stored, cutting)
+                parts.append((stored, cutting, windows))
+            windows = [window for _, _, each in parts for window in each]
+            too_large = sum(window.nbytes for window in windows) > JOINED_BYTES_MAX
+            if len(windows) < 2 or too_large or len({window.shape[1:] for window in windows}) > 1:
+                return []
+            response = await self._ask(plan, rows[0].input, {plan.data.name: np.concatenate(windows)})
+        except MeshError:
+            return []
+        counts = [len(window) for window in windows]
+        answers = _split(response.decode(), counts)
+        effects: list[Effect] = []
+        for stored, entered, own in parts if answers else ():
+            # What was cut is known beforehand, what was shown only now.
+            state = msgspec.structs.replace(entered, recent=state.recent, shown=state.shown)
+            results: list[events.Result] = []
+            for number in range(len(own)):
+                state, found = _read(plan, answers.popleft(), state, _version(plan, response), number)
+                results += found
+            effects.append(self._effect(plan, stored, state, results) if own else Effect(state))
+            state = effects[-1].state
+        return effects
+
+    def _cut(self, plan: Plan, stored: StoredInput, state: StreamState) -> tuple[StreamState, list[Array]]:
+        """The windows that a message completes, and the state with the samples that are left."""
+        state = _entered(state, stored.input)
         if plan.shape is None:
-            return [read_tensor(plan, stored)], b""
-        samples = read_samples(plan, stored)
+            return state, [read_tensor(plan, stored)]
+        definition, samples = plan.definition, read_samples(plan, stored)
         parts = cut(rest_of(state, plan), samples, window=definition.window, hop=definition.step)
         if len(parts.windows) > self._limits.windows_max:
             raise MeshError(
@@ -111,7 +144,8 @@ class Runner:
                 f"The message completes {len(parts.windows)} windows; at most {self._limits.windows_max} are accepted.",
             )
         shape = plan.shape
-        return [np.ascontiguousarray(window).reshape(shape) for window in parts.windows], parts.rest.tobytes()
+        windows = [window.reshape(shape) for window in parts.windows]  # views: they may overlap by far
+        return msgspec.structs.replace(state, rest=parts.rest.tobytes()), windows
 
     async def _run_window(
         self, plan: Plan, item: Input, window: Array, state: StreamState
@@ -120,20 +154,16 @@ class Runner:
         if plan.stateful == "hidden":
             return await self._run_in_sequence(plan, item, window), state
         response = await self._ask(plan, item, {plan.data.name: window, **tensors_of(state, plan)})
-        version = response.served.version or response.version
-        if plan.feedback and state.version and version != state.version:
+        if plan.feedback and state.version not in ("", _version(plan, response)):
             # What another version has remembered means nothing to this one: it begins anew, with the same window.
             state = msgspec.structs.replace(state, version="", tensors={}, recent=())
             response = await self._ask(plan, item, {plan.data.name: window, **tensors_of(state, plan)})
         return response, state
 
     async def _run_in_sequence(self, plan: Plan, item: Input, window: Array) -> InferResponse:
-        """A model with hidden state: the stream is a sequence of its own, which begins anew after a restart.
-
-        The name cannot be that of a sequence of requests, whose names are the device's or continue it with a slash.
-        """
-        name = f"{item.device}:{item.stream}"
-        key = (item.tenant, plan.definition.model, name)
+        """A model with hidden state: the stream is a sequence of its own, which begins anew after a restart."""
+        key = _sequence(plan, item)
+        name = key[-1]
         start = key not in self._open_sequences
         inputs = {plan.data.name: window}
         self._open_sequences.discard(key)  # a run that fails leaves a state that nobody knows
@@ -150,6 +180,11 @@ class Runner:
     async def _ask(
         self, plan: Plan, item: Input, inputs: Tensors, parameters: Mapping[str, Parameter] = NO_PARAMETERS
     ) -> InferResponse:
+        """One run of the model.
+
+        Raises:
+            MeshError: DEADLINE after the time that the definition grants, or what the handler says.
+        """
         definition = plan.definition
         request = TensorRequest(
             model=definition.model, version=definition.version, inputs=inputs, parameters=parameters
@@ -160,11 +195,13 @@ class Runner:
             principal=f"device:{item.tenant}/{item.device}",
             trace=item.user.get("traceparent", ""),
         )
-        return await self._handler.infer(request, context)
+        try:
+            async with asyncio.timeout(definition.deadline_ms / 1e3):
+                return await self._handler.infer(request, context)
+        except TimeoutError as error:
+            raise MeshError(Code.DEADLINE, f"{definition.model} did not answer within the deadline.") from error
 
-    def _effect(
-        self, plan: Plan, stored: StoredInput, state: StreamState, results: list[events.Result], version: str
-    ) -> Effect:
+    def _effect(self, plan: Plan, stored: StoredInput, state: StreamState, results: list[events.Result]) -> Effect:
         item, definition = stored.input, plan.definition
         shown = events.class_names(results)
         if definition.emit == "change" and shown == state.shown:
@@ -178,7 +215,7 @@ class Runner:
             device=item.device,
             stream=item.stream,
             model=definition.model,
-            version=version,
+            version=state.version.rpartition("@")[-1],
             latency_ms=None if latency_ms is None else round(latency_ms, 3),
             results=events.strongest(results),
         )
@@ -194,10 +231,36 @@ def _entered(state: StreamState, item: Input) -> StreamState:
     """The state that a message meets: nothing after a reboot of the device, no half window behind a gap."""
     if item.seq is None:
         return state
-    if item.boot != state.boot:
+    if _is_other_boot(state, item):
         return StreamState(boot=item.boot, seq=item.seq, shown=state.shown)
     is_next = state.seq is None or item.seq == state.seq + 1
     return msgspec.structs.replace(state, seq=item.seq, **({} if is_next else {"rest": b""}))
+
+
+def _is_other_boot(state: StreamState, item: Input) -> bool:
+    return item.seq is not None and item.boot != state.boot
+
+
+def _version(plan: Plan, response: InferResponse) -> str:
+    """Which model made a state: another one, or another version, cannot go on with it."""
+    return f"{plan.definition.model}@{response.served.version or response.version}"
+
+
+def _sequence(plan: Plan, item: Input) -> tuple[str, str, str]:
+    """Tenant, model and name. The name cannot be that of a sequence of requests: those continue with a slash."""
+    return item.tenant, plan.definition.model, f"{item.device}:{item.stream}"
+
+
+def _split(outputs: Tensors, counts: Sequence[int]) -> deque[dict[str, Array]]:
+    """The outputs of each of several joined inputs; none if an output has not a row for each of theirs."""
+    rows = sum(counts)
+    if any(array.shape[:1] != (rows,) for array in outputs.values()):
+        return deque()
+    ends = np.cumsum(counts)
+    return deque(
+        {name: array[end - count : end] for name, array in outputs.items()}
+        for end, count in zip(ends.tolist(), counts, strict=True)
+    )
 
 
 def _read(

@@ -25,6 +25,8 @@ from nearcast.transport import eager
 from nearcast.transport.mqtt.message import Message
 
 STORE_RETRY_S = 0.2
+WEIGHT_BYTES = 64 * 1024
+"""A message of this size counts as another one."""
 _log = get_logger("nearcast.mqtt")
 
 
@@ -34,7 +36,7 @@ class _Lane:
 
     Attributes:
         waiting: the next messages, in order.
-        left_out: first and last row that were not kept in memory while the stream rested; they follow `waiting`.
+        left_out: first and last row of those that were let go while the stream rested; they follow `waiting`.
         suspects: so many of the next messages may have been running when the node crashed.
         tries: failed runs of the first message. failures: of any kind, since something last succeeded.
         rests: it waits before it tries again.
@@ -174,12 +176,12 @@ class StreamService:
         if lane is None:
             lane = self._lanes[key] = _Lane(key, suspects=BATCH_MAX if key in self._suspected else 0)
             self._suspected.discard(key)
-        if lane.left_out is not None or (lane.rests and len(lane.waiting) >= BATCH_MAX):
+        if lane.rests or lane.left_out is not None:
+            # A stream that cannot go on must not take the place of those that can: the store has its messages.
             lane.left_out = (stored.id if lane.left_out is None else lane.left_out[0], stored.id)
             return
         lane.waiting.append(stored)
-        if not lane.rests:  # a stream that cannot go on must not take the place of those that can
-            self._in_hand += 1
+        self._in_hand += _weight(stored)
         if is_idle:
             self._spawn(self._run_lane(lane))
 
@@ -221,21 +223,24 @@ class StreamService:
         except MeshError as error:
             progress = Progress(0, error)
         for _ in range(progress.done):
-            lane.waiting.popleft()
-        self._in_hand -= progress.done
+            self._in_hand -= _weight(lane.waiting.popleft())
         if progress.done:
             lane.suspects = max(0, lane.suspects - progress.done)
             lane.tries = lane.failures = 0
         return progress.failure
 
     def _rest(self, lane: _Lane, failure: MeshError) -> None:
-        """Try again later; what the stream has in hand makes room for others meanwhile."""
+        """Try again later; what the stream has in hand is let go meanwhile."""
         level = _log.warning if lane.failures == 0 else _log.debug
         level("a stream waits for its model", stream=lane.key, error=str(failure))
         lane.tries += failure.code in (Code.INTERNAL, Code.DEADLINE)
         lane.failures += 1
         lane.rests = True
-        self._in_hand -= len(lane.waiting)
+        if lane.waiting:
+            last = lane.waiting[-1].id if lane.left_out is None else lane.left_out[1]
+            lane.left_out = (lane.waiting[0].id, last)
+            self._in_hand -= sum(map(_weight, lane.waiting))
+            lane.waiting.clear()
         limits = self._limits
         base_s, max_s = limits.input_retry_base_s, limits.input_retry_max_s
         delay_s = full_jitter_s(lane.failures, self._generator, base_s=base_s, max_s=max_s)
@@ -244,12 +249,11 @@ class StreamService:
 
     def _rise(self, lane: _Lane) -> None:
         lane.rests = False
-        self._in_hand += len(lane.waiting)
         if not self._closing:
             self._spawn(self._run_lane(lane))
 
     async def _read_left_out(self, lane: _Lane) -> None:
-        """Bring back from the store what was not kept while the stream rested.
+        """Bring back from the store what was let go while the stream rested.
 
         Raises:
             MeshError: UNAVAILABLE if the store cannot be read.
@@ -260,7 +264,7 @@ class StreamService:
         last = lane.left_out[1]  # more may have come meanwhile
         found = [stored for stored in page.rows if stored.input.key == lane.key and stored.id <= last]
         lane.waiting.extend(found)
-        self._in_hand += len(found)
+        self._in_hand += sum(map(_weight, found))
         lane.left_out = None if page.through >= last else (page.through + 1, last)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
@@ -268,3 +272,8 @@ class StreamService:
         if task is not None:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+
+def _weight(stored: StoredInput) -> int:
+    """What a message takes of `inputs_in_hand_max`: that bounds bytes too."""
+    return 1 + len(stored.payload) // WEIGHT_BYTES

@@ -16,7 +16,7 @@ class StreamState(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         boot, seq: the device's count of the last message; "" and None where it keeps none.
-        version: of the model that made the tensors; "" = nothing has run yet.
+        version: model@version that made the tensors; "" = nothing has run yet.
         rest: samples that no window has ended on yet, in the model's type.
         tensors: values of the inputs that are fed back, raw.
         recent: the last scores of each class, for their mean.
