@@ -13,15 +13,20 @@ from prometheus_client import CollectorRegistry
 from edge_node.broker import Broker, keep_alive
 from edge_node.broker.tenant import tenant_folder
 from edge_node.broker.tenant_broker import TenantBroker
+from edge_node.clock import open_clock
 from edge_node.config import EdgeConfig
+from edge_node.mqtt.streams.definition import by_name
 from edge_node.tenant_metrics import TenantMetrics
 from nearcast import telemetry
+from nearcast.clock import SYSTEM_CLOCK
 from nearcast.errors import Code, MeshError
 from nearcast.runtime import ExitCode, Shutdown
 from nearcast.runtime import run as run_process
 from router.serving_node import ServingNode, load_or_join
 
 if TYPE_CHECKING:
+    from edge_node.mqtt.management import Management
+    from edge_node.mqtt.shadow import NodeSettings
     from nearcast.transport.mqtt.connection import ConnectionSettings
 
 
@@ -120,6 +125,23 @@ def upstream_of(config: EdgeConfig, node: str, tenant: str) -> ConnectionSetting
     return ConnectionSettings(host=host, port=port, client_id=f"nearcast-{node}-{tenant}-up", tls=tls)
 
 
+def management_of(config: EdgeConfig, node: ServingNode, tenant: str, registry: CollectorRegistry) -> Management:
+    """What the node says about itself on the broker of a tenant."""
+    from edge_node.mqtt.ledger.ledger import boot_identity
+    from edge_node.mqtt.management import Management
+
+    return Management(
+        node.name,
+        tenant,
+        boot=boot_identity(),
+        clock=open_clock(node.data_dir, SYSTEM_CLOCK),
+        inventory=lambda: node.host.report().versions,
+        registry=registry,
+        metrics_interval_s=config.mqtt.metrics_interval_s,
+        shadow=config.ledger_path(tenant).with_name("shadow.json"),
+    )
+
+
 @asynccontextmanager
 async def answering(
     config: EdgeConfig,
@@ -135,6 +157,7 @@ async def answering(
     from nearcast.transport.mqtt.connection import parse_url
 
     host, port, _ = parse_url(broker)
+    management = management_of(config, node, tenants[0], registry)
     worker = MqttWorker(
         node.router,
         node.router,
@@ -155,7 +178,17 @@ async def answering(
         durability=config.mqtt.durability,
         streams=config.streams,
         tls=None if own is None else own.tls,
+        management=management,
+        sees_mesh=lambda: node.sees_mesh,
     )
+
+    def fulfil(wish: NodeSettings) -> None:
+        worker.streams.redefine(by_name(config.streams if wish.streams is None else wish.streams))
+        if own is None:
+            telemetry.set_level(wish.log_level or config.telemetry.level)
+
+    fulfil(management.settings)
+    management.on_wish = fulfil
     await worker.start()
     try:
         yield
