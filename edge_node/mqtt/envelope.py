@@ -110,12 +110,10 @@ def refusal_of(request: Request, status: int, code: Code, reason: str, *, retry_
 
 
 def _error_body(accept: str, reason: str) -> tuple[str, bytes]:
-    """A body only where the client reads a self-describing one anyway: for the others the properties say it all."""
-    if accept == types.JSON:
-        return types.JSON, msgspec.json.encode({"error": reason})
+    """A body for people who look at payloads alone; devices read the properties, which say more."""
     if accept == types.CBOR:
         return types.CBOR, cbor2.dumps({"error": reason})
-    return "", b""
+    return types.JSON, msgspec.json.encode({"error": reason})
 
 
 def _id(request: Request) -> str:

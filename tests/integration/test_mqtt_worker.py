@@ -148,7 +148,7 @@ async def test_old_device_speaks_mqtt_3_1_1(broker, tmp_path):
             got = json.loads((await device.answer()).payload)
             assert got["status"] == 415
     assert len(handler.executed) == 1
-    assert got["error"].endswith("publish CBOR to …/cbor and raw bytes to …/bin.")
+    assert got["error"].endswith("publish raw bytes to …/bin and a CBOR map to …/cbor.")
     assert handler.contexts[0].deadline - time.monotonic() < 5
 
 

@@ -114,7 +114,7 @@ def test_the_format_is_the_content_type_or_else_the_topics_last_level(suffix, fi
         ({"user": {"note": "x" * 4096}}, 400, "4096 characters"),
         ({"response_topic": "nc/v1/local/cam/down/a/b/c/d"}, 403, "8 levels"),
         ({"content_type": "image/png", "payload": b"x" * 33}, 413, "at most 32 are accepted"),
-        ({"topic": TOPIC + "/cbor", "user": {}, "payload": b"\xff"}, 415, "…/cbor"),
+        ({"topic": TOPIC + "/cbor", "user": {}, "payload": b"\xff"}, 415, "a CBOR map to …/cbor"),
         ({"topic": TOPIC + "/cbor", "user": {}, "payload": b"\xa1\x66ttl_ms\x00"}, 400, "ttl-ms"),
     ],
 )

@@ -6,6 +6,7 @@ import struct
 import wave
 
 import cbor2
+import msgspec
 import numpy as np
 import pytest
 
@@ -81,7 +82,7 @@ def test_typed_arrays_of_rfc_8746(data, datatype, shape, elements):
         ({"dtype": "FP64", "data": cbor2.CBORTag(85, bytes(8))}, "another type"),
         ({"dtype": "FLOAT", "data": bytes(8)}, "use one of"),
         (b"123", "no whole number of FP32"),
-        (bytes(12), "state the shape"),
+        (bytes(12), "3 elements of FP32 do not fill [-1, 2] of 'x'; send a multiple of 2."),
         (None, "cannot hold"),
     ],
 )
@@ -115,6 +116,9 @@ def test_the_long_form_of_cbor_has_outputs_and_parameters():
     request = payloads.decode_request(cbor2.dumps(body), types.CBOR, PAIR)
     assert request.decode()["x"].tolist() == X.tolist()
     assert (request.requested_outputs(), request.parameters, request.id) == (("y",), {"threshold": 0.5}, "a")
+    without = msgspec.structs.replace(PAIR, envelope=True)
+    flat = {"id": "a", "ttl_ms": 5, "x": X.tobytes()}
+    assert decoded(cbor2.dumps(flat), types.CBOR, without)["x"].tolist() == X.tolist()
     own = asked(TensorSpec("inputs", "FP32", (-1, 2)))
     assert decoded(cbor2.dumps({"inputs": X.tobytes()}), types.CBOR, own)["inputs"].tolist() == X.tolist()
 

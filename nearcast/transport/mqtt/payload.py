@@ -123,7 +123,10 @@ def _encode_file(request: InferRequest) -> tuple[bytes, Properties]:
 
 
 def _decode_protobuf(payload: bytes, asked: Asked) -> InferRequest:
-    sent = WireRequest(payload)
+    try:
+        sent = WireRequest(payload)
+    except MeshError as error:
+        raise MeshError(error.code, f"The payload is no ModelInferRequest. {error.message}") from error
     if sent.model not in ("", asked.model):
         raise MeshError(
             Code.INVALID_REQUEST, f"The payload names model '{sent.model[:64]}', the topic names '{asked.model}'."

@@ -3,8 +3,8 @@
 A tensor is a map of `dtype`, `shape` and `data`, or `data` alone. `data` is bytes (little-endian and row-major), a
 typed array (RFC 8746: tags 64 to 87, with its dimensions below tag 40 or 1040), or an array of numbers or texts; what
 `dtype` and `shape` leave out is the model's own. Of BYTES, `data` is the only element or an array of all, unframed.
-Where the model has no input called `inputs`, a map with that key is the long form; devices without properties always
-send it, with `id` and `ttl_ms`.
+Where the model has no input called `inputs`, a map with that key is the long form. Devices without properties put `id`
+and `ttl_ms` beside the tensors, or beside `inputs`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from nearcast.wire.tensors import Array, datatype_of, dtype_of, elements_of, fro
 
 DEPTH_MAX = DIMENSIONS_MAX + 8
 TENSORS_MAX = 1024
+ENVELOPE_FIELDS = ("id", "ttl_ms", "model_version")
+"""What a device without properties says beside its tensors."""
 _TYPED_ARRAYS = range(64, 88)
 _ROW_MAJOR, _COLUMN_MAJOR, _HOMOGENEOUS, _SELF_DESCRIBED = 40, 1040, 41, 55799
 
@@ -56,12 +58,14 @@ def decode_request(payload: bytes, asked: Asked) -> InferRequest:
     """
     body = load_map(payload)
     specs = {spec.name: spec for spec in asked.metadata.inputs}
-    long = _LongForm(inputs=body)
-    if asked.envelope or ("inputs" in body and "inputs" not in specs):
+    if "inputs" in body and "inputs" not in specs:
         try:
             long = msgspec.convert(body, _LongForm)
         except msgspec.ValidationError as error:
             raise MeshError(Code.INVALID_REQUEST, f"The CBOR is no inference request: {error}.") from error
+    else:
+        head = ENVELOPE_FIELDS if asked.envelope else ()
+        long = _LongForm({name: value for name, value in body.items() if name not in head})
     return TensorRequest(
         model=asked.model,
         version=asked.version,

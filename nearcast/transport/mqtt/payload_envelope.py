@@ -40,11 +40,13 @@ def read_head(payload: bytes, content_type: str) -> Head:
         if content_type == types.CBOR:
             return msgspec.convert(payload_cbor.load_map(payload), Head)
         return msgspec.json.decode(payload, type=Head)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, MeshError) as error:
+    except msgspec.ValidationError as error:
+        raise MeshError(Code.UNSUPPORTED, f"The payload is no request: {error}.") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, MeshError) as error:
         raise MeshError(
             Code.UNSUPPORTED,
             "Without a Content Type the payload must be JSON like "
-            '{"id": "1", "ttl_ms": 5000, "inputs": […]}; publish CBOR to …/cbor and raw bytes to …/bin.',
+            '{"id": "1", "ttl_ms": 5000, "inputs": […]}; publish raw bytes to …/bin and a CBOR map to …/cbor.',
         ) from error
 
 

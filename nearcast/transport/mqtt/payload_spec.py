@@ -81,9 +81,10 @@ def fit_shape(spec: TensorSpec, elements: int) -> tuple[int, ...]:
     for size in spec.shape:
         fixed *= size if size >= 0 else 1
     if len(free) > 1 or not fixed or not elements or elements % fixed:
+        what = "state its shape" if len(free) > 1 else f"send a multiple of {fixed}"
         raise MeshError(
             Code.INVALID_REQUEST,
-            f"{elements} elements do not fill {spec.datatype} {list(spec.shape)} of '{spec.name}'; state the shape.",
+            f"{elements} elements of {spec.datatype} do not fill {list(spec.shape)} of '{spec.name}'; {what}.",
         )
     return tuple(elements // fixed if size < 0 else size for size in spec.shape)
 
