@@ -107,7 +107,7 @@ def test_paho_with_mqtt_5(fleet):
         reply = device.reply()
     user = user_of(reply)
     assert (user["status"], user["model-version"], user["dtype"], user["shape"]) == ("200", "1", "FP32", "1,10")
-    assert user["served-by"] in EDGES
+    assert (user["served-by"], user["node"] in EDGES) == ("edge", True)
     assert reply.properties.CorrelationData == key
     assert int(np.frombuffer(reply.payload, "<f4").argmax()) == 5
 
