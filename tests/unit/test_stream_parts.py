@@ -184,24 +184,24 @@ def test_an_event_is_named_by_the_devices_own_count():
 def test_the_best_class_counts_if_it_reaches_the_threshold():
     metadata = dataclasses.replace(SILERO, properties={"stateful": "explicit", "labels": "cat\ndog"})
     plan = make_plan(StreamDefinition(name="mic", model="vad", window=576, threshold=0.5), metadata)
-    assert events.best_class(np.array([0.2, 0.7]), plan, 3) == [events.Result(class_name="dog", score=0.7, window=3)]
-    assert events.best_class(np.array([0.2, 0.4]), plan, 0) == []
-    assert events.best_class(np.array([math.nan]), plan, 0) == []
-    assert events.best_class(np.array([]), plan, 0) == []
+    assert events.best_class([0.2, 0.7], plan, 3) == [events.Result(class_name="dog", score=0.7, window=3)]
+    assert events.best_class([0.2, 0.4], plan, 0) == []
+    assert events.best_class([math.nan], plan, 0) == []
+    assert events.best_class([], plan, 0) == []
     unnamed = make_plan(MIC, SILERO)
-    assert events.best_class(np.array([0.5]), unnamed, 0)[0].class_name == "vad"
-    assert events.best_class(np.array([0.1, 0.5]), unnamed, 0)[0].class_name == "1"
+    assert events.best_class([0.5], unnamed, 0)[0].class_name == "vad"
+    assert events.best_class([0.1, 0.5], unnamed, 0)[0].class_name == "1"
 
 
 def test_scores_are_averaged_over_windows_and_silence_precedes_the_first():
-    recent, mean = events.mean_scores((), np.array([0.9]), 3)
-    assert mean.tolist() == pytest.approx([0.3])
-    recent, mean = events.mean_scores(recent, np.array([0.6]), 3)
-    recent, mean = events.mean_scores(recent, np.array([0.3]), 3)
-    recent, mean = events.mean_scores(recent, np.array([0.0]), 3)
+    recent, mean = events.mean_scores((), [0.9], 3)
+    assert mean == pytest.approx([0.3])
+    recent, mean = events.mean_scores(recent, [0.6], 3)
+    recent, mean = events.mean_scores(recent, [0.3], 3)
+    recent, mean = events.mean_scores(recent, [0.0], 3)
     assert recent == ((0.6,), (0.3,), (0.0,))
-    assert mean.tolist() == pytest.approx([0.3])
-    assert events.mean_scores(recent, np.array([1.0, 2.0]), 3)[0] == ((1.0, 2.0),)
+    assert mean == pytest.approx([0.3])
+    assert events.mean_scores(recent, [1.0, 2.0], 3)[0] == ((1.0, 2.0),)
 
 
 def test_a_detector_gives_its_boxes():

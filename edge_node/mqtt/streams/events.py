@@ -8,13 +8,11 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from edge_node.mqtt.streams.plan import Plan
 from nearcast.errors import Code, MeshError
 from nearcast.handler import Tensors
 
-Scores = npt.NDArray[Any]
 BOXES, BOX_SCORES, BOX_CLASSES = "boxes", "scores", "classes"
 RESULTS_MAX = 256
 """Of one message; the best ones stay."""
@@ -78,7 +76,7 @@ def read_boxes(outputs: Tensors, plan: Plan, window: int) -> list[Result] | None
     ]
 
 
-def read_scores(outputs: Tensors, plan: Plan) -> Scores:
+def read_scores(outputs: Tensors, plan: Plan) -> list[float]:
     """The scores of all classes, flat.
 
     Raises:
@@ -88,26 +86,27 @@ def read_scores(outputs: Tensors, plan: Plan) -> Scores:
     names = [name for name in outputs if name not in fed_back]
     if len(names) != 1:
         raise MeshError(Code.INVALID_REQUEST, f"A stream's model gives one output of scores, not {', '.join(names)}.")
-    scores: Scores = outputs[names[0]].reshape(-1).astype(np.float64) * plan.definition.score_scale
-    return scores
+    scores: list[float] = outputs[names[0]].reshape(-1).tolist()
+    scale = plan.definition.score_scale
+    return scores if scale == 1.0 else [score * scale for score in scores]
 
 
 def mean_scores(
-    recent: Sequence[Sequence[float]], scores: Scores, count: int
-) -> tuple[tuple[tuple[float, ...], ...], Scores]:
+    recent: Sequence[Sequence[float]], scores: Sequence[float], count: int
+) -> tuple[tuple[tuple[float, ...], ...], Sequence[float]]:
     """The scores to keep for the next window, and the mean over the last `count` windows."""
     if count == 1:
         return (), scores
-    kept = (*(tuple(entry) for entry in recent if len(entry) == len(scores)), tuple(scores.tolist()))[-count:]
-    mean: Scores = np.sum(kept, axis=0) / count  # windows before the first count as zero: nothing was heard in them
-    return kept, mean
+    kept = (*(tuple(entry) for entry in recent if len(entry) == len(scores)), tuple(scores))[-count:]
+    # Windows before the first one count as zero: nothing was heard in them.
+    return kept, [sum(entries) / count for entries in zip(*kept, strict=True)]
 
 
-def best_class(scores: Scores, plan: Plan, window: int) -> list[Result]:
+def best_class(scores: Sequence[float], plan: Plan, window: int) -> list[Result]:
     """The class with the highest score, if it reaches the threshold."""
-    if not len(scores):
+    if not scores:
         return []
-    best = int(np.argmax(scores))
+    best = max(range(len(scores)), key=scores.__getitem__)  # numpy's would let the GIL go for nothing
     if not scores[best] >= plan.definition.threshold:  # a score that is no number reaches nothing
         return []
     return [Result(class_name=_label(plan, best, len(scores)), score=_rounded(scores[best]), window=window)]
