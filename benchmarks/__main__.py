@@ -51,6 +51,8 @@ NAMES = (
     "agent_idle",
     "fanout",
     "storm",
+    "device_streams",
+    "mqtt",
 )
 PACKAGES = (
     "nearcast",
