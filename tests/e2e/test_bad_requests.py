@@ -13,6 +13,7 @@ import grpc
 import numpy as np
 import pytest
 
+from nearcast.transport.mqtt.status import STATUS
 from nearcast.wire.request import TensorRequest
 from nearcast.wire.v1 import oip_pb2
 from tests.e2e.fleet import ask_http, image, image_json
@@ -119,7 +120,7 @@ def test_over_mqtt_and_nothing_good_between_is_lost(fleet):
             assert user["status"] == "200", user
             require_seven(reply.payload)
         else:
-            assert (user["status"], user["code"]) == (str(bad.http), bad.code)
+            assert (user["status"], user["code"]) == (str(STATUS[bad.code]), bad.code)
             require_clear(user["status-message"], bad)
 
 
