@@ -22,7 +22,6 @@ from nearcast.transport.mqtt.connection import Connection
 from nearcast.transport.mqtt.message import Message
 
 WATCH_INTERVAL_S = 1.0
-"""How often a node looks whether something about it has changed."""
 INVENTORY_MAX = 256
 METRICS_MAX = 512
 """Versions and metrics named in one message."""
@@ -44,6 +43,7 @@ class Management:
         metrics_interval_s: seconds between two messages on `metrics`; 0 = none, which is the default: a bus belongs to
             its devices.
         shadow: file of the last wish; None = it is forgotten at the end.
+        watch_interval_s: how often it looks whether something about it has changed.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Management:
         registry: CollectorRegistry | None = None,
         metrics_interval_s: float = 0.0,
         shadow: Path | None = None,
+        watch_interval_s: float = WATCH_INTERVAL_S,
     ) -> None:
         self._node = node
         self._tenant = tenant
@@ -66,6 +67,7 @@ class Management:
         self._registry = registry
         self._metrics_interval_s = metrics_interval_s
         self._path = shadow
+        self._watch_interval_s = watch_interval_s
         self._shadow = _load(shadow)
         self._connection: Connection | None = None
         self._said_clock: bool | None = None
@@ -123,7 +125,7 @@ class Management:
     async def watch(self) -> None:
         """Say what changes, for ever."""
         while True:
-            await asyncio.sleep(WATCH_INTERVAL_S)
+            await asyncio.sleep(self._watch_interval_s)
             if self._clock is not None:
                 self._clock.verified(self._clock.read())
             self._say_what_changed()
