@@ -194,7 +194,7 @@ async def says_online_and_is_silent(broker: Broker) -> set[str]:
     await pretender.open()
     pretender.publish(Message(topic="nc/v1/local/node/n1/state", payload=b'{"state":"online"}', retain=True))
     try:
-        return await failing(subject_of(broker.port, "j"))
+        return await failing(subject_of(broker.port, "j"), limits=msgspec.structs.replace(FAST, answer_timeout_s=1.0))
     finally:
         await pretender.close()
 
