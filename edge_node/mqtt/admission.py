@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import msgspec
 
@@ -196,16 +197,16 @@ def _read(
 
 def _ttl_ms(stated: str | None, expiry_s: int | None, limits: MqttLimits) -> float:
     """The smaller of `ttl-ms` and the remaining Message Expiry; the default where neither is given."""
-    bounds = [] if expiry_s is None else [expiry_s * 1000.0]
-    if stated is not None:
-        try:
-            value = float(stated)
-        except ValueError:
-            value = -1.0
-        if not 0.0 < value < float("inf"):
-            raise MeshError(Code.INVALID_REQUEST, "ttl-ms must be a positive number of milliseconds.")
-        bounds.append(value)
-    return min(limits.ttl_max_ms, *bounds, *([] if bounds else [limits.ttl_default_ms]))
+    bound_ms = limits.ttl_max_ms if expiry_s is None else min(limits.ttl_max_ms, expiry_s * 1000.0)
+    if stated is None:
+        return bound_ms if expiry_s is not None else min(bound_ms, limits.ttl_default_ms)
+    try:
+        value_ms = float(stated)
+    except ValueError:
+        value_ms = -1.0
+    if not 0.0 < value_ms < inf:
+        raise MeshError(Code.INVALID_REQUEST, "ttl-ms must be a positive number of milliseconds.")
+    return min(bound_ms, value_ms)
 
 
 def _digest(model: str, version: str, form: str, message: Message) -> bytes:

@@ -65,11 +65,12 @@ def follow(last: Position, boot: str, seq: int | None) -> Step | None:
 
 def digest_of(fields: Iterable[tuple[str, str]], payload: bytes) -> bytes:
     """32 bytes that bind a correlation to one request: SHA-256 over length-prefixed fields, then the payload."""
-    state = hashlib.sha256()
-    for name, value in fields:
-        for text in (name.encode(), value.encode()):
-            state.update(len(text).to_bytes(4, "big"))
-            state.update(text)
-    state.update(b"\xff\xff\xff\xff")
+    pieces: list[bytes] = []
+    for field in fields:
+        for text in field:
+            encoded = text.encode()
+            pieces += (len(encoded).to_bytes(4, "big"), encoded)
+    pieces.append(b"\xff\xff\xff\xff")
+    state = hashlib.sha256(b"".join(pieces))
     state.update(payload)
     return state.digest()

@@ -15,7 +15,9 @@ ENVELOPE_CBOR = "application/vnd.nearcast+cbor"
 """Answers to devices without properties: what a property would say stands in the body."""
 SUFFIXES = {"json": JSON, "cbor": CBOR, "bin": OCTETS}
 """The last level of a request's topic, and the format that it announces."""
-_ALIASES = {
+_NAMES = {
+    **{kind: kind for kind in REQUEST_TYPES},
+    "": "",
     "application/protobuf": PROTOBUF,
     "application/vnd.google.protobuf": PROTOBUF,
     "audio/vnd.wave": WAV,
@@ -28,8 +30,10 @@ _ALIASES = {
 
 def media_type(content_type: str) -> str:
     """The format that a Content Type names, without its parameters: `application/x-protobuf; messageType=…`."""
+    if content_type in _NAMES:
+        return _NAMES[content_type]
     name = content_type.partition(";")[0].strip().lower()
-    return _ALIASES.get(name, name)
+    return _NAMES.get(name, name)
 
 
 def reply_type(request_type: str) -> str:

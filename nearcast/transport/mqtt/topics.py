@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, TypeAlias
+
+import msgspec
 
 from nearcast.errors import Code, MeshError
 from nearcast.transport.mqtt.content_types import SUFFIXES
@@ -13,17 +15,19 @@ ID_PATTERN = r"[a-z0-9_-]{1,64}"
 VERSION_PATTERN = r"[0-9A-Za-z._-]{1,64}"
 TOPIC_LENGTH_MAX = 512
 TOPIC_LEVELS_MAX = 8
+TOPICS_MAX = 4096
+"""Request topics of which is remembered what they name: devices ask the same again and again."""
 RESERVED_DEVICES = frozenset({"node", "dlq"})
 NodeLeaf: TypeAlias = Literal["state", "models", "metrics", "desired", "reported"]
 _ID = re.compile(ID_PATTERN)
 _REQUEST = re.compile(rf"nc/v1/({ID_PATTERN})/({ID_PATTERN})/up/infer/([^/]*)(?:/([^/]*))?")
 _DATA = re.compile(rf"nc/v1/({ID_PATTERN})/({ID_PATTERN})/up/data/({ID_PATTERN})")
 _VERSION = re.compile(VERSION_PATTERN)
+_BELOW = re.compile(r"[^+#\0]+")
 _MODEL = re.compile(rf"({ID_PATTERN})(?:@({VERSION_PATTERN}))?")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestTopic:
+class RequestTopic(msgspec.Struct, frozen=True, kw_only=True):
     """A request's topic. `model` is "" where the topic names none: the device is known and can be told.
 
     `suffix` is the last level of a device that cannot send a Content Type: `json`, `cbor` or `bin`; "" = none.
@@ -67,6 +71,11 @@ def require_id(text: str, what: str) -> str:
 
 def parse_request(topic: str) -> RequestTopic | None:
     """Split a request's topic; None if tenant or device cannot be read from it, so that nobody can be answered."""
+    return _parse_request(topic) if len(topic) <= TOPIC_LENGTH_MAX else None
+
+
+@lru_cache(TOPICS_MAX)
+def _parse_request(topic: str) -> RequestTopic | None:
     found = _REQUEST.fullmatch(topic)
     if found is None:
         return None
@@ -104,6 +113,12 @@ def suffixed_filter(tenant: str) -> str:
     return f"{request_filter(tenant)}/+"
 
 
+def device_level(topic: str) -> str:
+    """The level at which a topic of the tree names a device; "" if it is not as deep."""
+    levels = topic.split("/", 4)
+    return levels[3] if len(levels) > 4 else ""
+
+
 def down_prefix(tenant: str, device: str) -> str:
     """Everything that the mesh may say to a device lies under this prefix."""
     return f"nc/v1/{tenant}/{device}/down/"
@@ -119,8 +134,7 @@ def is_own_reply_topic(topic: str, tenant: str, device: str) -> bool:
     prefix = down_prefix(tenant, device)
     if not topic.startswith(prefix) or len(topic) > TOPIC_LENGTH_MAX or topic.count("/") >= TOPIC_LEVELS_MAX:
         return False
-    rest = topic[len(prefix) :]
-    return bool(rest) and not any(sign in rest for sign in "+#\0")
+    return _BELOW.fullmatch(topic, len(prefix)) is not None
 
 
 def data_topic(tenant: str, device: str, stream: str) -> str:
