@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ async def ask(
     Raises:
         MeshError: UNAVAILABLE without a broker; what the mesh answered; DEADLINE without an answer.
     """
+    logging.getLogger("nearcast.device").setLevel(logging.ERROR)  # a lost broker is said by the error
     async with _device(url, identity) as device:
         await device.link.wait_up(attempts_max=1)
         return await device.infer(model, inputs, version=version, parameters=parameters, deadline_ms=deadline_ms)

@@ -287,7 +287,7 @@ class MqttDevice:
         try:
             wish = self._shadow.read(payload)
         except MeshError as error:  # it has not even a version to be answered with
-            _log.warning("a wish was not understood", error=error.message)
+            _log.warning("wish_not_understood", error=error.message)
             return
         if wish is None:
             return
@@ -296,7 +296,7 @@ class MqttDevice:
         except MeshError as error:
             self._shadow.problem = error.message
         except Exception:  # noqa: BLE001  # the program's own code, which must not end the connection
-            _log.exception("a wish was not followed")
+            _log.exception("wish_not_followed")
             self._shadow.problem = "The device failed on it; see its log."
         self._report()
 

@@ -81,7 +81,7 @@ class DeviceLink:
             except (MeshError, TimeoutError) as error:
                 trouble = error.message if isinstance(error, MeshError) else "The broker did not answer in time."
                 level = _log.warning if attempt == 0 else _log.debug  # one line for each outage
-                level("no broker", host=self._settings.host, port=self._settings.port, error=trouble)
+                level("broker_lost", host=self._settings.host, port=self._settings.port, error=trouble)
                 self.failures += 1
                 self._trouble = trouble
                 self._tell()
