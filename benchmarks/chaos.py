@@ -8,11 +8,11 @@ that a power cut may leave (`chaos_ledger`), and a poisonous request must be giv
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks import chaos_ledger
@@ -28,12 +28,14 @@ from benchmarks.rows import Row
 from nearcast.telemetry import TelemetryConfig, start
 
 FULL = Plan(node_kills=50, broker_kills=20, link_cuts=200)
-QUICK = Plan(node_kills=6, broker_kills=3, link_cuts=24, pace_s=0.3)
-SHORT = Plan(node_kills=5, broker_kills=2, link_cuts=15, broker="iotcore")
-TINY = Plan(node_kills=1, broker_kills=1, link_cuts=3, broker="iotcore", devices=4, clients=1)
-MUTANT = Plan(node_kills=4, broker_kills=0, link_cuts=2, devices=4, clients=0, pace_s=0.6)
+QUICK = Plan(node_kills=5, broker_kills=2, link_cuts=20, pace_s=0.25)
+SHORT = Plan(node_kills=5, broker_kills=2, link_cuts=15)
+QUICK_SHORT = Plan(node_kills=2, broker_kills=1, link_cuts=3, devices=4, clients=1)
+MUTANT = Plan(node_kills=4, broker_kills=0, link_cuts=2, devices=4, clients=0, rate_hz=6.0, pace_s=0.6)
 EARLY_MUTANT = replace(MUTANT, node_kills=12, link_cuts=0, pace_s=0.3, moments=("delivered",))
 POISON = Plan(node_kills=0, broker_kills=0, link_cuts=0, devices=4, clients=0)
+VOLATILE = ("lost", "unanswered", "misdelivered", "late")
+"""What a node without durability promises too."""
 SAVED = Path(__file__).parent / "results" / "chaos.history.jsonl"
 
 
@@ -47,13 +49,26 @@ def run(*, quick: bool) -> list[Row]:
             SAVED.parent.mkdir(exist_ok=True)
             save(history, SAVED)
         rows = [*_run_rows(history, verdict), *_duplicate_rows(history, verdict)]
-        rows += _poison_rows(asyncio.run(poison(POISON, home / "poison")))
-        rows += _mutant_rows(asyncio.run(_live_mutants(home)))
-        if importlib.util.find_spec("iotcore") is not None:
-            rows += _embedded_rows(judge(asyncio.run(live_through(TINY if quick else SHORT, home / "iotcore"))))
+        rows += asyncio.run(_others(home, quick=quick))
         if is_available():
             rows += _ledger_rows(home / "ledger", quick=quick)
     return rows
+
+
+async def _others(home: Path, *, quick: bool) -> list[Row]:
+    """The smaller runs, some side by side: they count what happened, not how fast."""
+    short = QUICK_SHORT if quick else SHORT
+    poisoned, volatile = await asyncio.gather(
+        poison(POISON, home / "poison"), _live(replace(short, durability="none"), home / "volatile")
+    )
+    rows = [*_poison_rows(poisoned), *_volatile_rows(volatile)]
+    if find_spec("iotcore") is not None:
+        rows += _embedded_rows(await _live(replace(short, broker="iotcore"), home / "iotcore"))
+    return [*rows, *_mutant_rows(await _live_mutants(home))]
+
+
+async def _live(plan: Plan, folder: Path) -> Verdict:
+    return judge(await live_through(plan, folder))
 
 
 def _tell(what: str, verdict: Verdict) -> None:
@@ -118,11 +133,8 @@ def _poison_rows(found: Poisoned) -> list[Row]:
 
 
 async def _live_mutants(home: Path) -> dict[str, Verdict]:
-    async def live(number: int, name: str) -> Verdict:
-        plan = EARLY_MUTANT if name == EARLY else MUTANT
-        return judge(await live_through(replace(plan, wrong=name), home / f"mutant-{number}"))
-
-    verdicts = await asyncio.gather(*(live(number, name) for number, name in enumerate(MUTANTS)))
+    plans = [replace(EARLY_MUTANT if name == EARLY else MUTANT, wrong=name) for name in MUTANTS]
+    verdicts = await asyncio.gather(*(_live(plan, home / f"mutant-{n}") for n, plan in enumerate(plans)))
     return dict(zip(MUTANTS, verdicts, strict=True))
 
 
@@ -131,6 +143,16 @@ def _mutant_rows(verdicts: dict[str, Verdict]) -> list[Row]:
         print(f"mutant {name}: {dict(verdict.faults) or 'NOT FOUND'}", file=sys.stderr)
     caught = sum(any(verdict.faults[fault] for fault in MUTANTS[name]) for name, verdict in verdicts.items())
     return [Row("chaos.mutants_caught", caught / len(MUTANTS), "share", f"of {len(MUTANTS)} live ones")]
+
+
+def _volatile_rows(verdict: Verdict) -> list[Row]:
+    """Without durability a killed node runs what it had not answered again, and forgets what it had."""
+    for example in verdict.examples:
+        if example.startswith(VOLATILE):
+            print(f"volatile: {example}", file=sys.stderr)
+    faults, counts = verdict.faults, verdict.counts
+    note = f"{counts['requests']} requests, {counts['answered']} answered; {faults['rerun']} runs after an answer"
+    return [Row("chaos.volatile_faults", sum(faults[name] for name in VOLATILE), "", note)]
 
 
 def _embedded_rows(verdict: Verdict) -> list[Row]:

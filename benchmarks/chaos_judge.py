@@ -19,7 +19,9 @@ PATIENT_S = 40.0
 LATE_S = 2.0
 """Message Expiry counts whole seconds, and a busy machine delays what has arrived in time."""
 BROKER_WINDOW_S = 6.0
-"""A killed broker may have lost `up/data` that it took within its autosave interval, here 5 s; a second is added."""
+"""A killed broker may have lost `up/data` that it took within its autosave interval, here 5 s; a second is added.
+And what its empty successor took before the node had subscribed again: nobody was there to get it."""
+SUBSCRIBING_S = 0.5
 EXAMPLES_MAX = 20
 OK: Final = 200
 COME_AGAIN = frozenset({429, 503})
@@ -61,9 +63,9 @@ def judge(history: Sequence[Event]) -> Verdict:
     faults = [event for event in history if event.kind in ("node killed", "broker killed", "link cut")]
     for events in requests.values():
         _judge_request(events, faults, verdict)
-    kills = [event.at for event in history if event.kind == "broker killed"]
+    windows = _windows(history)
     for events in _by_key(history, ("sent", "kept", "taken", "event")).values():
-        _judge_data(events, kills, verdict)
+        _judge_data(events, windows, verdict)
     _judge_order([event for event in history if event.kind == "event"], verdict)
     return verdict
 
@@ -95,9 +97,11 @@ def _judge_request(events: Mapping[Kind, list[Event]], faults: Sequence[Event], 
     _judge_lost(first, events, faults, verdict)
     _judge_content(first, [*replied, *answered], verdict)
     _judge_runs(events, verdict)
+    ttl_s = first.deadline - first.at
     for event in answered:
-        if event.status == OK and event.at > first.deadline + LATE_S:
-            verdict.blame("late", event, f"{event.at - first.deadline:.1f} s after its deadline")
+        last = max(ask.at for ask in [first, *events["again"]] if ask.at <= event.at or ask is first)
+        if event.status == OK and event.at > last + ttl_s + LATE_S:
+            verdict.blame("late", event, f"{event.at - last - ttl_s:.1f} s after its deadline")
     for event in replied[1:]:
         if not event.marked:
             verdict.blame("unmarked", event, "an answer is sent again without saying so")
@@ -108,18 +112,18 @@ def _final(answers: Sequence[Event]) -> Sequence[Event]:
 
 
 def _judge_lost(first: Event, events: Mapping[Kind, list[Event]], faults: Sequence[Event], verdict: Verdict) -> None:
-    """Accepted = acknowledged by the node: then there is an answer, or the time ran out during an outage."""
+    """Accepted = acknowledged by the node: then there is an answer, or the time ran out. A patient one's never does."""
     is_patient = first.deadline - first.at >= PATIENT_S
     if events["accepted"] and not events["replied"]:
-        since = events["accepted"][0].at
-        if is_patient or not any(since - LATE_S <= fault.at <= first.deadline + LATE_S for fault in faults):
+        verdict.counts["expired_accepted"] += not is_patient
+        if is_patient:
             verdict.blame("lost", first, "the node acknowledged it and never answered")
     if _final(events["answered"]):
         return
     verdict.counts["expired"] += 1
     if is_patient and not first.once:
         verdict.blame("unanswered", first, "its device kept asking")
-    elif not any(first.at - LATE_S <= fault.at <= first.deadline + LATE_S for fault in faults):
+    elif is_patient and not any(first.at - LATE_S <= fault.at for fault in faults):
         verdict.blame("unanswered", first, "nothing was killed or cut meanwhile")
 
 
@@ -145,7 +149,18 @@ def _judge_runs(events: Mapping[Kind, list[Event]], verdict: Verdict) -> None:
     verdict.counts["runs_repeated"] += max(0, len(events["ran"]) - 1)
 
 
-def _judge_data(events: Mapping[Kind, list[Event]], kills: Sequence[float], verdict: Verdict) -> None:
+def _windows(history: Sequence[Event]) -> Sequence[tuple[float, float]]:
+    """For each broker that was killed: when that was, and when the node had subscribed to its empty successor."""
+    windows = []
+    for kill in history:
+        if kill.kind == "broker killed":
+            ready = [event.at for event in history if event.kind == "node ready" and event.at > kill.at]
+            subscribed = max((at for at in ready if at <= ready[0] + SUBSCRIBING_S), default=float("inf"))
+            windows.append((kill.at, subscribed))
+    return windows
+
+
+def _judge_data(events: Mapping[Kind, list[Event]], windows: Sequence[tuple[float, float]], verdict: Verdict) -> None:
     sent, kept, taken, results = events["sent"], events["kept"], events["taken"], events["event"]
     if not sent:
         for stray in results:
@@ -159,7 +174,10 @@ def _judge_data(events: Mapping[Kind, list[Event]], kills: Sequence[float], verd
         verdict.counts["data_repeats"] += len(results) - 1
     elif taken:
         verdict.blame("data_lost", sent[0], "the node acknowledged it and sent no result")
-    elif kept and any(sent[0].at <= kill <= kept[-1].at + BROKER_WINDOW_S for kill in kills):
+    elif kept and any(
+        sent[0].at <= killed <= kept[-1].at + BROKER_WINDOW_S or (killed <= kept[-1].at and sent[0].at <= subscribed)
+        for killed, subscribed in windows
+    ):
         verdict.counts["data_lost_in_window"] += 1
     else:
         verdict.blame("data_lost", sent[0], "no broker was killed while it held this" if kept else "it was not kept")

@@ -38,18 +38,23 @@ def request(at: float, device: str, key: str, *, once: bool = False) -> list[Eve
 def data(at: float, device: str, key: str) -> list[Event]:
     """A message of a stream that is kept by the broker, taken by the node, and has its result."""
     kinds: list[Kind] = ["sent", "kept", "taken", "event"]
+    said = key.rpartition("/")[2]
     return [
-        Event(at=at + 0.01 * n, kind=kind, device=device, key=key, digest="d" if kind == "event" else "")
+        Event(at=at + 0.01 * n, kind=kind, device=device, key=key, digest="d" if kind == "event" else "", body=said)
         for n, kind in enumerate(kinds)
     ]
 
 
 def honest() -> list[Event]:
     """Two devices, requests and a stream, and faults that explain nothing."""
-    events = [Event(at=50.0, kind="broker killed"), Event(at=300.0, kind="node killed", life=1)]
+    events = [
+        Event(at=50.0, kind="broker killed"),
+        Event(at=51.0, kind="node ready"),
+        Event(at=300.0, kind="node killed", life=1),
+    ]
     for number in range(10):
         events += request(100.0 + number, f"d{number % 2}", f"{number:04x}", once=number % 3 == 0)
-        events += data(100.5 + number, "s0", f"mic/b/{number}")
+        events += data(100.5 + number, "s0", f"mic/b/{number + 1}")
     return in_order(events)
 
 
@@ -106,6 +111,13 @@ MUTANTS = {
     "another result the second time": Mutant(
         "data_different", lambda e: in_order([*e, replace(find(e, "event", "mic/b/4"), at=200.0, digest="other")])
     ),
+    "results in another order": Mutant(
+        "data_order",
+        lambda e: in_order([replace(x, at=x.at + 1.5) if x is find(e, "event", "mic/b/4") else x for x in e]),
+    ),
+    "a message left out of the state": Mutant(
+        "data_state", lambda e: [replace(x, body="3") if x is find(e, "event", "mic/b/4") else x for x in e]
+    ),
     "a result of nothing": Mutant(
         "misdelivered", lambda e: in_order([*e, replace(find(e, "event", "mic/b/4"), key="mic/b/99")])
     ),
@@ -129,23 +141,33 @@ def test_each_mistake_is_found_under_its_name(name: str) -> None:
 
 
 def test_what_the_broker_may_lose_is_counted_and_only_within_its_window() -> None:
-    lost = without(honest(), "event", "taken", key="mic/b/4")
+    lost = [replace(e, body="") if e.kind == "event" else e for e in without(honest(), "event", "taken", key="mic/b/4")]
     sent = find(lost, "sent", "mic/b/4").at
     inside = judge(in_order([*lost, Event(at=sent + 0.5, kind="broker killed")]))
     assert not inside.faults
     assert inside.counts["data_lost_in_window"] == 1
-    for at in (sent - 0.1, sent + BROKER_WINDOW_S + 1.0):
-        assert judge(in_order([*lost, Event(at=at, kind="broker killed")])).faults["data_lost"] == 1
+    before = Event(at=sent - 0.1, kind="broker killed")
+    for history in (
+        [*lost, Event(at=sent + BROKER_WINDOW_S + 1.0, kind="broker killed")],
+        [*lost, before, Event(at=sent - 0.05, kind="node ready")],
+    ):
+        assert judge(in_order(history)).faults["data_lost"] == 1
+    unheard = judge(in_order([*lost, before, Event(at=sent + 0.05, kind="node ready")]))
+    assert unheard.counts["data_lost_in_window"] == 1, "the empty successor had no subscriber yet"
 
 
-def test_a_short_request_may_expire_in_an_outage_and_only_then() -> None:
+def test_only_a_request_with_little_time_may_expire() -> None:
     asked = Event(at=10.0, kind="asked", device="d", key="1", deadline=10.5, once=True)
     accepted = Event(at=10.1, kind="accepted", device="d", key="1")
-    assert judge([asked, accepted]).faults == {"lost": 1, "unanswered": 1}
-    outage = Event(at=10.2, kind="link cut")
-    verdict = judge([asked, accepted, outage])
+    verdict = judge([asked, accepted])
     assert not verdict.faults
-    assert verdict.counts["expired"] == 1
+    assert (verdict.counts["expired"], verdict.counts["expired_accepted"]) == (1, 1)
+    patient = replace(asked, deadline=10.0 + PATIENT_S)
+    assert judge([patient, accepted]).faults == {"lost": 1, "unanswered": 1}
+    outage = Event(at=10.2, kind="link cut")
+    assert judge([patient, accepted, outage]).faults == {"lost": 1}
+    assert not judge([patient, outage]).faults, "it was asked once and never heard"
+    assert judge([replace(patient, once=False), outage]).faults == {"unanswered": 1}
 
 
 def test_a_refusal_is_no_answer() -> None:
