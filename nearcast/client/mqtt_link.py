@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
+from math import inf
 from random import Random
 
 import msgspec
@@ -56,6 +57,7 @@ class DeviceLink:
         """Whether messages can arrive now."""
         self._turn = asyncio.Event()
         self._trouble = ""
+        self._up_at = inf
         self.failures = 0
         """Connections that were lost or not had, so far."""
 
@@ -75,7 +77,7 @@ class DeviceLink:
         attempt, limits = 0, self._limits
         now = asyncio.get_running_loop().time
         while True:
-            since = now()
+            self._up_at = inf
             try:
                 await self._live()
             except (MeshError, TimeoutError) as error:
@@ -86,7 +88,7 @@ class DeviceLink:
                 self._trouble = trouble
                 self._tell()
                 self._on_down(trouble)
-            attempt = 0 if now() - since > limits.stable_s else attempt + 1
+            attempt = 0 if now() - self._up_at > limits.stable_s else attempt + 1
             base_s, max_s = limits.reconnect_base_s, limits.reconnect_s_max
             await asyncio.sleep(full_jitter_s(attempt, self._generator, base_s=base_s, max_s=max_s))
 
@@ -109,7 +111,7 @@ class DeviceLink:
             # before the first request, or the reply has nowhere to go.
             for topic, is_retained_wanted in self._filters.items():
                 await connection.subscribe(topic, retained=is_retained_wanted)
-            self.is_up = True
+            self.is_up, self._up_at = True, asyncio.get_running_loop().time()
             self._tell()
             self._on_up(connection)
             raise MeshError(Code.UNAVAILABLE, await lost)
