@@ -43,6 +43,7 @@ STABLE_AFTER_S = 5.0
 """A connection that lived this long was no flap: the next reconnect starts with the shortest wait again."""
 HEAD_BYTES_MAX = 256 * 1024
 """Topic and properties, beside the payload, of a packet that is read at all; what is refused needs room as well."""
+STATUS_DENIED = 403
 Durability: TypeAlias = Literal["full", "none"]
 _log = get_logger("nearcast.mqtt")
 
@@ -136,7 +137,6 @@ class MqttWorker:
             handler,
             directory,
             volatile or self._inbox,
-            self._publisher.send,
             by_name(streams),
             limits=self._limits,
             clock=clock,
@@ -144,6 +144,7 @@ class MqttWorker:
             hold=None if volatile is None else volatile.hold,
         )
         self._draining = False
+        self._denied: frozenset[str] = frozenset()
         self._online = asyncio.Event()
         self._epoch: _Epoch | None = None
         self._services: list[asyncio.Task[None]] = []
@@ -173,6 +174,11 @@ class MqttWorker:
         self._services.append(create(self._watch_window()))
         if self._uplink is not None:
             self._services.append(create(self._uplink.run()))
+
+    def deny(self, devices: frozenset[str]) -> None:
+        """Take nothing from these devices any more and answer them nothing: none of their certificates holds."""
+        self._denied = devices
+        self._publisher.deny(devices)
 
     async def wait_connected(self) -> None:
         """Return once requests arrive."""
@@ -308,6 +314,10 @@ class MqttWorker:
         ticket = epoch.window.open(message.mid, now)
         if message.topic == self._management.wishes:
             self._management.receive(message)
+            self._acknowledge(epoch, ticket)
+            return
+        if self._denied and topics.device_level(message.topic) in self._denied:
+            self.metrics.refused(STATUS_DENIED)  # whom an answer would reach is not who asked
             self._acknowledge(epoch, ticket)
             return
         if self._durable and len(epoch.window) >= 2 * self._limits.unacknowledged_max and epoch.connection is not None:

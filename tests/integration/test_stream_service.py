@@ -90,9 +90,10 @@ class Node:
         self.registry = registry
         self.acknowledged = 0
         self.ledger = ledger
+        ledger.on_commit(lambda committed: [self._send(outgoing) for outgoing in committed.added])
         metrics = StreamMetrics(registry)
         self.service = StreamService(
-            handler, handler, ledger, self._send, definitions, limits=limits, clock=SYSTEM_CLOCK, metrics=metrics
+            handler, handler, ledger, definitions, limits=limits, clock=SYSTEM_CLOCK, metrics=metrics
         )
 
     def _send(self, outgoing):
@@ -286,25 +287,40 @@ async def test_without_a_disk_the_broker_keeps_a_message_until_its_event_is_on_i
         handler,
         handler,
         store,
-        lambda outgoing: sent.append((outgoing, None)),
         definitions,
         limits=LIMITS,
         clock=SYSTEM_CLOCK,
         metrics=StreamMetrics(CollectorRegistry()),
         hold=store.hold,
     )
-    for seq in (1, 2, 2):
+
+    def push(seq):
         payload = np.array([seq, 0], np.float32).tobytes()
         message = Message(topic="nc/v1/local/d1/up/data/add", payload=payload, user={"boot-id": "b", "seq": str(seq)})
         service.receive(message, lambda seq=seq: acknowledged.append(seq))
-    async with asyncio.timeout(5):
-        while len(sent) < 2:
-            await asyncio.sleep(0)
-    assert acknowledged == [2], "only the duplicate, which needs no event"
+
+    async def until_sent(count):
+        async with asyncio.timeout(5):
+            while len(sent) < count:
+                await asyncio.sleep(0)
+
+    push(1)
+    push(2)
+    push(2)
+    await until_sent(2)
+    assert acknowledged == [], "no connection has an event yet"
+    sent.clear()  # as a lost connection does
+    push(1)
+    push(2)
+    await until_sent(2)
     for _, handed in sent:
         handed()
-    assert acknowledged == [2, 1, 2]
+    assert acknowledged == [1, 2]
     assert [json.loads(out.message.payload)["results"][0]["score"] for out, _ in sent] == [1.0, 3.0]
+    push(2)
+    await asyncio.sleep(0)
+    assert acknowledged == [1, 2, 2], "a duplicate of what is over"
+    assert len(handler.order) == 2, "what the broker sent again was not executed again"
     await service.close()
 
 

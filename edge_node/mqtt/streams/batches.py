@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,8 +56,7 @@ class Batches:
 
     Args:
         runner: executes one message.
-        store: keeps messages, states and events.
-        send: gets each event that was committed.
+        store: keeps messages and states, and sees to it that events leave.
         limits: bounds.
         clock: monotonic.
         metrics: counts.
@@ -67,7 +66,6 @@ class Batches:
         self,
         runner: Runner,
         store: InputStore,
-        send: Callable[[Outgoing], None],
         *,
         limits: MqttLimits,
         clock: Clock,
@@ -75,7 +73,6 @@ class Batches:
     ) -> None:
         self._runner = runner
         self._store = store
-        self._send = send
         self._limits = limits
         self._clock = clock
         self._metrics = metrics
@@ -172,12 +169,10 @@ class Batches:
         if state is not None:
             self._remember(key, state)
         try:
-            outgoing = await self._store.advance_all(steps, self._clock.monotonic(), state=encoded)
+            await self._store.advance_all(steps, self._clock.monotonic(), state=encoded)
         except MeshError:
             self._states.pop(key, None)
             raise
-        for message in outgoing:
-            self._send(message)
         buried = sum(1 for step in steps if step.buried)
         self._metrics.executed(len(steps) - buried, buried, sum(len(step.events) for step in steps))
         return Progress(len(steps), failure)

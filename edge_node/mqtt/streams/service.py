@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 
 from edge_node.mqtt.backlog import Backlog, Row
-from edge_node.mqtt.ledger.records import Input, Intake, Outgoing, StoredInput
+from edge_node.mqtt.ledger.records import Input, Intake, StoredInput
 from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.streams.admission import Dropped, admit_input
 from edge_node.mqtt.streams.batches import BATCH_MAX, Batches, InputStore, Progress
@@ -57,8 +57,7 @@ class StreamService:
     Args:
         handler: the router, or a model host.
         directory: tells the models' tensors.
-        store: the ledger.
-        send: gets each event once it is committed.
+        store: the ledger, which sees to it that events leave too.
         definitions: what each stream means, by name.
         limits: bounds.
         clock: monotonic and wall time.
@@ -72,7 +71,6 @@ class StreamService:
         handler: InferenceHandler,
         directory: ModelDirectory,
         store: InputStore,
-        send: Callable[[Outgoing], None],
         definitions: Mapping[str, StreamDefinition],
         *,
         limits: MqttLimits,
@@ -82,7 +80,7 @@ class StreamService:
     ) -> None:
         self._hold = hold
         self._runner = Runner(handler, directory, definitions, limits=limits, clock=clock)
-        self._batches = Batches(self._runner, store, send, limits=limits, clock=clock, metrics=metrics)
+        self._batches = Batches(self._runner, store, limits=limits, clock=clock, metrics=metrics)
         self._store = store
         self._limits = limits
         self._clock = clock
@@ -146,7 +144,7 @@ class StreamService:
                     self._loop.call_later(STORE_RETRY_S, self._take, item, payload, acknowledge)
                 return
             intake = done.result()
-            if self._hold is not None and intake.verdict == "accept":
+            if self._hold is not None and intake.id:
                 self._hold(intake.id, acknowledge)
             else:
                 acknowledge()

@@ -10,16 +10,19 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from edge_node.mqtt.idempotency import Position, follow
 from edge_node.mqtt.ledger.records import Advance, Event, Input, Intake, Outgoing, Page, StoredInput
 from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.publisher import UNSTORED
 from nearcast.telemetry import get_logger
 from nearcast.transport.mqtt.message import Message
 
 T = TypeVar("T")
-NO_ROW = 0
+NUMBERED_MAX = 8192
+"""Messages that are recognised, if they come again, by what became of them."""
 _log = get_logger("nearcast.mqtt")
 
 
@@ -30,10 +33,10 @@ class _Stream:
 
 
 class VolatileInputs:
-    """An `InputStore` that answers at once.
+    """An `InputStore` that answers at once, and sends the events itself.
 
     Args:
-        send: takes an event, and is told whom to call when the connection has it.
+        send: takes an event, and is told whom to call when the connection has it; a lost connection forgets both.
         limits: bounds of messages and streams.
     """
 
@@ -46,24 +49,36 @@ class VolatileInputs:
         self._rows: dict[int, StoredInput] = {}
         self._size_bytes = 0
         self._acknowledge: dict[int, Callable[[], None]] = {}
+        self._unsent: dict[int, Outgoing] = {}
+        self._numbered: OrderedDict[tuple[str, str, int], int] = OrderedDict()
         self._streams: OrderedDict[str, _Stream] = OrderedDict()
 
     def hold(self, row: int, acknowledge: Callable[[], None]) -> None:
-        """Call `acknowledge` once the effect of a message is on its way."""
-        self._acknowledge[row] = acknowledge
+        """Call `acknowledge` once the effect of a message is on its way; it may have come again meanwhile."""
+        if row in self._rows:
+            self._acknowledge[row] = acknowledge
+        elif row in self._unsent:
+            self._send(self._unsent[row], partial(self._handed, row, acknowledge))
+        else:
+            acknowledge()
 
     def take(self, item: Input, payload: bytes) -> asyncio.Future[Intake]:
-        """Keep a message, unless it came before or there is no room."""
+        """Keep a message, unless it came before or there is no room. A duplicate names the row that it repeats."""
         stream = self._stream(item.key)
         step = follow(stream.position, item.boot, item.seq)
         if step is None:
-            return self._resolved(Intake("duplicate"))
+            assert item.seq is not None
+            return self._resolved(Intake("duplicate", self._numbered.get((item.key, item.boot, item.seq), 0)))
         if self._size_bytes + len(payload) > self._limits.pending_bytes_max:
             return self._resolved(Intake("full"))
         stream.position = step.position
         row = self._last = next(self._ids)
         self._rows[row] = StoredInput(row, item, payload)
         self._size_bytes += len(payload)
+        if item.seq is not None:
+            self._numbered[item.key, item.boot, item.seq] = row
+            if len(self._numbered) > NUMBERED_MAX:
+                self._unsent.pop(self._numbered.popitem(last=False)[1], None)
         return self._resolved(Intake("accept", row, step.lost))
 
     def inputs(self, after: int, limit: int) -> asyncio.Future[Page[StoredInput]]:
@@ -87,13 +102,18 @@ class VolatileInputs:
             if step.buried:
                 _log.warning("a message of a stream was given up", stream=stored.input.key, reason=step.buried)
             acknowledge = self._acknowledge.pop(step.row, _nothing)
-            for event in step.events[:-1]:
-                self._send(_outgoing(event, now), _nothing)
-            if step.events:
-                self._send(_outgoing(step.events[-1], now), acknowledge)
-            else:
+            for event in step.events:
+                outgoing = _outgoing(event, now)
+                if stored.input.seq is not None:
+                    self._unsent[step.row] = outgoing
+                self._send(outgoing, partial(self._handed, step.row, acknowledge))
+            if not step.events:
                 acknowledge()
         return self._resolved(())
+
+    def _handed(self, row: int, acknowledge: Callable[[], None]) -> None:
+        self._unsent.pop(row, None)
+        acknowledge()
 
     def stream_state(self, tenant: str, device: str, stream: str) -> asyncio.Future[bytes | None]:
         """The state behind the last message of a stream."""
@@ -115,7 +135,7 @@ class VolatileInputs:
 
 def _outgoing(event: Event, now: float) -> Outgoing:
     message = Message(topic=event.topic, payload=event.payload, content_type=event.content_type, user=event.user)
-    return Outgoing(NO_ROW, message, now + event.ttl_s)
+    return Outgoing(UNSTORED, message, now + event.ttl_s)
 
 
 def _nothing() -> None:
