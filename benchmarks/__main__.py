@@ -42,6 +42,7 @@ NAMES = (
     "fuzz",
     "connections",
     "crash",
+    "chaos",
     "delta",
     "canary",
     "resume",
