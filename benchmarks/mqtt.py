@@ -1,7 +1,8 @@
 """Requests over MQTT beside the floor of the bus: what a node adds, costs, batches and refuses.
 
-The floor is a process that sends each message back and does nothing else, behind the same broker in the same minute. A
-node has one core; the broker and the devices share another. `durable` = accepted requests are on disk.
+The floor is a process that sends each message back and does nothing else, behind the same broker in the same minute;
+the disk floor commits each message to SQLite first. A node has one core; the broker and the devices share another. All
+ask with QoS 1 and 1 KiB. `durable` = accepted requests are on disk before the broker may forget them.
 """
 
 from __future__ import annotations
@@ -96,19 +97,20 @@ def answers(seen: dict[str, Any]) -> int:
 def ways(port: int, folder: Path, *, quick: bool) -> list[Row]:
     """Each way beside the floor, in turn, one request at a time; then as many as a core serves."""
     rounds, single, many = (3, 400, 4_000) if quick else (9, 2_000, 40_000)
-    seen: dict[str, list[dict[str, float]]] = {name: [] for name in ("floor", *PATHS)}
+    seen: dict[str, list[dict[str, float]]] = {name: [] for name in ("floor", "disk_floor", *PATHS)}
     per_core: dict[str, list[float]] = {name: [] for name in PATHS}
     with contextlib.ExitStack() as stack:
         pids = {
             name: stack.enter_context(node(port, folder, name, kind, "--durability", durability))
             for name, (kind, durability) in PATHS.items()
         }
-        stack.enter_context(node(port, folder, "floor", "echo"))
+        stack.enter_context(node(port, folder, "floor", "echo", "--durability", "none"))
+        stack.enter_context(node(port, folder, "disk_floor", "echo"))
         for name, (model, _) in PATHS.items():
             load(port, name, model, requests=1_000)
         for _ in range(rounds):
             for name, values in seen.items():
-                result = load(port, name, PATHS.get(name, ("floor",))[0], requests=single)
+                result = load(port, name, PATHS.get(name, ("echo",))[0], requests=single)
                 answers(result)
                 values.append(result["latency_ms"]["200"])
         for _ in range(3):
@@ -116,20 +118,24 @@ def ways(port: int, folder: Path, *, quick: bool) -> list[Row]:
                 before_s = cpu_s(pids[name])
                 result = load(port, name, model, devices=DEVICES, window=WINDOW, requests=many // 3)
                 per_core[name].append(answers(result) / (cpu_s(pids[name]) - before_s))
-    rows = [
-        Row(f"mqtt.floor_{quantile}_ms", statistics.median(each[quantile] for each in seen["floor"]), "ms")
-        for quantile in ("p50", "p99")
-    ]
-    for name in PATHS:
+    rows = []
+    for name, values in seen.items():
         for quantile in ("p50", "p99"):
-            pairs = list(zip(seen[name], seen["floor"], strict=True))
-            value = statistics.median(mine[quantile] for mine, _ in pairs)
-            ratio = statistics.median(mine[quantile] / floor[quantile] for mine, floor in pairs)
-            rows.append(Row(f"mqtt.{name}_{quantile}_ms", value, "ms", "QoS 1, 1 KiB, one request at a time"))
-            rows.append(Row(f"mqtt.{name}_{quantile}_over_floor", ratio, "x"))
-        note = f"the node's processor time, {DEVICES} devices with {WINDOW} under way"
-        rows.append(Row(f"mqtt.{name}_rps_per_core", statistics.median(per_core[name]), "1/s", note))
-    return rows
+            rows.append(Row(f"mqtt.{name}_{quantile}_ms", statistics.median(each[quantile] for each in values), "ms"))
+            if name in PATHS:
+                rows.append(Row(f"mqtt.{name}_{quantile}_over_floor", ratio(values, seen["floor"], quantile), "x"))
+            if name.endswith("_durable"):
+                value = ratio(values, seen["disk_floor"], quantile)
+                rows.append(Row(f"mqtt.{name}_{quantile}_over_disk_floor", value, "x", "an echo with one commit"))
+    note = f"the node's processor time, {DEVICES} devices with {WINDOW} under way"
+    return rows + [
+        Row(f"mqtt.{name}_rps_per_core", statistics.median(rates), "1/s", note) for name, rates in per_core.items()
+    ]
+
+
+def ratio(mine: list[dict[str, float]], floor: list[dict[str, float]], quantile: str) -> float:
+    """Of two figures of the same round, the middle one of all rounds."""
+    return statistics.median(a[quantile] / b[quantile] for a, b in zip(mine, floor, strict=True))
 
 
 # -- batching -------------------------------------------------------------------------------------------------------
@@ -137,7 +143,7 @@ def ways(port: int, folder: Path, *, quick: bool) -> list[Row]:
 
 def batching(port: int, folder: Path, *, quick: bool) -> list[Row]:
     """64 devices ask a model whose weights are read once for a batch, and once for each request without one."""
-    rounds, requests = (2, 1_000) if quick else (5, 8_000)
+    rounds, requests = (2, 500) if quick else (5, 4_000)
     rates: dict[str, list[float]] = {"joined": [], "alone": []}
     with (
         node(port, folder, "joined", "dense", "--durability", "none", "--batch-rows", str(DEVICES)),
@@ -149,7 +155,7 @@ def batching(port: int, folder: Path, *, quick: bool) -> list[Row]:
                 if number:  # the first round warms up
                     values.append(answers(seen) / seen["seconds"])
     gain = statistics.median(a / b for a, b in zip(rates["joined"], rates["alone"], strict=True))
-    note = f"{DEVICES} devices, one request each under way; a dense model with 19 MB of weights, batches off and on"
+    note = f"{DEVICES} devices, one request each under way; a dense model with 71 MB of weights, batches off and on"
     return [
         Row("mqtt.batching_gain", gain, "x", note),
         Row("mqtt.batching_rps", statistics.median(rates["joined"]), "1/s"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import time
 from collections import Counter
 from typing import Any
@@ -33,6 +34,7 @@ class Load:
         self._user = {"ttl-ms": str(options.ttl_ms)} | ({"shape": options.shape} if options.shape else {})
         self._sent_at: dict[bytes, float] = {}
         self._next = 0
+        self._run = os.urandom(8)  # or a later run would be answered with what an earlier one was told
         self._devices: list[tuple[str, str, Connection]] = []
         self._open_loop = bool(options.rate)
         self.latencies_ms: dict[str, list[float]] = {}
@@ -99,7 +101,7 @@ class Load:
     def _ask(self, device: tuple[str, str, Connection]) -> None:
         topic, reply_topic, connection = device
         self._next += 1
-        correlation = self._next.to_bytes(16, "big")
+        correlation = self._run + self._next.to_bytes(8, "big")
         self._sent_at[correlation] = time.perf_counter()
         message = Message(
             topic=topic,

@@ -1,8 +1,8 @@
 """`python -m benchmarks.mqtt_node PORT TENANT KIND FOLDER [OPTIONS]`: a node for devices, or its measure.
 
-`echo` sends each message back and does nothing else: the floor of the bus. `noop` answers with its input behind the
-whole MQTT side. `digits` and `dense` are real models in a model host behind the router, as on a node. `slow` answers
-`--capacity` requests a second, one at a time.
+`echo` sends each message back and does nothing else: the floor of the bus; with durability it writes each down first.
+`noop` answers with its input behind the whole MQTT side. `digits` and `dense` are real models in a model host behind
+the router, as on a node. `slow` answers `--capacity` requests a second, one at a time.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import itertools
 import json
 import os
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ from router.router import Router
 
 NODE = "bench-node"
 DIGITS = Path(__file__).parents[1] / "nearcast/cli/demo/models/digits/digits-1.onnx"
-DENSE_WIDTHS = (256, 2048, 2048, 10)
-"""17 MB of weights: one row costs the time to read them, and 64 rows read them once."""
+DENSE_WIDTHS = (256, 4096, 4096, 10)
+"""71 MB of weights, more than a cache holds: one row costs the time to read them, and 64 rows read them once."""
 
 
 class Noop:
@@ -113,10 +114,15 @@ async def serve_router(options: argparse.Namespace) -> Router:
     return router
 
 
-async def echo(port: int, tenant: str) -> None:
-    """The floor: what a message costs on the bus there and back."""
+async def echo(port: int, tenant: str, journal: Path | None) -> None:
+    """The floor: what a message costs on the bus there and back; with a journal, on the disk in between as well."""
+    database = sqlite3.connect(journal or ":memory:", isolation_level=None)
+    for statement in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", "CREATE TABLE seen (key BLOB, body BLOB)"):
+        database.execute(statement)
 
     def receive(message: Message) -> None:
+        if journal is not None:
+            database.execute("INSERT INTO seen VALUES (?, ?)", (message.correlation, message.payload))
         connection.acknowledge(message)
         connection.publish(
             Message(
@@ -129,7 +135,7 @@ async def echo(port: int, tenant: str) -> None:
             )
         )
 
-    settings = ConnectionSettings(host="127.0.0.1", port=port, client_id="echo")
+    settings = ConnectionSettings(host="127.0.0.1", port=port, client_id=f"echo-{tenant}")
     connection = Connection(settings, on_message=receive)
     await connection.open()
     await connection.subscribe(topics.request_filter(tenant))
@@ -148,7 +154,8 @@ async def main() -> None:
     options = parser.parse_args()
     keep_pages()
     if options.kind == "echo":
-        await echo(options.port, options.tenant)
+        journal = options.folder / "floor.sqlite" if options.durability == "full" else None
+        await echo(options.port, options.tenant, journal)
     else:
         handler: Any = Noop(options.capacity)
         if options.kind in ("digits", "dense"):

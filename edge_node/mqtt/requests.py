@@ -18,6 +18,7 @@ from edge_node.mqtt.admission import Refusal, Request, admit
 from edge_node.mqtt.envelope import refusal_message, refusal_of
 from edge_node.mqtt.executor import Executor
 from edge_node.mqtt.ledger.ledger import Ledger
+from edge_node.mqtt.ledger.outbox import reply_message
 from edge_node.mqtt.ledger.records import Admission, Outgoing, Reply, Unanswered
 from edge_node.mqtt.ledger.requests import Key
 from edge_node.mqtt.limits import MqttLimits
@@ -34,6 +35,7 @@ FINISH_ATTEMPTS_MAX = 5
 FINISH_RETRY_S = 0.2
 CAREFUL_S = 60.0
 """For so long after a crash a request that comes again is a suspect, even if the ledger has never heard of it."""
+_COME_AGAIN = frozenset({"429", "503"})
 _log = get_logger("nearcast.mqtt")
 
 
@@ -145,6 +147,10 @@ class RequestService:
         reply = await self._executor.answer(item.request, item.payload)
         if item.accepted is None:
             del self._held[item.key]
+            if _is_refusal(reply):
+                self._ledger.forget(item.key)
+                self._send_refusal(reply_message(reply, dedup=False), reply.expires, item.acknowledge)
+                return
             try:
                 admission, outgoing = await self._ledger.answer(item.request, reply, self._now())
             except MeshError as error:
@@ -178,6 +184,10 @@ class RequestService:
             self._settle(item, admission)
             return
         reply = await self._executor.answer(item.request, item.payload)
+        if _is_refusal(reply):
+            self._volatile.forget(item.key)
+            self._send_refusal(reply_message(reply, dedup=False), reply.expires, item.acknowledge)
+            return
         self._answered(item.request, reply, self._volatile.finish(item.request, reply, self._now()), item.acknowledge)
 
     async def _accepted(self, item: _Item, accepted: asyncio.Future[Admission]) -> int:
@@ -311,14 +321,24 @@ class RequestService:
         self._refuse(self._refusal(item.request, Code.OVERLOADED, reason), item.acknowledge)
 
     def _refuse(self, refusal: Refusal, acknowledge: Callable[[], None]) -> None:
-        """Answer with a refusal. The request is acknowledged when it has left: so the broker bounds how many wait."""
-        self._metrics.refused(refusal.status)
-        if not refusal.topic:
+        """Answer a message that is no request, or is not accepted."""
+        if refusal.topic:
+            expires = self._now() + self._limits.expired_notice_s
+            self._send_refusal(refusal_message(refusal), expires, acknowledge)
+        else:
+            self._metrics.refused(refusal.status)
             _log.warning("a message on an unknown topic was dropped", reason=refusal.reason)
             acknowledge()
-            return
-        expires = self._now() + self._limits.expired_notice_s
-        self._publisher.notify(refusal_message(refusal), expires, acknowledge)
+
+    def _send_refusal(self, message: Message, expires: float, acknowledge: Callable[[], None]) -> None:
+        """Nothing is stored. The request is acknowledged when the refusal has left: the broker bounds how many wait."""
+        self._metrics.refused(int(message.user["status"]))
+        self._publisher.notify(message, expires, acknowledge)
+
+
+def _is_refusal(reply: Reply) -> bool:
+    """Whether the same request may come again and be answered otherwise: it was no answer, and is not kept as one."""
+    return reply.user["status"] in _COME_AGAIN
 
 
 def _acknowledge_stored(item: _Item, accepted: asyncio.Future[Admission]) -> None:

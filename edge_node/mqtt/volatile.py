@@ -53,6 +53,10 @@ class Volatile:
             return Admission(verdict, NO_ROW, Outgoing(NO_ROW, reply_message(reply, dedup=True), reply.expires))
         return Admission(verdict, NO_ROW)
 
+    def forget(self, key: Key) -> None:
+        """The request was refused after all; the same one may come again."""
+        self._running.pop(key, None)
+
     def finish(self, request: Request, reply: Reply, now: float) -> tuple[Outgoing, ...]:
         """Remember the answer; returns the order to send it."""
         key = (request.tenant, request.device, request.correlation)
@@ -60,7 +64,7 @@ class Volatile:
         self._answered[key] = _Row(Known(request.digest, "done"), reply, now)
         self._size_bytes += len(reply.payload) + ROW_BYTES
         self._forget(now)
-        return (Outgoing(NO_ROW, reply_message(reply, dedup=False), reply.expires),)
+        return (Outgoing(NO_ROW, reply_message(reply, dedup=False), reply.expires, size_bytes=len(reply.payload)),)
 
     def _forget(self, now: float) -> None:
         limits, answered = self._limits, self._answered

@@ -125,6 +125,10 @@ class Ledger:
         """From now on `knows` says yes: the request has begun and will be stored."""
         self._requests.expect(key)
 
+    def forget(self, key: Key) -> None:
+        """Take `expect` back: nothing of the request was or will be stored."""
+        self._requests.forget(key)
+
     def accept(
         self, request: Request, payload: bytes, *, has_room: bool = True, attempts: int = 0
     ) -> asyncio.Future[Admission]:

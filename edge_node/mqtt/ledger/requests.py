@@ -41,6 +41,10 @@ class Requests:
         """There will be a row."""
         self._known.add(hash(key))
 
+    def forget(self, key: Key) -> None:
+        """There will be none after all."""
+        self._known.discard(hash(key))
+
     def recover(self, connection: sqlite3.Connection, now: float, *, crashed: bool) -> list[Unanswered]:
         """What is unanswered. After a crash a row counts it if it was never under suspicion, or was being tried."""
         if crashed:
