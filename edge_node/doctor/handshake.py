@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 import mqtt5
 
 from edge_node.doctor.findings import DoctorLimits, Finding, Subject
+from nearcast.transport.mqtt.limits import KEEPALIVE_S
 from nearcast.transport.mqtt.tls import TlsFiles
 
 _CONNACK = 2
@@ -31,7 +32,8 @@ async def find_listener(subject: Subject, limits: DoctorLimits) -> Finding:
 
 async def find_versions(subject: Subject, limits: DoctorLimits) -> Finding:
     """Whether the broker speaks MQTT 5, without which there are no deadlines and no statuses."""
-    five = await _answer(subject, mqtt5.ConnectPacket(_client_id(subject), clean_start=True).write(), limits)
+    hello = mqtt5.ConnectPacket(_client_id(subject), clean_start=True, keep_alive=KEEPALIVE_S)  # rumqttd refuses 0
+    five = await _answer(subject, hello.write(), limits)
     reason = _reason(five)
     if reason == "":
         return Finding(check="mqtt5", status="ok", detail="the broker speaks MQTT 5")

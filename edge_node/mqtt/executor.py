@@ -192,6 +192,8 @@ class Executor:
         try:
             response = await self._handler.infer(inference(start=start), context)
         except MeshError as error:
+            if error.code is Code.UNAVAILABLE and not (start or error.sent):
+                self._sequences.add(key)  # nothing has run: the next try goes on where the sequence is
             if start or error.code is not Code.INVALID_REQUEST:
                 raise
             # The host may have dropped an idle sequence or replaced the version: the device need not know.

@@ -17,6 +17,7 @@ from edge_node.mqtt.executor import Executor
 from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.worker import MqttWorker
 from nearcast.clock import SYSTEM_CLOCK
+from nearcast.errors import Code, MeshError
 from nearcast.handler import ModelMetadata, TensorSpec
 from nearcast.identity import CertificateAuthority, load_identity, make_csr
 from nearcast.load import NodeReport, VersionReport
@@ -24,7 +25,7 @@ from router.config import ProbeConfig
 from router.policy import Policy, PolicyConfig
 from router.router import Router
 from router.targets import ChannelFactory, NodeView, TargetSet
-from tests.integration.mqtt_parts import Device, until, user_of
+from tests.integration.mqtt_parts import Device, Doubler, until, user_of
 from tests.integration.router_node import TinyHost, make_node_server
 
 OCTETS = "application/octet-stream"
@@ -166,3 +167,31 @@ async def test_a_node_that_restarts_while_it_sees_no_mesh_does_not_call_a_model_
         assert not waiting.done()
         targets.update([view])
         assert (await waiting).user["status"] == "200"
+
+
+class Leaving(Doubler):
+    """Cannot be reached at the given calls."""
+
+    def __init__(self, *absences):
+        super().__init__()
+        self.calls = 0
+        self.absences = absences
+
+    async def infer(self, request, context):
+        self.calls += 1
+        if self.calls in self.absences:
+            raise MeshError(Code.UNAVAILABLE, "The link is down.", sent=False)
+        return await super().infer(request, context)
+
+
+async def test_a_sequence_goes_on_where_it_was_before_the_link_went():
+    handler = Leaving(2, 3)
+    executor = Executor(handler, handler, limits=MqttLimits(outlast_max_s=0.01), clock=SYSTEM_CLOCK)
+    now = time.monotonic()
+    request = Request(
+        tenant="local", device="d1", model="sum", correlation=b"c", arrived=now, deadline=now + 9.0, digest=b"",
+        reply_topic="nc/v1/local/d1/down/reply/x", content_type=OCTETS, accept=OCTETS, user={"shape": "1,2"},
+    )  # fmt: skip
+    answers = [np.frombuffer((await executor.answer(request, X)).payload, np.float32)[0] for _ in range(3)]
+    assert answers == [2.0, 4.0, 6.0]
+    assert handler.calls == 5
