@@ -97,9 +97,13 @@ class Registrar:
         while True:
             asked = await waiting.get()
             name = requester(asked.topic)
-            if name:
+            if not name:
+                continue
+            try:
                 answer = await asyncio.to_thread(self._answer, name, asked)
                 connection.publish(answer_message(self._authority.place.tenant, name, answer, asked))
+            except Exception as error:  # noqa: BLE001  # one question must not end the registrar
+                _log.warning("question_unanswered", asker=name, error=str(error))
 
     def _answer(self, name: str, asked: Message) -> CertificateAnswer:
         identifier = ""

@@ -140,7 +140,11 @@ async def _ask(identity: DeviceIdentity, csr: bytes, device: str) -> Certificate
         if not answered.done():
             answered.set_exception(MeshError(Code.UNAVAILABLE, f"{place.url} closed the connection: {reason}"))
 
-    connection = Connection(settings, on_message=receive, on_lost=lose)
+    def published(_mid: int, taken: bool) -> None:  # noqa: FBT001  # the connection's callback
+        if not taken and not answered.done():
+            answered.set_exception(MeshError(Code.FORBIDDEN, f"{place.url} lets {place.name!r} ask nothing."))
+
+    connection = Connection(settings, on_message=receive, on_published=published, on_lost=lose)
     await connection.open()
     try:
         await connection.subscribe(topic)
