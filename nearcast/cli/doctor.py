@@ -57,6 +57,6 @@ def command(
     else:
         print_table(
             ["check", "status", "finding"],
-            [[one.check, one.status, f"{one.detail}. {one.advice}".removesuffix(" ")] for one in findings],
+            [[one.check, one.status, f"{one.detail.rstrip('.')}. {one.advice}".rstrip()] for one in findings],
         )
     sys.exit(exit_code(findings))
