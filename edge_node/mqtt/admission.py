@@ -133,8 +133,12 @@ def _require_bounds(message: Message, content_type: str, limits: MqttLimits) -> 
     bytes_max = limits.payload_bytes_max
     if content_type in types.IMAGES:
         bytes_max = min(bytes_max, limits.image_bytes_max)
+    elif content_type == types.JSON:
+        bytes_max = min(bytes_max, limits.json_bytes_max)
     if size_bytes > bytes_max:
-        raise MeshError(Code.TOO_LARGE, f"The payload has {size_bytes} bytes; at most {bytes_max} are accepted.")
+        raise MeshError(
+            Code.TOO_LARGE, f"The payload has {size_bytes} bytes; at most {bytes_max} are accepted as {content_type}."
+        )
     if len(message.correlation) > limits.correlation_bytes_max:
         raise MeshError(
             Code.INVALID_REQUEST, f"Correlation Data may have at most {limits.correlation_bytes_max} bytes."

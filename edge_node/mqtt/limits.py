@@ -15,6 +15,7 @@ class MqttLimits:
     Attributes:
         payload_bytes_max: larger requests are answered 413; the generated broker configuration allows a little more.
         image_bytes_max: the same for images; cameras' full frames are not what a message broker is for.
+        json_bytes_max: the same for JSON, whose every number costs time on the loop; larger tensors travel as bytes.
         correlation_bytes_max: a device chooses it and we store it.
         user_chars_max: user properties of a request, names and values together.
         ttl_default_ms: deadline of a request that names none. ttl_max_ms: a longer one is cut to this.
@@ -59,6 +60,7 @@ class MqttLimits:
 
     payload_bytes_max: int = 8 * 1024 * 1024
     image_bytes_max: int = 1024 * 1024
+    json_bytes_max: int = 2 * 1024 * 1024
     correlation_bytes_max: int = 128
     user_chars_max: int = 4096
     ttl_default_ms: float = 30_000.0

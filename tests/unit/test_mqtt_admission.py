@@ -8,7 +8,9 @@ from edge_node.mqtt.admission import Refusal, Request, admit
 from edge_node.mqtt.limits import MqttLimits
 from nearcast.transport.mqtt.message import Message
 
-LIMITS = MqttLimits(payload_bytes_max=64, image_bytes_max=32, correlation_bytes_max=8, ttl_max_ms=60_000)
+LIMITS = MqttLimits(
+    payload_bytes_max=64, image_bytes_max=32, json_bytes_max=62, correlation_bytes_max=8, ttl_max_ms=60_000
+)
 TOPIC = "nc/v1/local/cam/up/infer/digits"
 
 
@@ -113,7 +115,12 @@ def test_the_format_is_the_content_type_or_else_the_topics_last_level(suffix, fi
         ({"user": {str(n): "" for n in range(33)}}, 400, "32 user properties"),
         ({"user": {"note": "x" * 4096}}, 400, "4096 characters"),
         ({"response_topic": "nc/v1/local/cam/down/a/b/c/d"}, 403, "8 levels"),
-        ({"content_type": "image/png", "payload": b"x" * 33}, 413, "at most 32 are accepted"),
+        ({"content_type": "image/png", "payload": b"x" * 33}, 413, "at most 32 are accepted as image/png"),
+        (
+            {"content_type": "application/json", "payload": b"x" * 63},
+            413,
+            "at most 62 are accepted as application/json",
+        ),
         ({"topic": TOPIC + "/cbor", "user": {}, "payload": b"\xff"}, 415, "a CBOR map to …/cbor"),
         ({"topic": TOPIC + "/cbor", "user": {}, "payload": b"\xa1\x66ttl_ms\x00"}, 400, "ttl-ms"),
     ],

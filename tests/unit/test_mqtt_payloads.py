@@ -111,6 +111,23 @@ def test_what_is_no_map_of_names_is_refused(payload):
     assert caught.value.code is Code.INVALID_REQUEST
 
 
+@pytest.mark.parametrize("item", ["01", "80", "60", "1800", "c1", "9f"])
+def test_more_items_than_memory_is_for_are_refused_before_they_are_made(item):
+    with pytest.raises(MeshError) as caught:
+        decoded(bytes.fromhex("a1 61 78 9a 00ffffff") + bytes.fromhex(item) * 100_000, types.CBOR, PAIR)
+    assert caught.value.code is Code.TOO_LARGE
+
+
+def test_bytes_are_one_item_whatever_their_size():
+    x = np.ones((50_000, 2), np.float32)
+    for value in (
+        x.tobytes(),
+        cbor2.CBORTag(85, x.tobytes()),
+        {"dtype": "FP32", "shape": [50_000, 2], "data": x.tobytes()},
+    ):
+        assert np.array_equal(decoded(cbor2.dumps({"x": value}), types.CBOR, PAIR)["x"], x)
+
+
 def test_the_long_form_of_cbor_has_outputs_and_parameters():
     body = {"inputs": {"x": X.tolist()}, "outputs": ["y"], "parameters": {"threshold": 0.5}, "id": "a"}
     request = payloads.decode_request(cbor2.dumps(body), types.CBOR, PAIR)

@@ -27,6 +27,8 @@ from nearcast.wire.tensors import Array, datatype_of, dtype_of, elements_of, fro
 
 DEPTH_MAX = DIMENSIONS_MAX + 8
 TENSORS_MAX = 1024
+ITEMS_MAX = 64 * 1024
+"""Of a payload: each becomes an object, and millions of empty arrays half a gigabyte. A string of bytes is one item."""
 ENVELOPE_FIELDS = ("id", "ttl_ms", "model_version")
 """What a device without properties says beside its tensors."""
 _TYPED_ARRAYS = range(64, 88)
@@ -106,8 +108,12 @@ def load_map(payload: bytes) -> dict[str, Any]:
     """A CBOR map of names. No tag is known but those of arrays: not the patterns, powers and cycles that others mean.
 
     Raises:
-        MeshError: INVALID_REQUEST.
+        MeshError: INVALID_REQUEST, TOO_LARGE for more than `ITEMS_MAX` items.
     """
+    if len(payload) > ITEMS_MAX and _has_too_many_items(payload):
+        raise MeshError(
+            Code.TOO_LARGE, f"The CBOR has more than {ITEMS_MAX} items; send tensors as bytes or typed arrays."
+        )
     try:
         body = cbor2.loads(
             payload,
@@ -123,6 +129,24 @@ def load_map(payload: bytes) -> dict[str, Any]:
     if not isinstance(body, dict) or not all(isinstance(name, str) for name in body):
         raise MeshError(Code.INVALID_REQUEST, "The CBOR must be a map from names to tensors.")
     return body
+
+
+def _has_too_many_items(payload: bytes) -> bool:
+    """Walk from head to head (RFC 8949 §3): only texts and bytes have a length to skip."""
+    position, size = 0, len(payload)
+    for _ in range(ITEMS_MAX):
+        if position >= size:
+            return False
+        major, low = payload[position] >> 5, payload[position] & 31
+        position += 1
+        length = low
+        if 24 <= low < 28:
+            width = 1 << (low - 24)
+            length = int.from_bytes(payload[position : position + width], "big")
+            position += width
+        if major in (2, 3) and low < 28:
+            position += length
+    return position < size
 
 
 def _read_tensors(values: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, Array]:

@@ -34,7 +34,7 @@ def read_head(payload: bytes, content_type: str) -> Head:
     """The head of a request.
 
     Raises:
-        MeshError: UNSUPPORTED if the payload is no envelope.
+        MeshError: UNSUPPORTED if the payload is no envelope, TOO_LARGE for too many items.
     """
     try:
         if content_type == types.CBOR:
@@ -43,6 +43,8 @@ def read_head(payload: bytes, content_type: str) -> Head:
     except msgspec.ValidationError as error:
         raise MeshError(Code.UNSUPPORTED, f"The payload is no request: {error}.") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, MeshError) as error:
+        if isinstance(error, MeshError) and error.code is Code.TOO_LARGE:
+            raise
         raise MeshError(
             Code.UNSUPPORTED,
             "Without a Content Type the payload must be JSON like "
