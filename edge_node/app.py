@@ -189,6 +189,8 @@ async def answering(
 
     fulfil(management.settings)
     management.on_wish = fulfil
+    if own is not None:
+        own.on_denied(worker.deny)
     await worker.start()
     try:
         yield

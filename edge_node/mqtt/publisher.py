@@ -21,6 +21,7 @@ from nearcast.backoff import full_jitter_s
 from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError
 from nearcast.telemetry import get_logger
+from nearcast.transport.mqtt import topics
 from nearcast.transport.mqtt.connection import Connection
 from nearcast.transport.mqtt.message import Message
 
@@ -44,7 +45,7 @@ class Publisher:
         ledger: tells of owed rows, has those that are not in memory, and forgets delivered ones.
         limits: the window's size.
         clock: for expiry.
-        on_drop: told "expired" or "refused" for each message that is given up.
+        on_drop: told "expired", "refused" or "denied" for each message that is given up.
         link: whose rows these are.
     """
 
@@ -74,6 +75,7 @@ class Publisher:
         self._connection: Connection | None = None
         self._progress = asyncio.Event()
         self._generator = random.Random()
+        self._denied: frozenset[str] = frozenset()
         ledger.on_commit(self._committed)
 
     @property
@@ -120,6 +122,11 @@ class Publisher:
             self._lanes.add_unstored(Row(UNSTORED, message.topic, len(message.payload), parcel))
             self._pump()
 
+    def deny(self, devices: frozenset[str]) -> None:
+        """Give up what waits for these devices: who is called so next must not get it."""
+        self._denied = devices
+        self._pump()
+
     def attach(self, connection: Connection) -> None:
         """Use a connection from now on."""
         self._connection = connection
@@ -155,12 +162,18 @@ class Publisher:
             if row is None:
                 break
             remaining_s = row.item.outgoing.expires - self._clock.monotonic()
-            if remaining_s <= 0:
+            if self._denied and self._is_denied(row.item.outgoing.message.topic):
+                self._give_up(row, "denied")
+            elif remaining_s <= 0:
                 self._give_up(row, "expired")
             else:
                 self._send_row(self._connection, row, remaining_s)
         if self._connection is not None and (after := self._lanes.start_reading()) is not None:
             self._reading = asyncio.get_running_loop().create_task(self._read_page(after))
+
+    def _is_denied(self, topic: str) -> bool:
+        device = topics.device_level(topic)
+        return device in self._denied and f"/{device}/down/" in topic
 
     def _has_window(self) -> bool:
         granted = 0 if self._connection is None else self._connection.publish_window

@@ -71,6 +71,7 @@ class House:
                 tls=broker.tls,
             )
             self.workers[tenant] = worker
+            broker.on_denied(worker.deny)
             await worker.start()
             stack.push_async_callback(worker.drain, 1.0)
             await broker.registrar.listening.wait()
@@ -202,6 +203,25 @@ async def test_neither_response_topic_nor_will_reaches_another(single):
     assert d2.payloads == [b"for d2"]
     assert b"forged will" not in reader.payloads
     for player in (d2, reader):
+        await asyncio.to_thread(player.leave)
+
+
+async def test_the_worker_neither_hears_nor_answers_who_has_no_rights_any_more(single):
+    tenant, worker = "acme", single.workers["acme"]
+    players = {device: await single.player(tenant, device) for device in DEVICES}
+    for device, player in players.items():
+        await asyncio.to_thread(player.subscribe, own(tenant, device, "down/#"))
+    single.handler.delay_s = 0.05
+    ask = {device: (own(tenant, device, "up/infer/double"), X) for device in DEVICES}
+    reply = {device: own(tenant, device, "down/reply/x") for device in DEVICES}
+    await asyncio.to_thread(players["d1"].say, *ask["d1"], response_topic=reply["d1"])
+    worker.deny(frozenset({"d1"}))  # while its request runs
+    await asyncio.to_thread(players["d1"].say, *ask["d1"], response_topic=reply["d1"])
+    await asyncio.to_thread(players["d2"].say, *ask["d2"], response_topic=reply["d2"])
+    await until(lambda: players["d2"].statuses == ["200"])
+    assert len(single.handler.executed) == 2
+    assert players["d1"].heard == []
+    for player in players.values():
         await asyncio.to_thread(player.leave)
 
 
