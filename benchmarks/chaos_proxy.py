@@ -116,7 +116,8 @@ class Session:
         elif how == "torn":
             self._is_torn = True
         else:
-            self._lost_from = {"deaf": {False}, "mute": {True}, "silent": {True, False}}[how]
+            # A link that lost something never carries anything again: TCP leaves no gap.
+            self._lost_from |= {"deaf": {False}, "mute": {True}, "silent": {True, False}}[how]
         if how != "reset":
             asyncio.get_running_loop().call_later(hold_s, self.end)
 
