@@ -71,7 +71,8 @@ class Node:
 @pytest.fixture
 def node(bundles, tmp_path):
     install(bundles, tmp_path / "edge" / "models")
-    node = Node(tmp_path / "edge", "mqtt.broker=spawn", "mqtt.port=0", f"listen.local=unix:{tmp_path / 'local.sock'}")
+    settings = ("mqtt.broker=spawn", "mqtt.port=0", 'streams=[{name="sketch",model="digits"}]')
+    node = Node(tmp_path / "edge", *settings, f"listen.local=unix:{tmp_path / 'local.sock'}")
     yield node
     if node.process.poll() is None:
         node.stop(signal.SIGKILL)
@@ -109,6 +110,20 @@ def work_locally(address: str) -> None:
         shm.destroy_shared_memory_region(handle)
 
 
+async def sketch(broker: str) -> dict:
+    """A device sends a drawing to a stream; what another program reads of it."""
+    host, _, port = broker.rpartition(":")
+    command = ["mosquitto_sub", "-h", host, "-p", port, "-t", "nc/v1/local/+/out/sketch", "-C", "1", "-W", "10", "-d"]
+    pipe = asyncio.subprocess.PIPE
+    reader = await asyncio.create_subprocess_exec("stdbuf", "-oL", *command, stdout=pipe)
+    while b"SUBACK" not in (line := await reader.stdout.readline()):
+        assert line, "mosquitto_sub ended"
+    async with MqttDevice(f"mqtt://{broker}/local/pad") as pad:
+        await pad.send("sketch", load_digits().images[7].astype(np.float32).tobytes())
+        out = await reader.stdout.read()
+    return json.loads(next(line for line in out.splitlines() if line.startswith(b"{")))
+
+
 @needs_mosquitto
 async def test_one_image_over_every_transport_and_two_microphones(node, tmp_path):
     assert node.addresses["ready"] == "edge-1"
@@ -127,6 +142,10 @@ async def test_one_image_over_every_transport_and_two_microphones(node, tmp_path
         answer = json.loads(run.stdout)
         assert int(np.argmax(answer["outputs"][0]["data"])) == 7
         assert (answer["model_version"], answer["served_by"], answer["tier"]) == ("1", "edge-1", "local")
+
+    event = await sketch(node.addresses["mqtt"])
+    assert (event["device"], event["stream"], event["seq"]) == ("pad", "sketch", 1)
+    assert event["results"][0]["class_name"] == "7"
 
     await asyncio.to_thread(work_locally, node.addresses["local"])
 
