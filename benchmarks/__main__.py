@@ -52,6 +52,7 @@ NAMES = (
     "agent_idle",
     "fanout",
     "storm",
+    "outage",
     "device_streams",
     "mqtt",
 )

@@ -37,13 +37,15 @@ class MqttLimits:
         when_full: what goes then: `drop-oldest`, or `reject` = the new one. Either is counted and told of.
         live_rows_max, live_bytes_max: of what waits for a link, so much is kept in memory. page_rows_max,
             page_bytes_max: the rest is read in pages. live_share: messages of streams without a backlog for each one
-            of a backlog. backlog_window: of the window of a link, so much is for backlogs. publish_bytes_max: and so
+            of a backlog. backlog_window: of the window of a link, so much is for backlogs. backlog_per_s: and so
+            many messages of them a second. publish_bytes_max: and so
             many bytes are on their way. read_retry_s: between two tries to read a page.
+            forget_delay_s: what a link has taken is forgotten so much later, together.
         refusals_max: a broker is offered an event so often; between, full jitter over refusal_retry_base_s to
             refusal_retry_max_s.
         streams_max: streams remembered; a
             new one takes the place of the one that was quiet longest.
-        inputs_in_hand_max: messages of streams between the ledger and their models. windows_max: completed by one of
+        inputs_in_hand_max: messages of streams between the ledger and their models, or 64 KiB each. windows_max: completed by one of
             them. states_cached_max: streams whose state is kept in memory too.
         input_tries_max: a message at which its model fails so often becomes a dead letter.
         input_retry_base_s, input_retry_max_s: full jitter, while a stream's model cannot answer.
@@ -86,12 +88,14 @@ class MqttLimits:
     when_full: Literal["drop-oldest", "reject"] = "drop-oldest"
     live_rows_max: int = 1024
     live_bytes_max: int = 4 * 1024 * 1024
-    page_rows_max: int = 128
+    page_rows_max: int = 64
     page_bytes_max: int = 1024 * 1024
     live_share: int = 4
-    backlog_window: int = 64
+    backlog_window: int = 32
+    backlog_per_s: float = 3000.0
     publish_bytes_max: int = 4 * 1024 * 1024
     read_retry_s: float = 0.2
+    forget_delay_s: float = 0.02
     refusals_max: int = 5
     refusal_retry_base_s: float = 0.5
     refusal_retry_max_s: float = 60.0

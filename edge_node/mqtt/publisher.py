@@ -70,7 +70,8 @@ class Publisher:
         self._delivered: list[int] = []
         self._refusals: dict[int, int] = {}
         self._resting = False
-        self._forgetting: asyncio.Task[None] | None = None
+        self._page_due = 0.0
+        self._forgetting: asyncio.TimerHandle | None = None
         self._reading: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
         self._progress = asyncio.Event()
@@ -198,7 +199,10 @@ class Publisher:
             row.item.handed()
 
     async def _read_page(self, after: int) -> None:
-        lanes, limits = self._lanes, self._limits
+        """The backlog leaves at a pace: whoever drains it as fast as he can is late for everybody else meanwhile."""
+        lanes, limits, now = self._lanes, self._limits, self._clock.monotonic()
+        if self._page_due > now:
+            await asyncio.sleep(self._page_due - now)
         try:
             page = await self._ledger.owed(self._link, after, limits.page_rows_max, limits.page_bytes_max)
         except MeshError as error:
@@ -206,6 +210,7 @@ class Publisher:
             await asyncio.sleep(limits.read_retry_s)
             lanes.failed()
         else:
+            self._page_due = max(now, self._page_due) + len(page.rows) / limits.backlog_per_s
             lanes.read(
                 [Row(each.id, each.message.topic, each.size_bytes, _Parcel(each)) for each in page.rows], page.through
             )
@@ -253,22 +258,25 @@ class Publisher:
     # -- forgetting ---------------------------------------------------------------------------------------------------
 
     def _forget(self, row: Row[_Parcel]) -> None:
+        """Rows are forgotten some at a time: a commit for each would cost as much as the one that brought it."""
         if row.id != UNSTORED:
             self._delivered.append(row.id)
             if self._forgetting is None:
-                self._forgetting = asyncio.get_running_loop().create_task(self._forget_rows())
+                loop = asyncio.get_running_loop()
+                self._forgetting = loop.call_later(self._limits.forget_delay_s, self._forget_rows)
 
-    async def _forget_rows(self) -> None:
-        try:
-            while self._delivered:
-                rows, self._delivered = self._delivered, []
-                await self._ledger.delivered(rows, self._link)
-        except MeshError as error:
+    def _forget_rows(self) -> None:
+        rows, self._delivered = self._delivered, []
+        self._ledger.delivered(rows, self._link).add_done_callback(self._forgotten)
+
+    def _forgotten(self, done: asyncio.Future[None]) -> None:
+        self._forgetting = None
+        if not done.cancelled() and (error := done.exception()) is not None:
             # The rows stay and are sent once more after a restart: the devices see the same answer twice.
-            _log.warning("delivered messages could not be forgotten", error=error.message)
-        finally:
-            self._forgetting = None
-            self._progress.set()
+            _log.warning("delivered messages could not be forgotten", error=str(error))
+        if self._delivered:
+            self._forgetting = asyncio.get_running_loop().call_later(self._limits.forget_delay_s, self._forget_rows)
+        self._progress.set()
 
 
 def _sent_before(row: Row[_Parcel]) -> Row[_Parcel]:
