@@ -22,6 +22,9 @@ from nearcast.transport.mqtt.connection import Connection
 from nearcast.transport.mqtt.message import Message
 
 WATCH_INTERVAL_S = 1.0
+PRESENCE_INTERVAL_S = 60.0
+PRESENCE_EXPIRY_S = 180
+"""A node says at least so often that it is there, and is not believed for longer: a will is lost with its broker."""
 INVENTORY_MAX = 256
 METRICS_MAX = 512
 """Versions and metrics named in one message."""
@@ -70,9 +73,9 @@ class Management:
         self._watch_interval_s = watch_interval_s
         self._shadow = _load(shadow)
         self._connection: Connection | None = None
-        self._said_clock: bool | None = None
+        self._said_clock = True
         self._said_models = b""
-        self._metrics_at = -math.inf
+        self._presence_at = self._metrics_at = -math.inf
         self.wishes = topics.node_topic(tenant, node, "desired")
         """Where wishes come in: to be subscribed to, with what is retained."""
         self.on_wish: Callable[[NodeSettings], None] = lambda _settings: None
@@ -90,15 +93,16 @@ class Management:
         return self._metrics_interval_s if wished is None else wished
 
     def presence(self, state: str) -> Message:
-        """The retained word that the node is there, or is not; also its will."""
+        """The retained word that the node is there (for a while), or is not; the latter is also its will."""
         said = {"state": state, "node": self._node, "boot_id": self._boot, "pid": os.getpid()}
-        return self._retained("state", said | {"clock_ok": self._clock_ok(), "shadow": self._shadow.version})
+        message = self._retained("state", said | {"clock_ok": self._clock_ok(), "shadow": self._shadow.version})
+        return message.expiring(PRESENCE_EXPIRY_S) if state == "online" else message
 
     def attach(self, connection: Connection) -> None:
         """Say everything on a new connection: its broker may have been born empty."""
         self._connection = connection
-        self._said_clock, self._said_models = None, b""
-        self._say_what_changed()
+        self._presence_at, self._said_models = -math.inf, b""
+        self._say_what_changed(asyncio.get_running_loop().time())
         if self._shadow.version:
             self._publish(self._reported())
 
@@ -128,16 +132,18 @@ class Management:
             await asyncio.sleep(self._watch_interval_s)
             if self._clock is not None:
                 self._clock.verified(self._clock.read())
-            self._say_what_changed()
-            self._say_metrics(asyncio.get_running_loop().time())
+            now = asyncio.get_running_loop().time()
+            self._say_what_changed(now)
+            self._say_metrics(now)
 
     def _clock_ok(self) -> bool:
         return self._clock is None or not self._clock.read().reason
 
-    def _say_what_changed(self) -> None:
+    def _say_what_changed(self, now: float) -> None:
         clock_ok = self._clock_ok()
-        if clock_ok is not self._said_clock and self._publish(self.presence("online")):
-            self._said_clock = clock_ok
+        is_due = clock_ok is not self._said_clock or now - self._presence_at >= PRESENCE_INTERVAL_S
+        if is_due and self._publish(self.presence("online")):
+            self._said_clock, self._presence_at = clock_ok, now
         if self._inventory is None:
             return
         models = self._retained("models", {"models": list_models(self._inventory())})

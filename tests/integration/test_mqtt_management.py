@@ -21,7 +21,7 @@ from edge_node.mqtt.ledger.ledger import Ledger, boot_identity
 from edge_node.mqtt.ledger.letters import list_letters
 from edge_node.mqtt.ledger.records import Reply
 from edge_node.mqtt.limits import MqttLimits
-from edge_node.mqtt.management import Management
+from edge_node.mqtt.management import PRESENCE_EXPIRY_S, Management
 from edge_node.mqtt.worker import MqttWorker
 from nearcast.cli import main
 from nearcast.clock import ManualClock
@@ -33,6 +33,11 @@ OCTETS = "application/octet-stream"
 FAST = MqttLimits(reconnect_base_s=0.05, reconnect_max_s=0.1, will_delay_s=0)
 
 
+def _said(message):
+    """The payload, and how long it is to be believed."""
+    return {**json.loads(message.payload), "expiry_s": getattr(message.properties, "MessageExpiryInterval", None)}
+
+
 class Watcher:
     """Hears everything about the nodes of the tenant, and wishes."""
 
@@ -41,7 +46,7 @@ class Watcher:
         self._loop = asyncio.get_running_loop()
         self._client = paho.Client(paho.CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)
         self._client.on_message = lambda _c, _u, message: self._loop.call_soon_threadsafe(
-            self._heard.put_nowait, (message.topic.rpartition("/")[2], json.loads(message.payload), message.retain)
+            self._heard.put_nowait, (message.topic.rpartition("/")[2], _said(message))
         )
         self._client.on_connect = lambda client, _u, _f, _r, _p: client.subscribe("nc/v1/local/node/n1/#", 1)
         self._client.connect("127.0.0.1", port)
@@ -50,7 +55,7 @@ class Watcher:
     async def hears(self, leaf, wanted=lambda _said: True):
         async with asyncio.timeout(WAIT_S):
             while True:
-                found, said, _ = await self._heard.get()
+                found, said = await self._heard.get()
                 if found == leaf and wanted(said):
                     return said
 
@@ -111,6 +116,7 @@ async def test_a_node_says_how_it_is_and_says_it_again_to_an_empty_broker(broker
     async with managed(broker, tmp_path, clock=floor, inventory=lambda: held):
         state = await watcher.hears("state")
         assert (state["state"], state["boot_id"], state["clock_ok"]) == ("online", "b", False)
+        assert 0 < state["expiry_s"] <= PRESENCE_EXPIRY_S, "who is gone for good is not called online for ever"
         models = (await watcher.hears("models"))["models"]
         assert [(each["model"], each["residency"]) for each in models] == [("audio", "cold"), ("digits", "hot")]
         clock.advance(1_900_000_000.0)
@@ -123,7 +129,8 @@ async def test_a_node_says_how_it_is_and_says_it_again_to_an_empty_broker(broker
         await broker.launch()
         assert (await watcher.hears("state"))["state"] == "online"
         assert len((await watcher.hears("models"))["models"]) == 1
-    assert (await watcher.hears("state"))["state"] == "offline"
+    state = await watcher.hears("state")
+    assert (state["state"], state["expiry_s"]) == ("offline", None)
     assert ClockFloor(tmp_path / "clock.json", ManualClock(wall=1_000.0), build_time=0).is_behind
 
 
@@ -135,7 +142,8 @@ async def test_wishes_hold_across_a_restart_and_metrics_are_sent_only_where_one_
         await worker.wait_connected()
         assert await watcher.silent("metrics", 0.3), "a bus belongs to its devices"
         watcher.wish(2, metrics_interval_s=0.1)
-        assert await watcher.hears("reported") == {"version": 2, "reported": {"metrics_interval_s": 0.1}}
+        reported = await watcher.hears("reported")
+        assert (reported["version"], reported["reported"]) == (2, {"metrics_interval_s": 0.1})
         assert (await watcher.hears("metrics"))["metrics"]["nc_mqtt_connected"] == 1
         watcher.wish(1, metrics_interval_s=0)
         watcher.wish(3, log_level="loud")
