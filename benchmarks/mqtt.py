@@ -86,7 +86,7 @@ def load(port: int, tenant: str, model: str, **options: float | str) -> dict[str
 def answers(seen: dict[str, Any]) -> int:
     """How many predictions came. A few refusals are the router's right; a load that is mostly refused is not a row."""
     count: int = seen["statuses"].get("200", 0)
-    if count < 0.98 * seen["sent"]:
+    if count < 0.9 * seen["sent"]:
         raise RuntimeError(f"of {seen['sent']} requests these were answered: {seen['statuses']}")
     return count
 

@@ -1,0 +1,65 @@
+"""Requests in memory: the ledger's decisions, within bounds."""
+
+from __future__ import annotations
+
+from edge_node.mqtt.admission import Request
+from edge_node.mqtt.ledger.records import Reply
+from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.volatile import ROW_BYTES, Volatile
+
+
+def request(correlation: bytes, digest: bytes = b"d") -> Request:
+    return Request(
+        tenant="local",
+        device="d1",
+        model="m",
+        correlation=correlation,
+        reply_topic=f"nc/v1/local/d1/down/reply/{correlation.decode()}",
+        content_type="",
+        accept="",
+        arrived=0.0,
+        deadline=30.0,
+        digest=digest,
+    )
+
+
+def reply(payload: bytes = b"y") -> Reply:
+    return Reply(topic="t", payload=payload, user={"status": "200"}, expires=30.0)
+
+
+def key(correlation: bytes) -> tuple[str, str, bytes]:
+    return "local", "d1", correlation
+
+
+def test_a_repeated_request_gets_the_same_answer_marked():
+    volatile, first = Volatile(MqttLimits()), request(b"1")
+    assert not volatile.knows(key(b"1"))
+    assert volatile.accept(first, has_room=True).verdict == "accept"
+    assert volatile.accept(first, has_room=True).verdict == "pending"
+    (sent,) = volatile.finish(first, reply(), now=1.0)
+    again = volatile.accept(first, has_room=False)
+    assert again.replay is not None
+    assert (sent.message.payload, again.replay.message.payload) == (b"y", b"y")
+    assert "dedup" not in sent.message.user
+    assert again.replay.message.user["dedup"] == "1"
+    assert again.replay.message.topic == first.reply_topic
+    assert volatile.accept(request(b"1", b"other"), has_room=True).verdict == "conflict"
+    assert volatile.accept(request(b"2"), has_room=False).verdict == "full"
+
+
+def test_what_was_refused_may_come_again():
+    volatile = Volatile(MqttLimits())
+    volatile.accept(request(b"1"), has_room=True)
+    volatile.forget(key(b"1"))
+    assert volatile.accept(request(b"1"), has_room=True).verdict == "accept"
+
+
+def test_answers_are_bounded_by_bytes_and_by_age():
+    volatile = Volatile(MqttLimits(memory_replies_bytes_max=2 * (ROW_BYTES + 100), replies_age_max_s=10.0))
+    for number, now in ((b"1", 0.0), (b"2", 1.0), (b"3", 2.0)):
+        volatile.accept(request(number), has_room=True)
+        volatile.finish(request(number), reply(b"x" * 100), now)
+    assert [volatile.knows(key(number)) for number in (b"1", b"2", b"3")] == [False, True, True]
+    volatile.accept(request(b"4"), has_room=True)
+    volatile.finish(request(b"4"), reply(b""), 11.5)
+    assert [volatile.knows(key(number)) for number in (b"2", b"3", b"4")] == [False, True, True]
