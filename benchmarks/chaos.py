@@ -19,7 +19,7 @@ from benchmarks import chaos_ledger
 from benchmarks.chaos_history import Event, save
 from benchmarks.chaos_judge import FAULTS, Verdict, judge
 from benchmarks.chaos_mutants import EARLY, MUTANTS
-from benchmarks.chaos_poison import Poisoned, poison
+from benchmarks.chaos_poison import SAMPLES, Poisoned, poison
 from benchmarks.chaos_recording import record
 from benchmarks.chaos_run import Plan, live_through
 from benchmarks.crash_trace import is_available
@@ -125,9 +125,12 @@ def _duplicate_rows(history: Sequence[Event], verdict: Verdict) -> list[Row]:
 
 
 def _poison_rows(found: Poisoned) -> list[Row]:
+    is_over = found.status == 500 and found.letters >= 2 and found.results == SAMPLES
+    letters = f"{found.letters} dead letters; {found.results} of {SAMPLES} other samples of its stream have a result"
     return [
-        Row("chaos.poison_crashes", found.crashes, "", f"then it is answered {found.status}"),
-        Row("chaos.poison_quarantined", found.status == 500 and found.letters > 0, "", f"{found.letters} dead letters"),
+        Row("chaos.poison_crashes", found.crashes, "", f"by a request; then it is answered {found.status}"),
+        Row("chaos.poison_data_crashes", found.data_crashes, "", "by a sample of a stream"),
+        Row("chaos.poison_quarantined", is_over, "", letters),
         Row("chaos.poison_others_failed", found.others_failed, "requests", f"of {found.others} meanwhile"),
     ]
 

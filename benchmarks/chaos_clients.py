@@ -62,9 +62,14 @@ class Client:
         self.history.add(answer_of(self.name, reply))
 
     async def _send(self, device: MqttDevice) -> None:
-        sample = np.zeros(TALLY_WIDTH, np.float32).tobytes()
+        sample = sample_of(0.0)
         self._sent += 1  # as the client counts, which numbers a sample before it waits for anything
         key = f"{STREAM}/{device._boot_id}/{self._sent}"
         self.history.note("sent", device=self.name, key=key)
         await device.send(STREAM, sample)
         self.history.note("kept", device=self.name, key=key)
+
+
+def sample_of(value: float) -> bytes:
+    """One message of the stream `STREAM`."""
+    return np.full(TALLY_WIDTH, value, np.float32).tobytes()

@@ -65,6 +65,8 @@ class History:
 
     def __init__(self) -> None:
         self._events: list[Event] = []
+        self._owed: set[tuple[str, str]] = set()
+        self._paid: set[tuple[str, str]] = set()
 
     def note(self, kind: Kind, *, device: str = "", key: str = "", deadline: float = 0.0, once: bool = False) -> None:
         """Write down what happens now."""
@@ -73,15 +75,22 @@ class History:
     def add(self, *events: Event) -> None:
         """Take in what somebody else wrote down."""
         self._events += events
+        for event in events:
+            one = {(event.device, event.key)}
+            if event.kind in ("replied", "event"):
+                self._paid |= one
+                self._owed -= one
+            elif event.kind in ("accepted", "taken"):
+                self._owed |= one - self._paid
 
     def events(self) -> Sequence[Event]:
         """All of them, sorted."""
         return sorted(self._events, key=lambda event: event.at)
 
+    @property
     def is_owed(self) -> bool:
         """Whether the node has acknowledged something and not answered it yet."""
-        owed = {(event.device, event.key) for event in self._events if event.kind in ("accepted", "taken")}
-        return bool(owed - {(event.device, event.key) for event in self._events if event.kind in ("replied", "event")})
+        return bool(self._owed)
 
 
 def body_of(device: str, key: str) -> bytes:

@@ -34,6 +34,7 @@ STREAMS = (StreamDefinition(name=STREAM, model=TALLY, labels=("count", "")),)
 NODE = "n1"
 NONCE_BYTES = 8
 POISON = b"poison!!"
+POISON_SAMPLE = 13.0
 RUN_S_MAX = 0.03
 RUNS_TWICE = "runs a request twice"
 FORGETS_LEDGER = "forgets its ledger when it restarts"
@@ -59,7 +60,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Witness:
-    """The models `witness` and `tally`. A request that begins with `POISON` kills the process.
+    """The models `witness` and `tally`. A request that begins with `POISON`, or a sample with `POISON_SAMPLE`, kills.
 
     `tally` has explicit state, the number of messages so far, and says it: one that is left out, run twice or run with
     an old state shows in every later result.
@@ -94,7 +95,10 @@ class Witness:
 
     async def infer(self, request: InferRequest, context: RequestContext) -> InferResponse:
         if request.model == TALLY:
-            state = request.decode()["state"] + 1
+            tensors = request.decode()
+            if tensors["x"][0, 0] == POISON_SAMPLE:
+                os.kill(os.getpid(), signal.SIGKILL)
+            state = tensors["state"] + 1
             outputs = {"y": np.array([[state[0, 0], -1]], np.float32), "stateN": state}
             return _response(request, outputs)
         device = context.principal.rpartition("/")[2]

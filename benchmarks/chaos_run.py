@@ -220,5 +220,5 @@ async def _settle(stage: Scene, devices: Sequence[Device | Client]) -> None:
     for device in devices:
         device.is_asking = False
     await stage.until(lambda: not any(device.pending for device in devices), QUIET_TIMEOUT_S)
-    await stage.until(lambda: not stage.history.is_owed(), QUIET_TIMEOUT_S / 6)
+    await stage.until(lambda: not stage.history.is_owed, QUIET_TIMEOUT_S / 6)
     await asyncio.sleep(QUIET_S)
