@@ -245,14 +245,14 @@ async def test_live_streams_go_before_a_backlog_and_the_backlog_keeps_its_order(
     handler = Accumulator()
     async with life(tmp_path, handler) as node:
         node.service._closing = True  # what is taken stays on disk
-        for seq in range(1, 1001):
+        for seq in range(1, 501):
             node.push([1, 0], seq=seq)
-        await node.until(lambda: node.acknowledged == 1000)
+        await node.until(lambda: node.acknowledged == 500)
     async with life(tmp_path, handler) as after:
         for seq in range(1, 21):
             after.push([1, 0], seq=seq, device="live")
-        await after.until(lambda: len(after.events) == 1020)
-    assert after.scores("d1") == [float(n) for n in range(1, 1001)]
+        await after.until(lambda: len(after.events) == 520)
+    assert after.scores("d1") == [float(n) for n in range(1, 501)]
     assert after.scores("live") == [float(n) for n in range(1, 21)]
     last = max(place for place, event in enumerate(after.events) if event["device"] == "live")
     assert last < 20 + 2 * BATCH_MAX, "live messages wait for what is in hand already, not for the backlog"

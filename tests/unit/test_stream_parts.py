@@ -155,6 +155,34 @@ def test_a_message_may_be_one_input_as_it_is():
         read_tensor(plan, stored(json.dumps(body).encode(), content_type="application/json"))
 
 
+@given(
+    st.binary(max_size=64),
+    st.sampled_from(
+        ["", "audio/wav", "application/json", "application/cbor", "application/x-protobuf", "image/png", "x"]
+    ),
+    st.dictionaries(st.sampled_from(["dtype", "shape", "name"]), st.text(max_size=8), max_size=3),
+    st.integers(0, 3),
+)
+def test_no_payload_breaks_the_reading_of_samples(payload, content_type, user, window):
+    metadata = dataclasses.replace(SILERO, inputs=(TensorSpec("x", "FP32", (-1, 1)),), properties={})
+    plan = make_plan(StreamDefinition(name="mic", model="m", window=window), metadata)
+    try:
+        (read_samples if window else read_tensor)(plan, stored(payload, content_type=content_type, user=user))
+    except MeshError as error:
+        assert error.code in (Code.INVALID_REQUEST, Code.UNSUPPORTED, Code.TOO_LARGE)
+
+
+def test_what_is_no_score_is_refused():
+    plan = make_plan(MIC, SILERO)
+    state = np.zeros((2, 1, 128), np.float32)
+    with pytest.raises(MeshError, match="must be at most"):
+        events.read_scores({"output": np.array([b"x"], object), "stateN": state}, plan)
+    with pytest.raises(MeshError, match="one output of scores, not a, b"):
+        events.read_scores({"a": state, "b": state, "stateN": state}, plan)
+    none = {"boxes": np.zeros((1, 0, 4), np.float32), "scores": np.zeros((1, 0), np.float32)}
+    assert events.read_boxes(none, plan, 0) == []
+
+
 def test_state_comes_back_from_bytes_as_it_was():
     state = StreamState(boot="b", seq=3, version="1", rest=b"12", tensors={"state": bytes(1024)}, recent=((0.5,),))
     assert decode_state(encode_state(state)) == state

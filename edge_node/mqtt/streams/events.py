@@ -14,6 +14,8 @@ from nearcast.errors import Code, MeshError
 from nearcast.handler import Tensors
 
 BOXES, BOX_SCORES, BOX_CLASSES = "boxes", "scores", "classes"
+SCORES_MAX = 1 << 16
+"""Of one window: they are looked through on the loop."""
 RESULTS_MAX = 256
 """Of one message; the best ones stay."""
 
@@ -66,6 +68,8 @@ def read_boxes(outputs: Tensors, plan: Plan, window: int) -> list[Result] | None
     """The results of a detector; None if the model is none."""
     if BOXES not in outputs or BOX_SCORES not in outputs:
         return None
+    if not outputs[BOX_SCORES].size:
+        return []
     scores = outputs[BOX_SCORES].reshape(-1).astype(np.float64) * plan.definition.score_scale
     boxes = outputs[BOXES].reshape(len(scores), -1)
     classes = outputs[BOX_CLASSES].reshape(-1) if BOX_CLASSES in outputs else np.zeros(len(scores), np.int64)
@@ -80,13 +84,18 @@ def read_scores(outputs: Tensors, plan: Plan) -> list[float]:
     """The scores of all classes, flat.
 
     Raises:
-        MeshError: INVALID_REQUEST if the model has not one output of scores.
+        MeshError: INVALID_REQUEST if the model has not one output of scores, UNSUPPORTED if that holds no numbers.
     """
     fed_back = {entry.output for entry in plan.feedback}
     names = [name for name in outputs if name not in fed_back]
     if len(names) != 1:
         raise MeshError(Code.INVALID_REQUEST, f"A stream's model gives one output of scores, not {', '.join(names)}.")
-    scores: list[float] = outputs[names[0]].reshape(-1).tolist()
+    output = outputs[names[0]]
+    if output.dtype.kind not in "biuf" or output.size > SCORES_MAX:
+        raise MeshError(
+            Code.UNSUPPORTED, f"The output {names[0]} of a stream's model must be at most {SCORES_MAX} numbers."
+        )
+    scores: list[float] = output.reshape(-1).tolist()
     scale = plan.definition.score_scale
     return scores if scale == 1.0 else [score * scale for score in scores]
 

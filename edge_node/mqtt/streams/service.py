@@ -220,6 +220,9 @@ class StreamService:
                 progress = await self._batches.run(list(lane.waiting), tries=lane.tries)
         except MeshError as error:
             progress = Progress(0, error)
+        except Exception as error:  # noqa: BLE001  # one stream must not end the others, nor itself
+            _log.exception("a stream failed unexpectedly", stream=lane.key)
+            progress = Progress(0, MeshError(Code.INTERNAL, f"The node failed on this stream: {error!r}."))
         for _ in range(progress.done):
             self._in_hand -= _weight(lane.waiting.popleft())
         if progress.done:
