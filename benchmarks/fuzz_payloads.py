@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import struct
 import wave
 from collections.abc import Mapping
 
@@ -147,6 +148,8 @@ def seed_payloads() -> list[tuple[str, bytes]]:
     seeds += [(types.CBOR, cbor2.dumps(each)) for each in maps]
     tensor = {"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]}
     seeds.append((types.JSON, json.dumps({"id": "a", "ttl_ms": 5, "inputs": [tensor]}).encode()))
+    fmt = b"RIFF\xff\xff\xff\xffWAVEfmt \x10\x00\x00\x00" + struct.pack("<HHIIHH", 3, 1, 8000, 64000, 8, 64)
+    seeds.append((types.WAV, fmt + b"data\xff\xff\xff\xff" + np.array([1e300, np.nan, 0.5]).tobytes()))
     seeds += [(types.IMAGES[0], b"\xff\xd8\xff\xe0" + bytes(64)), (types.WAV, tone(1)), (types.WAV, tone(2))]
     return seeds
 

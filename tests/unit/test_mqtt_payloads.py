@@ -203,6 +203,18 @@ def test_samples_are_from_minus_one_to_one(samples, wanted):
     assert (rate_hz, found.tolist()) == (8000, wanted)
 
 
+def test_a_wav_file_may_hold_floats_other_chunks_and_an_end_left_open():
+    samples = np.array([0.5, -1.0], np.float32)
+    fmt = struct.pack("<HHIIHHHHI", 0xFFFE, 1, 16_000, 64_000, 4, 32, 22, 32, 4) + struct.pack("<H14x", 3)
+    head = b"RIFF\xff\xff\xff\xffWAVE" + b"LIST\x03\x00\x00\x00abc\x00" + b"fmt " + struct.pack("<I", len(fmt)) + fmt
+    rate_hz, found = read_wav(head + b"data\xff\xff\xff\xff" + samples.tobytes() + b"\x00")
+    assert (rate_hz, found.tolist()) == (16_000, [0.5, -1.0])
+    with pytest.raises(MeshError, match="more than 64 chunks"):
+        read_wav(head[:12] + b"JUNK\x00\x00\x00\x00" * 100_000)
+    with pytest.raises(MeshError, match="no format chunk"):
+        read_wav(head[:12])
+
+
 def test_a_sound_fills_the_input_for_samples():
     samples = np.array([-32768, 0, 16384, 32767], np.int16)
     speech = asked(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import struct
-import wave
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,8 +18,19 @@ from nearcast.wire.tensors import Array, dtype_of
 
 SAMPLE_RATE = "sample_rate_hz"
 """The property of a model that says which sample rate it takes."""
+CHUNKS_MAX = 64
+"""Of a WAV file; there are two that matter."""
+_FORMAT = struct.Struct("<HHIIHH")
+_EXTENSIBLE, _SUBFORMAT = 0xFFFE, 24
+_SAMPLE_TYPES: dict[tuple[int, int], np.dtype[Any]] = {
+    (1, 8): np.dtype("u1"),
+    (1, 16): np.dtype("<i2"),
+    (1, 32): np.dtype("<i4"),
+    (3, 32): np.dtype("<f4"),
+    (3, 64): np.dtype("<f8"),
+}
+"""By format tag (1 = integers, 3 = floats) and bits."""
 _FULL_SCALE = {1: 128.0, 2: 32768.0, 4: 2147483648.0}
-_SAMPLE_TYPES: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("<i2"), 4: np.dtype("<i4")}
 
 
 def decode_image(payload: bytes, asked: Asked) -> InferRequest:
@@ -49,30 +58,55 @@ def decode_wav(payload: bytes, asked: Asked) -> InferRequest:
         raise MeshError(Code.UNSUPPORTED, f"Model '{asked.model}' takes {wanted} Hz; this sound has {rate_hz} Hz.")
     shape = _audio_shape(spec, samples.size)
     if spec.datatype == "INT16":
-        samples = np.clip(np.rint(samples * 32768.0), -32768, 32767)
-    return _request(asked, spec, samples.astype(dtype_of(spec.datatype)).reshape(shape))
+        samples = np.nan_to_num(np.minimum(np.rint(np.clip(samples, -1, 1) * np.float32(32768)), np.float32(32767)))
+    with np.errstate(over="ignore"):
+        return _request(asked, spec, samples.astype(dtype_of(spec.datatype)).reshape(shape))
 
 
 def read_wav(payload: bytes) -> tuple[int, npt.NDArray[np.float32]]:
-    """Sample rate in Hz and the samples of one channel, FP32 in [-1, 1).
+    """Sample rate in Hz and the samples of one channel, FP32 from -1 to 1.
 
     Raises:
-        MeshError: INVALID_REQUEST if it is no WAV file of PCM with one channel and 8, 16 or 32 bits.
+        MeshError: INVALID_REQUEST if it is no WAV file of one channel with samples of a known type.
     """
-    try:
-        with wave.open(io.BytesIO(payload)) as file:
-            rate_hz, channels, width = file.getframerate(), file.getnchannels(), file.getsampwidth()
-            raw = file.readframes(len(payload))
-    except (wave.Error, EOFError, struct.error, ValueError, RuntimeError) as error:
-        raise MeshError(Code.INVALID_REQUEST, f"The payload is no PCM file in WAV format: {error}.") from error
-    if channels != 1 or width not in _SAMPLE_TYPES:
+    fmt, data = _find_chunks(payload)
+    if len(fmt) < _FORMAT.size:
+        raise MeshError(Code.INVALID_REQUEST, "The payload is no WAV file: it has no format chunk.")
+    tag, channels, rate_hz, _, _, bits = _FORMAT.unpack_from(fmt)
+    if tag == _EXTENSIBLE and len(fmt) >= _SUBFORMAT + 2:
+        tag = int.from_bytes(fmt[_SUBFORMAT : _SUBFORMAT + 2], "little")
+    dtype = _SAMPLE_TYPES.get((tag, bits))
+    if channels != 1 or dtype is None:
         raise MeshError(
             Code.INVALID_REQUEST,
-            f"The sound has {channels} channels of {8 * width} bits; send one channel of 8, 16 or 32 bits.",
+            f"The sound has {channels} channels of {bits} bits in format {tag}; "
+            "send one channel, uncompressed, of 8, 16 or 32 bits.",
         )
-    samples = np.frombuffer(raw[: len(raw) - len(raw) % width], _SAMPLE_TYPES[width]).astype(np.float64)
-    scale = _FULL_SCALE[width]
-    return rate_hz, ((samples - scale if width == 1 else samples) / scale).astype(np.float32)
+    whole_bytes = len(data) - len(data) % dtype.itemsize
+    with np.errstate(over="ignore", invalid="ignore"):  # floats may be anything, as the tensors of a model may
+        samples = np.frombuffer(data[:whole_bytes], dtype).astype(np.float32)
+    if dtype.kind == "u":
+        samples -= _FULL_SCALE[dtype.itemsize]
+    if dtype.kind != "f":
+        samples /= _FULL_SCALE[dtype.itemsize]
+    return rate_hz, samples
+
+
+def _find_chunks(payload: bytes) -> tuple[bytes, bytes]:
+    """The format and the samples. A size that a writer could not know, and left too large, ends with the payload."""
+    found = {b"fmt ": b"", b"data": b""}
+    if payload[:4] != b"RIFF" or payload[8:12] != b"WAVE":
+        raise MeshError(Code.INVALID_REQUEST, "The payload is no WAV file.")
+    position = 12
+    for _ in range(CHUNKS_MAX):
+        name, size = payload[position : position + 4], int.from_bytes(payload[position + 4 : position + 8], "little")
+        position += 8
+        if name in found:
+            found[name] = payload[position : position + size]
+        if name == b"data" or position >= len(payload):
+            return found[b"fmt "], found[b"data"]
+        position += size + size % 2
+    raise MeshError(Code.INVALID_REQUEST, f"The WAV file has more than {CHUNKS_MAX} chunks before its samples.")
 
 
 def _find(asked: Asked, datatypes: Sequence[str], what: str) -> TensorSpec:
