@@ -45,6 +45,7 @@ HEAD_BYTES_MAX = 256 * 1024
 """Topic and properties, beside the payload, of a packet that is read at all; what is refused needs room as well."""
 STATUS_DENIED = 403
 Durability: TypeAlias = Literal["full", "none"]
+_FILTERS = (topics.request_filter, topics.suffixed_filter, topics.data_filter)
 _log = get_logger("nearcast.mqtt")
 
 
@@ -104,8 +105,7 @@ class MqttWorker:
         self._port = port
         self._limits = limits or MqttLimits()
         self._clock = clock
-        filters = (topics.request_filter, topics.suffixed_filter, topics.data_filter)
-        self._filters = tuple(make(tenant) for tenant in tenants for make in filters)
+        self._filters = tuple(make(tenant) for tenant in tenants for make in _FILTERS)
         self._boot = boot or boot_identity()
         self._management = management or Management(node, tenants[0], boot=self._boot)
         self.metrics = MqttMetrics(registry)
