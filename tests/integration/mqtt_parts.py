@@ -156,10 +156,10 @@ async def until(condition, timeout_s: float = WAIT_S) -> None:
         await asyncio.sleep(0.005)
 
 
-async def main(port: int, inbox: Path, delay_s: float) -> None:
+async def main(port: int, inbox: Path, delay_s: float, durability: str = "full") -> None:
     """A worker that never ends by itself. `<inbox>.journal` gets a line for each execution."""
     handler = Doubler(delay_s=delay_s, journal=inbox.with_suffix(".journal"))
-    worker = MqttWorker(handler, handler, node="n1", host="127.0.0.1", port=port, inbox=inbox)
+    worker = MqttWorker(handler, handler, node="n1", host="127.0.0.1", port=port, inbox=inbox, durability=durability)
     await worker.start()
     await worker.wait_connected()
     print("ready", flush=True)
@@ -167,4 +167,4 @@ async def main(port: int, inbox: Path, delay_s: float) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])))
+    asyncio.run(main(int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), *sys.argv[4:]))
