@@ -7,6 +7,7 @@ from edge_node.mqtt.ack_window import AckWindow
 from edge_node.mqtt.admission import Refusal, admit
 from edge_node.mqtt.idempotency import Known, decide, digest_of
 from edge_node.mqtt.limits import MqttLimits
+from nearcast.transport.mqtt import content_types as types
 from nearcast.transport.mqtt import topics
 from nearcast.transport.mqtt.message import Message
 
@@ -32,9 +33,10 @@ def test_no_reply_topic_belongs_to_two_devices(tenant, device, other, rest):
 
 MESSAGES = st.builds(
     Message,
-    topic=st.one_of(st.just("nc/v1/local/cam/up/infer/digits"), st.text(max_size=60)),
+    topic=st.sampled_from(["", "/json", "/cbor", "/bin", "/x"]).map("nc/v1/local/cam/up/infer/digits{}".format)
+    | st.text(max_size=60),
     payload=st.binary(max_size=300),
-    content_type=st.sampled_from(["", "application/json", "application/octet-stream", "x"]) | st.text(max_size=20),
+    content_type=st.sampled_from(["", *types.REQUEST_TYPES]) | st.text(max_size=20),
     correlation=st.binary(max_size=200),
     response_topic=st.sampled_from(["", "nc/v1/local/cam/down/a", "nc/v1/local/other/down/a"]) | st.text(max_size=60),
     expiry_s=st.none() | st.integers(0, 2**32 - 1),
@@ -102,6 +104,6 @@ def test_digests_differ_where_requests_differ(fields, payload, others, other):
 @given(st.permutations(list(range(12))))
 def test_acknowledgements_come_out_in_order_whatever_ends_first(order):
     window = AckWindow()
-    tickets = [window.open(Message(topic="t", mid=mid)) for mid in range(12)]
+    tickets = [window.open(Message(topic="t", mid=mid), 0.0) for mid in range(12)]
     out = [message.mid for index in order for message in window.complete(tickets[index])]
     assert out == list(range(12))

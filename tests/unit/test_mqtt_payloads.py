@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 
 from benchmarks.fuzz_payloads import STATUSES
+from edge_node.mqtt import envelope
+from edge_node.mqtt.admission import Refusal, Request, admit
+from edge_node.mqtt.limits import MqttLimits
 from nearcast.errors import Code, MeshError
 from nearcast.handler import ModelMetadata, Served, TensorSpec
 from nearcast.transport.mqtt import content_types as types
 from nearcast.transport.mqtt import payload as payloads
 from nearcast.transport.mqtt import payload_envelope
+from nearcast.transport.mqtt.message import Message
 from nearcast.transport.mqtt.payload_media import read_wav
 from nearcast.transport.mqtt.payload_spec import Asked
 from nearcast.transport.mqtt.status import STATUS, failure, require_success, success
@@ -345,3 +349,58 @@ def test_an_envelope_says_what_properties_would(kind):
 def test_a_repeated_answer_without_an_envelope_stays_as_it_is():
     assert payload_envelope.mark_repeated(types.JSON, b"{}") == b"{}"
     assert payload_envelope.mark_repeated(types.OCTETS, b"\x01") == b"\x01"
+
+
+# -- what the node makes of it ----------------------------------------------------------------------------------------
+
+
+def asked_without_properties(suffix, payload):
+    message = Message(topic=f"nc/v1/local/cam/up/infer/m/{suffix}", payload=payload)
+    request = admit(message, 0.0, MqttLimits(), nonce=b"nonce")
+    assert isinstance(request, Request)
+    return request
+
+
+def test_what_raw_bytes_cannot_say_is_json_on_the_topic_beside():
+    request = asked_without_properties("bin", X.tobytes())
+    one = TensorResponse(model="m", version="7", outputs={"y": X})
+    answer = envelope.reply(request, one)
+    assert (answer.topic, answer.payload) == ("nc/v1/local/cam/down/reply/m/bin", X.tobytes())
+    two = TensorResponse(model="m", version="7", outputs={"y": X, "z": X})
+    answer = envelope.reply(request, two)
+    assert answer.topic == "nc/v1/local/cam/down/reply/m/json"
+    assert [output["name"] for output in json.loads(answer.payload)["outputs"]] == ["y", "z"]
+    error = MeshError(Code.OVERLOADED, "full", retry_after_ms=100)
+    answer = envelope.error_reply(request, error, status=None, expires=1.0)
+    assert answer.topic == "nc/v1/local/cam/down/reply/m/json"
+    assert json.loads(answer.payload)["retry_after_ms"] == 100
+
+
+@pytest.mark.parametrize("code", list(Code))
+@pytest.mark.parametrize("suffix", ["json", "cbor"])
+def test_every_error_reaches_a_device_without_properties(code, suffix):
+    read = json.loads if suffix == "json" else cbor2.loads
+    request = asked_without_properties(suffix, b'{"id": "a"}' if suffix == "json" else cbor2.dumps({"id": "a"}))
+    answer = envelope.error_reply(request, MeshError(code, "why"), status=None, expires=1.0)
+    assert answer.topic == f"nc/v1/local/cam/down/reply/m/{suffix}"
+    assert answer.correlation == b""
+    assert read(answer.payload) == {"id": "a", "status": STATUS[code], "code": str(code), "error": "why"}
+
+
+@pytest.mark.parametrize("code", list(Code))
+@pytest.mark.parametrize("kind", types.REQUEST_TYPES)
+def test_every_error_is_raised_again_where_it_was_asked(code, kind):
+    message = Message(topic="nc/v1/local/cam/up/infer/m", content_type=kind, correlation=b"key")
+    request = admit(message, 0.0, MqttLimits(), nonce=b"nonce")
+    answer = envelope.error_reply(request, MeshError(code, "why", retry_after_ms=5), status=None, expires=1.0)
+    assert (answer.correlation, answer.user["status"]) == (b"key", str(STATUS[code]))
+    with pytest.raises(MeshError, match="why") as caught:
+        payloads.decode_reply(answer.payload, answer.content_type, answer.user, model="m")
+    assert (caught.value.code, caught.value.retry_after_ms) == (code, 5)
+
+
+def test_too_many_items_are_413_also_without_properties():
+    message = Message(topic="nc/v1/local/cam/up/infer/m/cbor", payload=b"\x80" * 70_000)
+    refusal = admit(message, 0.0, MqttLimits(), nonce=b"nonce")
+    assert isinstance(refusal, Refusal)
+    assert refusal.status == 413
