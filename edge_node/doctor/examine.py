@@ -27,27 +27,22 @@ async def examine(
         One finding for each check, in the order in which they rest upon each other.
     """
     limits = limits or DoctorLimits()
-    found = [find_clock(subject.data_dir, clock)]
-    listener = await find_listener(subject, limits)
     now = open_clock(subject.data_dir, clock).read().now
+    listener = await find_listener(subject, limits)
     certificates = await find_certificates(subject, now, limits, has_broker=listener.status == "ok")
-    found += [certificates, listener]
+    ground = [find_clock(subject.data_dir, clock), certificates]
     if listener.status != "ok":
-        return found + _skip("mqtt5", *_SPOKEN, why="there is no broker")
-    if certificates.status == "fail" and subject.device_tls is not None:
-        return found + _skip("mqtt5", *_SPOKEN, why="the certificates come first")
+        return [*ground, listener, *_skip("mqtt5", *_SPOKEN, why="there is no broker")]
     versions = await find_versions(subject, limits)
-    found.append(versions)
     if versions.status != "ok":
-        return found + _skip(*_SPOKEN, why="the broker does not speak MQTT 5 with us")
+        if certificates.status == "fail" and subject.device_tls is not None:
+            (versions,) = _skip("mqtt5", why="the certificates come first")
+        return [*ground, listener, versions, *_skip(*_SPOKEN, why="the broker does not speak MQTT 5 with us")]
     try:
-        return found + await _listen(subject, limits)
-    except MeshError as error:
-        lost = Finding(check="broker", status="fail", detail=f"the broker left us: {error.message}")
-        done = {finding.check for finding in found}
-        return [finding for finding in found if finding.check != "broker"] + [
-            lost, *_skip(*(check for check in _SPOKEN if check not in done), why="the broker left us")
-        ]  # fmt: skip
+        return [*ground, listener, versions, *await _listen(subject, limits)]
+    except (MeshError, TimeoutError) as error:
+        left = Finding(check="broker", status="fail", detail=f"it answered, and then left us: {error or 'silence'}")
+        return [*ground, left, versions, *_skip(*_SPOKEN, why="the broker left us")]
 
 
 async def _listen(subject: Subject, limits: DoctorLimits) -> list[Finding]:

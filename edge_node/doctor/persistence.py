@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge_node.doctor.findings import DoctorLimits, Finding, Subject
+from edge_node.doctor.findings import DoctorLimits, Finding, Status, Subject
 from edge_node.doctor.player import playing
 from nearcast.transport.mqtt import topics
 from nearcast.transport.mqtt.message import Message
@@ -93,8 +93,8 @@ async def _is_saved(store: Store, marker: bytes, limits: DoctorLimits) -> bool:
     return False
 
 
-def _finding(status: str, detail: str, advice: str = "") -> Finding:
-    return msgspec.convert({"check": "persistence", "status": status, "detail": detail, "advice": advice}, Finding)
+def _finding(status: Status, detail: str, advice: str = "") -> Finding:
+    return Finding(check="persistence", status=status, detail=detail, advice=advice)
 
 
 def _read(path: Path) -> str:
