@@ -177,6 +177,8 @@ async def answering(
         registry=registry,
         durability=config.mqtt.durability,
         streams=config.streams,
+        # A broker of a tenant grants nobody a topic outside `nc/v1`.
+        discovery_prefix=config.mqtt.discovery_prefix if own is None else "",
         tls=None if own is None else own.tls,
         management=management,
         sees_mesh=lambda: node.sees_mesh,

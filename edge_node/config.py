@@ -71,6 +71,8 @@ class MqttConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         broker: `mqtt://host:port` of a running broker, `spawn` for one of the node's own on loopback, "" = no MQTT.
         port: of the node's own broker; 0 = a free one.
         tenants: whose requests are read. Without authentication only `local`.
+        discovery_prefix: tell Home Assistant of the streams under this topic, usually `homeassistant`; "" = do not. Not
+            on the brokers of tenants.
         pending_max: requests accepted and not yet answered; beyond it devices are told to wait.
         in_flight_max: of these, how many are given to the models at the same time.
         tenant_brokers: brokers of tenants whose devices have certificates, beside `broker`.
@@ -86,6 +88,7 @@ class MqttConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     broker: str = ""
     port: int = 0
     tenants: tuple[str, ...] = ("local",)
+    discovery_prefix: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{0,64}\Z")] = ""
     pending_max: int = 1024
     in_flight_max: int = 64
     tenant_brokers: tuple[TenantBrokerConfig, ...] = ()

@@ -43,10 +43,9 @@ class MqttLimits:
             forget_delay_s: what a link has taken is forgotten so much later, together.
         refusals_max: a broker is offered an event so often; between, full jitter over refusal_retry_base_s to
             refusal_retry_max_s.
-        streams_max: streams remembered; a
-            new one takes the place of the one that was quiet longest.
-        inputs_in_hand_max: messages of streams between the ledger and their models, or 64 KiB each. windows_max: completed by one of
-            them. states_cached_max: streams whose state is kept in memory too.
+        streams_max: streams remembered; a new one takes the place of the one that was quiet longest.
+        inputs_in_hand_max: messages of streams, or 64 KiB each, between ledger and models. windows_max: that one
+            of them may complete. states_cached_max: streams whose state is kept in memory too.
         input_tries_max: a message at which its model fails so often becomes a dead letter.
         input_retry_base_s, input_retry_max_s: full jitter, while a stream's model cannot answer.
         letters_max, letters_bytes_max: dead letters kept; the oldest go first. letter_ttl_s: Message Expiry of the

@@ -23,6 +23,7 @@ from edge_node.mqtt.metrics import MqttMetrics
 from edge_node.mqtt.publisher import Publisher
 from edge_node.mqtt.requests import RequestService
 from edge_node.mqtt.streams.definition import StreamDefinition, by_name
+from edge_node.mqtt.streams.discovery import Discovery
 from edge_node.mqtt.streams.metrics import StreamMetrics
 from edge_node.mqtt.streams.service import StreamService
 from edge_node.mqtt.streams.volatile import VolatileInputs
@@ -71,6 +72,7 @@ class MqttWorker:
         boot: identity of the machine's boot; a test may pretend a reboot.
         management: the node's own topics on this broker; None = presence alone.
         streams: what the messages of streams mean.
+        discovery_prefix: first level of the topics where Home Assistant is told of them; "" = nowhere.
         durability: `full` = accepted requests are on disk before the broker may forget them; `none` = only the broker
             keeps them, until their answer is on its way. Requests with QoS 0 are never on disk.
         tls: for a broker behind TLS.
@@ -94,6 +96,7 @@ class MqttWorker:
         boot: str | None = None,
         management: Management | None = None,
         streams: Sequence[StreamDefinition] = (),
+        discovery_prefix: str = "",
         durability: Durability = "full",
         tls: TlsFiles | None = None,
         sees_mesh: Callable[[], bool] = lambda: True,
@@ -132,6 +135,10 @@ class MqttWorker:
             metrics=self.metrics,
             durable=self._durable,
         )
+        self._discovery: Discovery | None = None
+        if discovery_prefix:
+            notify, streams_max = self._publisher.notify, self._limits.streams_max
+            self._discovery = Discovery(discovery_prefix, node, notify, clock, streams_max)
         volatile = None if self._durable else VolatileInputs(self._publisher.send, self._limits)
         self.streams = StreamService(
             handler,
@@ -142,6 +149,7 @@ class MqttWorker:
             clock=clock,
             metrics=StreamMetrics(self.metrics.registry),
             hold=None if volatile is None else volatile.hold,
+            tell=None if self._discovery is None else self._discovery.tell,
         )
         self._draining = False
         self._denied: frozenset[str] = frozenset()
@@ -268,6 +276,8 @@ class MqttWorker:
             if not self._draining:
                 await connection.close(flush_timeout_s=0.0)
             raise
+        if self._discovery is not None:
+            self._discovery.forget()
         self._publisher.attach(connection)
         self._online.set()
         self.metrics.connected(up=True)

@@ -77,7 +77,7 @@ def store(tmp_path):
 
 
 @asynccontextmanager
-async def node(broker, store, folder):
+async def node(broker, store, folder, **options):
     """One life of a node with a real model host."""
     host = ModelHost(store, node="edge-1")
     await host.start()
@@ -90,6 +90,7 @@ async def node(broker, store, folder):
         inbox=folder / "ledger.sqlite",
         streams=STREAMS,
         limits=MqttLimits(reconnect_base_s=0.05, reconnect_max_s=0.2),
+        **options,
     )
     await worker.start()
     try:
@@ -102,13 +103,13 @@ async def node(broker, store, folder):
 
 
 @asynccontextmanager
-async def reader(broker, device, stream):
-    """Somebody else's program that reads the events of a stream."""
+async def reader(broker, topic):
+    """Somebody else's program that reads from the broker."""
     messages: asyncio.Queue = asyncio.Queue()
     settings = ConnectionSettings(host=broker.host, port=broker.port, client_id="reader")
     connection = Connection(settings, on_message=messages.put_nowait)
     await connection.open()
-    await connection.subscribe(f"nc/v1/local/{device}/out/{stream}", qos=0)
+    await connection.subscribe(topic, qos=0, retained=True)
     try:
         yield messages
     finally:
@@ -117,7 +118,7 @@ async def reader(broker, device, stream):
 
 async def test_a_wake_word_is_heard_and_another_phrase_is_not(broker, store, tmp_path):
     clips = load_clips()
-    async with node(broker, store, tmp_path) as worker, reader(broker, "+", "wake") as events:
+    async with node(broker, store, tmp_path) as worker, reader(broker, "nc/v1/local/+/out/wake") as events:
         url = f"mqtt://{broker.host}:{broker.port}/local"
         async with MqttDevice(f"{url}/kitchen") as kitchen, MqttDevice(f"{url}/hall") as hall:
             for at in range(0, 65, 7):  # messages of 210 ms, of both devices by turns
@@ -146,7 +147,7 @@ async def test_a_wake_word_is_heard_and_another_phrase_is_not(broker, store, tmp
 async def test_a_models_state_goes_on_through_restarts_of_the_node(broker, store, tmp_path):
     url = f"mqtt://{broker.host}:{broker.port}/local/d1"
     bodies = []
-    async with reader(broker, "d1", "meter") as events, MqttDevice(url) as device:
+    async with reader(broker, "nc/v1/local/d1/out/meter") as events, MqttDevice(url) as device:
         for _ in range(3):
             async with node(broker, store, tmp_path):
                 for _ in range(2):
@@ -162,7 +163,7 @@ async def test_what_a_device_sent_while_the_node_was_away_is_executed_in_order(b
     url = f"mqtt://{broker.host}:{broker.port}/local/d1"
     async with node(broker, store, tmp_path):
         pass  # the broker knows its session now
-    async with reader(broker, "d1", "meter") as events, MqttDevice(url) as device:
+    async with reader(broker, "nc/v1/local/d1/out/meter") as events, MqttDevice(url) as device:
         for seq in range(20):
             await device.send("meter", np.array([seq, 0, 0], np.float32).tobytes())
         async with node(broker, store, tmp_path) as worker:
@@ -170,3 +171,21 @@ async def test_what_a_device_sent_while_the_node_was_away_is_executed_in_order(b
                 bodies = [json.loads((await events.get()).payload) for _ in range(20)]
             assert worker.metrics.registry.get_sample_value("nc_mqtt_inputs_lost_total") == 0
     assert [body["results"][0]["score"] for body in bodies] == [2.0 * seq for seq in range(20)]
+
+
+async def test_home_assistant_is_told_of_a_stream_that_has_events(broker, store, tmp_path):
+    url = f"mqtt://{broker.host}:{broker.port}/local/d1"
+    async with node(broker, store, tmp_path, discovery_prefix="homeassistant"), MqttDevice(url) as device:
+        async with reader(broker, "nc/v1/local/d1/out/meter") as events:
+            await device.send("meter", np.zeros(3, np.float32).tobytes())
+            async with asyncio.timeout(10):
+                await events.get()
+        async with reader(broker, "homeassistant/#") as told:
+            async with asyncio.timeout(10):
+                message = await told.get()
+    assert message.topic == "homeassistant/sensor/d1/meter/config"
+    assert 0 < message.expiry_s <= 172_800
+    body = json.loads(message.payload)
+    assert body["state_topic"] == "nc/v1/local/d1/out/meter"
+    assert body["availability_topic"] == "nc/v1/local/node/edge-1/state"
+    assert body["device"]["name"] == "d1"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,6 +60,7 @@ class Batches:
         limits: bounds.
         clock: monotonic.
         metrics: counts.
+        tell: called with a message of each stream that has events.
     """
 
     def __init__(
@@ -70,7 +71,9 @@ class Batches:
         limits: MqttLimits,
         clock: Clock,
         metrics: StreamMetrics,
+        tell: Callable[[Input], None] | None = None,
     ) -> None:
+        self._tell = tell
         self._runner = runner
         self._store = store
         self._limits = limits
@@ -92,7 +95,7 @@ class Batches:
         first = rows[0].input
         if first.stream not in self._runner.definitions:
             buried = [Advance(row.id, buried=f"No stream {first.stream!r} is configured any more.") for row in rows]
-            return await self._commit(first.key, buried, None)
+            return await self._commit(first, buried, None)
         try:
             plan = await self._runner.plan(first.stream)
         except MeshError as error:
@@ -103,7 +106,7 @@ class Batches:
             effects = await self._runner.run_joined(plan, rows[:BATCH_MAX], state)
             if effects:
                 steps = [_step(row, effect) for row, effect in zip(rows, effects, strict=False)]
-                return await self._commit(first.key, steps, effects[-1].state)
+                return await self._commit(first, steps, effects[-1].state)
         failure, began = None, self._clock.monotonic()
         yielded = began
         for row in rows[:BATCH_MAX]:
@@ -119,7 +122,7 @@ class Batches:
             if now - yielded > SLICE_S:
                 await asyncio.sleep(0)
                 yielded = self._clock.monotonic()
-        return await self._commit(first.key, steps, state, failure) if steps else Progress(0, failure)
+        return await self._commit(first, steps, state, failure) if steps else Progress(0, failure)
 
     async def run_suspect(self, row: StoredInput, *, tries: int = 0) -> Progress:
         """Execute a message that may have ended the node: alone among its like, so that a crash has one culprit.
@@ -129,7 +132,7 @@ class Batches:
         """
         if row.attempts >= self._limits.attempts_max - 1:  # the first crash was not counted: nobody was suspected yet
             reason = f"The node crashed {row.attempts + 1} times while it ran this message."
-            return await self._commit(row.input.key, [Advance(row.id, buried=reason)], None)
+            return await self._commit(row.input, [Advance(row.id, buried=reason)], None)
         try:
             await self._runner.plan(row.input.stream)  # one that cannot run is to blame for nothing
         except MeshError as error:
@@ -163,18 +166,21 @@ class Batches:
         return _step(row, effect), effect.state
 
     async def _commit(
-        self, key: str, steps: Sequence[Advance], state: StreamState | None, failure: MeshError | None = None
+        self, item: Input, steps: Sequence[Advance], state: StreamState | None, failure: MeshError | None = None
     ) -> Progress:
         encoded = None if state is None else encode_state(state)
         if state is not None:
-            self._remember(key, state)
+            self._remember(item.key, state)
         try:
             await self._store.advance_all(steps, self._clock.monotonic(), state=encoded)
         except MeshError:
-            self._states.pop(key, None)
+            self._states.pop(item.key, None)
             raise
         buried = sum(1 for step in steps if step.buried)
-        self._metrics.executed(len(steps) - buried, buried, sum(len(step.events) for step in steps))
+        events = sum(len(step.events) for step in steps)
+        self._metrics.executed(len(steps) - buried, buried, events)
+        if events and self._tell is not None:
+            self._tell(item)
         return Progress(len(steps), failure)
 
     async def _state_of(self, item: Input) -> StreamState:

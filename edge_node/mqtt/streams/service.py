@@ -64,6 +64,7 @@ class StreamService:
         metrics: counts.
         hold: keeps the acknowledgement of a message until its effect is on its way; None = it is given as soon as the
             store has the message.
+        tell: called with a message of each stream that has events.
     """
 
     def __init__(
@@ -77,10 +78,11 @@ class StreamService:
         clock: Clock,
         metrics: StreamMetrics,
         hold: Callable[[int, Callable[[], None]], None] | None = None,
+        tell: Callable[[Input], None] | None = None,
     ) -> None:
         self._hold = hold
         self._runner = Runner(handler, directory, definitions, limits=limits, clock=clock)
-        self._batches = Batches(self._runner, store, limits=limits, clock=clock, metrics=metrics)
+        self._batches = Batches(self._runner, store, limits=limits, clock=clock, metrics=metrics, tell=tell)
         self._store = store
         self._limits = limits
         self._clock = clock
