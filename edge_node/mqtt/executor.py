@@ -128,6 +128,8 @@ class Executor:
         if wait_s is None:
             if error.code is Code.MODEL_NOT_FOUND:
                 self._known.pop(key, None)  # the next one need not wait for what has gone for good
+            if attempt:
+                error.retry_after_ms = None  # that would say `not accepted`, and this one was, long ago
             raise error
         self._patience.waiting += 1
         try:

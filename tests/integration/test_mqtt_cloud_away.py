@@ -130,6 +130,7 @@ async def test_who_needs_the_cloud_waits_for_it_and_nobody_else_does(tmp_path, i
                 await server.drain(0.0)
                 answer, took_s = await ask("exact", 1000)
                 assert (answer["status"], answer["code"]) == ("503", "UNAVAILABLE"), answer
+                assert "retry-after-ms" not in answer, "that would mean: not accepted, send the same again"
                 assert 0.4 < took_s < 1.0, "it was tried until shortly before its deadline, and the device hears of it"
                 answer, _ = await ask("large", 5000)
                 assert (answer["status"], answer["served-by"], answer["model"]) == ("200", "edge", "small"), answer
