@@ -182,6 +182,8 @@ def test_an_answer_without_a_name_is_refused_before_the_model_runs():
     with pytest.raises(MeshError, match=r"user property `output` \(it has y, z\)"):
         payloads.decode_request(X.tobytes(), types.OCTETS, two, accept=types.OCTETS)
     payloads.decode_request(X.tobytes(), types.OCTETS, two, accept=types.JSON)
+    one = TensorRequest(model="m", inputs={"x": X}, outputs=["z"]).encode()
+    payloads.decode_request(one, types.PROTOBUF, two, accept=types.OCTETS)
 
 
 def wav(samples, *, rate_hz=16_000, channels=1):

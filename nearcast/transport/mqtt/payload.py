@@ -61,9 +61,10 @@ def decode_request(payload: bytes, content_type: str, asked: Asked, *, accept: s
     decode = _DECODERS.get(content_type)
     if decode is None:
         raise _unknown(content_type)
-    if accept == types.OCTETS:
+    request = decode(payload, asked)
+    if accept == types.OCTETS and len(request.requested_outputs()) != 1:
         find_output(asked)
-    return decode(payload, asked)
+    return request
 
 
 def encode_reply(response: InferResponse, content_type: str, *, output: str = "") -> tuple[bytes, Properties]:
