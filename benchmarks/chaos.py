@@ -166,16 +166,17 @@ def _embedded_rows(verdict: Verdict) -> list[Row]:
 
 
 def _ledger_rows(folder: Path, *, quick: bool) -> list[Row]:
-    calls = asyncio.run(record(folder / "life", requests=15 if quick else 100))
-    found = chaos_ledger.replay(calls, folder / "image", per_position=1 if quick else 2)
+    calls = asyncio.run(record(folder / "life", requests=15 if quick else 75))
+    found = chaos_ledger.replay(calls, folder / "image", per_position=1)
     for example in found.examples:
         print(f"ledger: {example}", file=sys.stderr)
     faults = {name: chaos_ledger.first_fault_of(name, calls, folder / "mutant") for name in chaos_ledger.MUTANTS}
     for name, fault in faults.items():
         print(f"mutant of the ledger, {name}: {fault or 'NOT FOUND'}"[:160], file=sys.stderr)
     caught = sum(map(bool, faults.values())) / len(faults)
+    moved = f"{sum(call.name == 'write' and call.path == chaos_ledger.LEDGER for call in calls)} pages moved"
     return [
-        Row("chaos.ledger_images", found.images, "images", f"of {len(calls)} calls, {found.sends} right at a send"),
+        Row("chaos.ledger_images", found.images, "images", f"of {len(calls)} calls, {found.sends} sends; {moved}"),
         Row("chaos.ledger_violations", found.violations, ""),
         Row("chaos.ledger_unsynced_pubacks", found.unsynced, "", "PUBACKs that no sync of the log preceded"),
         Row("chaos.ledger_mutants_caught", caught, "share", f"of {len(faults)}"),

@@ -21,7 +21,7 @@ from benchmarks.chaos_wire import PUBACK, PUBLISH, read_puback, read_publish, re
 from benchmarks.crash_disk import Disk, Image
 from benchmarks.crash_disk import digest_of as image_digest
 from benchmarks.crash_trace import Call
-from edge_node.mqtt.admission import Refusal, admit
+from edge_node.mqtt.admission import Request, admit
 from edge_node.mqtt.ledger.ledger import Ledger
 from edge_node.mqtt.limits import MqttLimits
 from nearcast.errors import MeshError
@@ -34,6 +34,7 @@ BOOT = "the same boot"
 OWED_MAX, OWED_BYTES_MAX = 100_000, 1 << 30
 TRIES = 6
 """Images drawn for each one that is wanted; the others were seen before."""
+WORTH_A_CUT = frozenset({"mkdir", "write", "truncate", "unlink", "sync", "send"})
 NOTHING = Call(name="nothing", path="")
 CONNECT = 1
 Mutate: TypeAlias = Callable[[Sequence[Call]], list[Call]]
@@ -44,13 +45,13 @@ class Promise:
     """What a node has said on its connections, and so must keep, whatever happens to its power.
 
     Attributes:
-        questions: by correlation, as the broker delivered them.
+        questions: by correlation, as the broker delivered them, and as the node admitted them.
         accepted: those that it has acknowledged. answers: what it has said to whom.
         confirmed: whose answers the broker has acknowledged.
         commits: times that the log was written and then synced. unsynced: PUBACKs that no such time preceded.
     """
 
-    questions: dict[bytes, Message] = field(default_factory=dict)
+    questions: dict[bytes, tuple[Message, Request]] = field(default_factory=dict)
     accepted: set[bytes] = field(default_factory=set)
     answers: dict[bytes, str] = field(default_factory=dict)
     confirmed: set[bytes] = field(default_factory=set)
@@ -94,7 +95,11 @@ class Promise:
         key = packet.correlation_data
         if request_of(packet) is not None and key:
             self._asked[path, packet.packet_id or 0] = key
-            self.questions.setdefault(key, decode(packet))
+            if key not in self.questions:
+                message = decode(packet)
+                request = admit(message, 0.0, MqttLimits(), nonce=key)
+                assert isinstance(request, Request)
+                self.questions[key] = message, request
             # One that comes again may be in the ledger already: then there is nothing to sync.
             self._commits_before[key] = -1 if key in self._commits_before else self.commits
 
@@ -119,12 +124,18 @@ def broker_sockets(calls: Iterable[Call]) -> frozenset[str]:
 
 @dataclass(slots=True)
 class Replayed:
-    """What a replay found: images judged, faults and a few of them in words, PUBACKs and answers sent too early."""
+    """What a replay found: images judged, faults and a few of them in words.
+
+    Attributes:
+        sends: times that something was promised. accepted: requests in the end.
+        unsynced: PUBACKs that no write and sync of the log preceded.
+    """
 
     images: int = 0
     violations: int = 0
     examples: list[str] = field(default_factory=list)
     sends: int = 0
+    accepted: int = 0
     unsynced: int = 0
 
 
@@ -142,7 +153,7 @@ def replay(calls: Sequence[Call], folder: Path, *, per_position: int, near: Iter
             else:
                 disk.apply(call)
                 promise.store(call)
-            if wanted is not None and index not in wanted:
+            if call.name not in WORTH_A_CUT or (wanted is not None and index not in wanted):
                 continue
             promised = promise.size != before and call.name == "send"
             count = 3 * per_position if promised else per_position
@@ -155,7 +166,7 @@ def replay(calls: Sequence[Call], folder: Path, *, per_position: int, near: Iter
                 del found.examples[20:]
             if wanted is not None and found.violations:
                 break
-    found.unsynced = promise.unsynced
+    found.accepted, found.unsynced = len(promise.accepted), promise.unsynced
     return found
 
 
@@ -194,12 +205,8 @@ async def _question(ledger: Ledger, promise: Promise) -> list[str]:
     owed = {one.message.correlation for one in (await ledger.owed("device", 0, OWED_MAX, OWED_BYTES_MAX)).rows}
     keys = [key for key in promise.questions if key in promise.accepted or key in promise.answers]
     faults = []
-    requests = [admit(promise.questions[key], 0.0, MqttLimits(), nonce=key) for key in keys]
-    answers = [
-        ledger.accept(request, promise.questions[key].payload)
-        for key, request in zip(keys, requests, strict=True)
-        if not isinstance(request, Refusal)
-    ]
+    asked = [(message.payload, request) for message, request in map(promise.questions.__getitem__, keys)]
+    answers = [ledger.accept(request, payload) for payload, request in asked]
     for key, admission in zip(keys, await asyncio.gather(*answers), strict=True):
         name = key.hex()
         if admission.verdict not in ("pending", "replay"):
@@ -268,8 +275,13 @@ MUTANTS: dict[str, Mutate] = {
 }
 
 
+def moments(calls: Sequence[Call]) -> list[int]:
+    """Where something is promised, or has become durable."""
+    return [at for at, call in enumerate(calls) if call.name in ("send", "sync")]
+
+
 def first_fault_of(name: str, calls: Sequence[Call], folder: Path) -> str:
     """The first fault by which a mutant is found out, "" if it goes unnoticed."""
     made = MUTANTS[name](calls)
-    found = replay(made, folder, per_position=2, near=[at for at, call in enumerate(made) if call.name == "send"])
+    found = replay(made, folder, per_position=2, near=moments(made))
     return found.examples[0] if found.examples else ""

@@ -21,6 +21,8 @@ from edge_node.broker import Broker
 
 WAIT_S = 60.0
 IN_FLIGHT = 8
+FORGETTING_S = 0.1
+"""What the broker has confirmed is forgotten a little later, with the next commit."""
 
 
 async def record(folder: Path, *, requests: int, lives: int = 2) -> Sequence[Call]:
@@ -72,6 +74,8 @@ async def _ask(device: Device, requests: int, *, leave: int) -> None:
             device.again(message)
     while len(device.pending) > leave:
         await _pause(deadline)
+    if not leave:
+        await asyncio.sleep(FORGETTING_S)
 
 
 async def _pause(deadline: float) -> None:
