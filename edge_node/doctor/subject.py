@@ -9,7 +9,9 @@ from edge_node.broker.tenant import TenantAuthority, tenant_folder
 from edge_node.config import LOCAL, EdgeConfig
 from edge_node.doctor.findings import Subject
 from nearcast.errors import Code, MeshError
+from nearcast.identity import load_identity
 from nearcast.identity.device import DeviceIdentity
+from nearcast.identity.node import CERTIFICATE_FILE
 from nearcast.transport.mqtt.connection import parse_url
 from nearcast.transport.mqtt.tls import TlsFiles
 
@@ -59,7 +61,7 @@ def find_subject(
         port=port,
         tenant=held.place.tenant if held is not None else path.partition("/")[0] or tenant,
         device=held.place.name if held is not None else f"doctor-{secrets.token_hex(4)}",
-        node=config.name,
+        node=_node_name(config),
         device_tls=None if held is None else _files(held),
         broker_config=broker_config,
         data_dir=data_dir,
@@ -80,7 +82,7 @@ def _of_tenant(config: EdgeConfig, tenant: str, identity: Path | None) -> Subjec
             port=port,
             tenant=tenant,
             device=DEVICE if held is None else held.place.name,
-            node=config.name,
+            node=_node_name(config),
             device_tls=device_tls,
             node_tls=TlsFiles(ca=authority.ca, certificate=folder / "doctor.pem", key=folder / "doctor.key"),
             broker_config=folder / "broker" / CONFIGURATION,
@@ -88,6 +90,12 @@ def _of_tenant(config: EdgeConfig, tenant: str, identity: Path | None) -> Subjec
         )
     finally:
         authority.close()
+
+
+def _node_name(config: EdgeConfig) -> str:
+    """Where the node has joined a mesh, its certificate says what it is called."""
+    folder = Path(config.data_dir) / "identity"
+    return load_identity(folder).name if (folder / CERTIFICATE_FILE).exists() else config.name
 
 
 def _files(held: DeviceIdentity) -> TlsFiles:
