@@ -51,6 +51,7 @@ NAMES = (
     "ar",
     "agent_idle",
     "fanout",
+    "isolation",
     "storm",
     "outage",
     "device_streams",

@@ -35,7 +35,10 @@ from nearcast.transport.mqtt.provisioning import (
 )
 from nearcast.transport.mqtt.tls import TlsFiles
 
-ANSWER_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 5.0
+ATTEMPTS_MAX = 3
+ATTEMPT_BASE_S = 0.2
+ATTEMPT_MAX_S = 2.0
 SESSION_EXPIRY_S = 86_400
 RETRY_BASE_S = 10.0
 RETRY_MAX_S = 3600.0
@@ -122,6 +125,19 @@ async def keep_renewed(
 
 
 async def _ask(identity: DeviceIdentity, csr: bytes, device: str) -> CertificateAnswer:
+    """Ask, and again where the broker or the node went away meanwhile: the same question has the same answer."""
+    generator = random.Random()
+    for attempt in range(1, ATTEMPTS_MAX):
+        try:
+            return await _ask_once(identity, csr, device)
+        except MeshError as error:
+            if error.code is not Code.UNAVAILABLE:
+                raise
+        await asyncio.sleep(full_jitter_s(attempt, generator, base_s=ATTEMPT_BASE_S, max_s=ATTEMPT_MAX_S))
+    return await _ask_once(identity, csr, device)
+
+
+async def _ask_once(identity: DeviceIdentity, csr: bytes, device: str) -> CertificateAnswer:
     place = identity.place
     host, port, _ = parse_url(place.url)
     settings = ConnectionSettings(

@@ -1,11 +1,7 @@
-"""Devices of two tenants that try to hear and to say what is not theirs; whoever hears anything of it is written down.
-
-The devices are paho, each with its own thread: the judge shares no code with the node.
-"""
+"""A client with a certificate that writes down what it hears. It is paho: the judge shares no code with the node."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import socket
 import ssl
@@ -140,10 +136,3 @@ def is_greeted(files: tuple[Path, Path, Path], port: int) -> bool:
 
 def files_of(identity: DeviceIdentity) -> tuple[Path, Path, Path]:
     return identity.ca, identity.certificate, identity.key
-
-
-async def until(condition, timeout_s: float = WAIT_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        await asyncio.sleep(0.005)
