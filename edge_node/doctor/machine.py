@@ -14,6 +14,8 @@ from edge_node.clock import open_clock
 from edge_node.doctor.findings import DoctorLimits, Finding, Subject
 from nearcast.clock import Clock
 from nearcast.errors import MeshError
+from nearcast.identity import load_identity
+from nearcast.identity.node import CERTIFICATE_FILE
 
 CERTIFICATES_MAX = 1024
 """Files that are looked into."""
@@ -86,6 +88,12 @@ def _on_disk(subject: Subject) -> tuple[list[Held], list[str]]:
             troubles.append(f"{path} cannot be read: {error}")
             continue
         found += [_held(str(path), certificate) for certificate in certificates]
+    identity = subject.data_dir / "identity"
+    if (identity / CERTIFICATE_FILE).exists():
+        try:
+            load_identity(identity)
+        except MeshError as error:
+            troubles.append(error.message)
     return found, troubles
 
 

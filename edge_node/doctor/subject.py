@@ -11,7 +11,6 @@ from edge_node.doctor.findings import Subject
 from nearcast.errors import Code, MeshError
 from nearcast.identity import load_identity
 from nearcast.identity.device import DeviceIdentity
-from nearcast.identity.node import CERTIFICATE_FILE
 from nearcast.transport.mqtt.connection import parse_url
 from nearcast.transport.mqtt.tls import TlsFiles
 
@@ -94,8 +93,10 @@ def _of_tenant(config: EdgeConfig, tenant: str, identity: Path | None) -> Subjec
 
 def _node_name(config: EdgeConfig) -> str:
     """Where the node has joined a mesh, its certificate says what it is called."""
-    folder = Path(config.data_dir) / "identity"
-    return load_identity(folder).name if (folder / CERTIFICATE_FILE).exists() else config.name
+    try:
+        return load_identity(Path(config.data_dir) / "identity").name
+    except MeshError:
+        return config.name  # it stands alone, or its certificates fail a line of their own
 
 
 def _files(held: DeviceIdentity) -> TlsFiles:

@@ -38,7 +38,7 @@ from nearcast.transport.mqtt.connection import Connection, ConnectionSettings
 from nearcast.transport.mqtt.message import Message
 from tests.integration.mqtt_parts import Doubler
 
-FAST = DoctorLimits(answer_timeout_s=3.0, silence_s=0.3, autosave_margin_s=3.0, rounds=5)
+FAST = DoctorLimits(answer_timeout_s=3.0, silence_s=0.6, autosave_margin_s=3.0, rounds=5)
 CHECKS = ["clock", "certificates", "broker", "mqtt5", "nagle-here", "nagle-broker", "acl", "persistence", "node"]
 WRITE_ONLY = "topic write nc/v1/#\ntopic read nc/v1/local/+/up/#\ntopic read nc/v1/local/node/n1/#\n"
 
@@ -194,7 +194,7 @@ async def says_online_and_is_silent(broker: Broker) -> set[str]:
     await pretender.open()
     pretender.publish(Message(topic="nc/v1/local/node/n1/state", payload=b'{"state":"online"}', retain=True))
     try:
-        return await failing(subject_of(broker.port, "j"), limits=msgspec.structs.replace(FAST, answer_timeout_s=1.0))
+        return await failing(subject_of(broker.port, "j"), limits=msgspec.structs.replace(FAST, answer_timeout_s=1.5))
     finally:
         await pretender.close()
 
