@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import wave
+from pathlib import Path
 
 import cbor2
 import msgspec
@@ -14,6 +15,7 @@ from benchmarks.fuzz_payloads import STATUSES
 from edge_node.mqtt import envelope
 from edge_node.mqtt.admission import Refusal, Request, admit
 from edge_node.mqtt.limits import MqttLimits
+from nearcast.cli import demo
 from nearcast.errors import Code, MeshError
 from nearcast.handler import ModelMetadata, Served, TensorSpec
 from nearcast.transport.mqtt import content_types as types
@@ -207,6 +209,14 @@ def wav(samples, *, rate_hz=16_000, channels=1):
 def test_samples_are_from_minus_one_to_one(samples, wanted):
     rate_hz, found = read_wav(wav(samples, rate_hz=8000))
     assert (rate_hz, found.tolist()) == (8000, wanted)
+
+
+def test_speech_is_read_as_the_standard_library_reads_it():
+    recorded = Path(demo.__path__[0], "models", "wake_word", "okay_nabu.wav").read_bytes()
+    with wave.open(io.BytesIO(recorded)) as file:
+        wanted = np.frombuffer(file.readframes(file.getnframes()), "<i2")
+        assert read_wav(recorded)[0] == file.getframerate()
+    assert np.array_equal(read_wav(recorded)[1] * 32768, wanted)
 
 
 def test_a_wav_file_may_hold_floats_other_chunks_and_an_end_left_open():
