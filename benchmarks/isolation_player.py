@@ -117,11 +117,12 @@ class Player:
             self._pending.pop(mid, None)
 
 
-def is_greeted(files: tuple[Path, Path, Path], port: int) -> bool:
-    """Whether a broker says a word to the holder of a certificate. `ca` = whom the holder trusts."""
+def is_greeted(files: tuple[Path, Path | None, Path | None], port: int) -> bool:
+    """Whether a broker says a word to the holder of a certificate, or of none. `ca` = whom the holder trusts."""
     ca, certificate, key = files
     context = ssl.create_default_context(cafile=ca)
-    context.load_cert_chain(certificate, key)
+    if certificate is not None:
+        context.load_cert_chain(certificate, key)
     connect = bytes.fromhex("10100004" + b"MQTT".hex() + "05020000" + "00" + "0003" + b"abc".hex())
     try:
         with (

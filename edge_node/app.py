@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry
 
 from edge_node.broker import Broker, keep_alive
+from edge_node.broker.provisioning import ProvisioningLimits
 from edge_node.broker.tenant import tenant_folder
 from edge_node.broker.tenant_broker import TenantBroker
 from edge_node.clock import open_clock
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from edge_node.mqtt.management import Management
     from edge_node.mqtt.shadow import NodeSettings
     from nearcast.transport.mqtt.connection import ConnectionSettings
+
+DAY_S = 86_400.0
 
 
 def run(config: EdgeConfig, *, token: str = "") -> int:
@@ -99,6 +102,7 @@ async def devices(
                 host=each.host,
                 port=each.port,
                 names=each.names,
+                limits=ProvisioningLimits(certificate_life_s=each.certificate_days * DAY_S),
             )
             stack.push_async_callback(own.stop)
             assert metrics is not None

@@ -23,12 +23,15 @@ class TenantBrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True
         host: where it listens; any address.
         port: 0 = a free one.
         names: what devices call this machine, names or addresses; the first stands in invitations.
+        certificate_days: life of a device's certificate, which it renews at two thirds. A device that is away for
+            longer needs a new invitation.
     """
 
     tenant: str
     host: str = "127.0.0.1"
     port: int = 8883
     names: tuple[str, ...] = ()
+    certificate_days: Annotated[int, msgspec.Meta(ge=1, le=365)] = 30
 
     def __post_init__(self) -> None:
         if not is_id(self.tenant) or self.tenant == LOCAL:

@@ -215,7 +215,8 @@ async def test_the_commands_lead_from_an_invitation_to_a_revocation(tmp_path):
 
 
 async def test_what_was_revoked_while_the_node_was_down_holds_at_its_next_start(tmp_path):
-    async with tenant_broker(tmp_path) as broker:
+    async with tenant_broker(tmp_path, host="0.0.0.0", names=("localhost",)) as broker:
+        assert broker.authority.place.url == f"mqtts://localhost:{broker.port}"
         port = broker.port
         broker.authority.invite(tmp_path / "claim", name="a", kind="device", uses=1, life_s=600)
         identity = await join(tmp_path / "claim", tmp_path / "a")

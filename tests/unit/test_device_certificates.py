@@ -17,6 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from edge_node.broker.access import access_list, claim_names, holder_name
 from edge_node.broker.provisioning import Claim, Holder, ProvisioningLimits, QuestionRate, require_grant, wanted_name
 from edge_node.broker.tenant import TenantAuthority, hold, is_running
+from edge_node.config import EdgeConfig
+from nearcast.config import load_config
 from nearcast.errors import Code, MeshError
 from nearcast.identity.authority import make_plain_csr, public_key_fingerprint
 from nearcast.identity.device import DeviceIdentity, Place, require_certificate
@@ -63,6 +65,7 @@ def open_claim(**changes) -> Claim:
 # -- the rules --------------------------------------------------------------------------------------------------------
 
 
+@settings(max_examples=30)
 @given(NAMES)
 def test_a_claim_for_a_name_makes_nobody_else(name):
     claim = open_claim(holder=name)
@@ -141,6 +144,7 @@ def test_askers_are_forgotten_beyond_their_number():
 # -- topics and bodies ------------------------------------------------------------------------------------------------
 
 
+@settings(max_examples=30)
 @given(st.one_of(NAMES, st.sampled_from(["claim+17", "reader+dash-1"])))
 def test_the_topic_says_who_asks(name):
     assert requester(certificate_topic("acme", name)) == name
@@ -155,6 +159,7 @@ def test_no_other_topic_names_an_asker(text):
     assert requester(text) == ""
 
 
+@settings(max_examples=50)
 @given(st.binary(max_size=300))
 def test_what_is_no_question_is_refused(payload):
     try:
@@ -318,6 +323,16 @@ def test_only_one_node_runs_on_a_tenant(authority):
     assert refused(TenantAuthority.open, authority.folder / "none") is Code.INVALID_REQUEST
 
 
+def test_each_tenant_has_one_broker_and_local_has_no_certificates():
+    def configured(*brokers):
+        tables = ", ".join("{" + f'tenant = "{name}"' + "}" for name in brokers)
+        return load_config(EdgeConfig, overrides=[f"mqtt.tenant_brokers=[{tables}]"]).value.mqtt.tenant_brokers
+
+    assert [each.tenant for each in configured("acme", "umbrella")] == ["acme", "umbrella"]
+    for wrong in (("acme", "acme"), ("local",), ("UPPER",)):
+        assert refused(configured, *wrong) is Code.INVALID_REQUEST
+
+
 class Names(RuleBasedStateMachine):
     """At no time two keys hold the same name, whatever is invited, asked, revoked, expired and forgotten."""
 
@@ -385,7 +400,7 @@ class Names(RuleBasedStateMachine):
 
 
 TestNames = Names.TestCase
-TestNames.settings = settings(max_examples=8, stateful_step_count=15, deadline=None)
+TestNames.settings = settings(max_examples=5, stateful_step_count=15, deadline=None)
 
 
 def test_plain_certificates_say_no_more_than_the_name(authority):
