@@ -25,6 +25,8 @@ from nearcast.transport.mqtt import topics
 from nearcast.transport.mqtt.connection import Connection
 from nearcast.transport.mqtt.message import Message
 
+PACE_S = 0.01
+"""A backlog is looked after this often, while it is ahead of its pace."""
 UNSTORED = 0
 """The id of what has no row on disk."""
 _log = get_logger("nearcast.mqtt")
@@ -70,7 +72,8 @@ class Publisher:
         self._delivered: list[int] = []
         self._refusals: dict[int, int] = {}
         self._resting = False
-        self._page_due = 0.0
+        self._backlog_due = 0.0
+        self._pacing: asyncio.TimerHandle | None = None
         self._forgetting: asyncio.TimerHandle | None = None
         self._reading: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
@@ -159,9 +162,10 @@ class Publisher:
 
     def _pump(self) -> None:
         while self._connection is not None and not self._resting and self._has_window():
-            row = self._lanes.next(live_only=len(self._in_flight) >= self._limits.backlog_window)
+            row = self._lanes.next(live_only=not self._may_send_backlog())
             if row is None:
                 break
+            self._backlog_due += self._lanes.was_behind / self._limits.backlog_per_s
             remaining_s = row.item.outgoing.expires - self._clock.monotonic()
             if self._denied and self._is_denied(row.item.outgoing.message.topic):
                 self._give_up(row, "denied")
@@ -175,6 +179,20 @@ class Publisher:
     def _is_denied(self, topic: str) -> bool:
         device = topics.device_level(topic)
         return device in self._denied and f"/{device}/down/" in topic
+
+    def _may_send_backlog(self) -> bool:
+        """The backlog leaves at a pace: who drains it as fast as he can is late for everybody else meanwhile."""
+        now = self._clock.monotonic()
+        self._backlog_due = max(self._backlog_due, now - PACE_S)
+        if self._backlog_due <= now:
+            return len(self._in_flight) < self._limits.backlog_window
+        if self._pacing is None and self._lanes.has_page:
+            self._pacing = asyncio.get_running_loop().call_later(PACE_S, self._keep_pace)
+        return False
+
+    def _keep_pace(self) -> None:
+        self._pacing = None
+        self._pump()
 
     def _has_window(self) -> bool:
         granted = 0 if self._connection is None else self._connection.publish_window
@@ -199,10 +217,7 @@ class Publisher:
             row.item.handed()
 
     async def _read_page(self, after: int) -> None:
-        """The backlog leaves at a pace: whoever drains it as fast as he can is late for everybody else meanwhile."""
-        lanes, limits, now = self._lanes, self._limits, self._clock.monotonic()
-        if self._page_due > now:
-            await asyncio.sleep(self._page_due - now)
+        lanes, limits = self._lanes, self._limits
         try:
             page = await self._ledger.owed(self._link, after, limits.page_rows_max, limits.page_bytes_max)
         except MeshError as error:
@@ -210,7 +225,6 @@ class Publisher:
             await asyncio.sleep(limits.read_retry_s)
             lanes.failed()
         else:
-            self._page_due = max(now, self._page_due) + len(page.rows) / limits.backlog_per_s
             lanes.read(
                 [Row(each.id, each.message.topic, each.size_bytes, _Parcel(each)) for each in page.rows], page.through
             )
@@ -264,6 +278,13 @@ class Publisher:
             if self._forgetting is None:
                 loop = asyncio.get_running_loop()
                 self._forgetting = loop.call_later(self._limits.forget_delay_s, self._forget_rows)
+
+    def close(self) -> None:
+        """Forget now what was delivered: the ledger closes next."""
+        if self._forgetting is not None:
+            self._forgetting.cancel()
+        if self._delivered:
+            self._forget_rows()
 
     def _forget_rows(self) -> None:
         rows, self._delivered = self._delivered, []

@@ -212,6 +212,7 @@ class MqttWorker:
             with contextlib.suppress(MeshError):
                 epoch.connection.publish(self._management.presence("offline"))
             await epoch.connection.close()
+        self._publisher.close()
         await self._inbox.close()
 
     async def _settle(self) -> None:
