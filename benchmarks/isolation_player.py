@@ -7,9 +7,12 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from paho.mqtt import client as paho
+from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
@@ -46,18 +49,18 @@ class Player:
         self._pending: dict[int, threading.Event] = {}
         ca, certificate, key = files
         self.client = paho.Client(
-            paho.CallbackAPIVersion.VERSION2, client_id, protocol=paho.MQTTv5, reconnect_on_failure=False
+            CallbackAPIVersion.VERSION2, client_id, protocol=paho.MQTTv5, reconnect_on_failure=False
         )
         self.client.tls_set(str(ca), str(certificate), str(key))
         self.client.on_message = self._heard
         self.client.on_connect = self._connected
-        self.client.on_disconnect = lambda *_: (self.lost.set(), self._answered.set())
+        self.client.on_disconnect = self._disconnected
         self.client.on_subscribe = lambda _c, _u, mid, *_: self._done(mid)
         self.client.on_publish = lambda _c, _u, mid, *_: self._done(mid)
-        self.client.on_socket_open = lambda _c, _u, s: s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.client.on_socket_open = _set_nodelay
         if will is not None:
             self.client.will_set(*will, qos=1)
-        properties = Properties(PacketTypes.CONNECT)
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.SessionExpiryInterval = session_s
         try:
             self.client.connect("127.0.0.1", port, clean_start=clean, properties=properties)
@@ -77,7 +80,7 @@ class Player:
         self._wait([self.client.subscribe(text, 1)[1] for text in filters])
 
     def say(self, topic: str, payload: bytes, *, retain: bool = False, response_topic: str = "") -> None:
-        properties = Properties(PacketTypes.PUBLISH)
+        properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
         if response_topic:
             properties.ResponseTopic = response_topic
             properties.CorrelationData = payload[:16]
@@ -92,29 +95,38 @@ class Player:
         """Lose the connection without a word, so that the will is said."""
         with contextlib.suppress(OSError):
             connected = self.client.socket()
-            if connected is not None:
+            if isinstance(connected, socket.socket):
                 connected.shutdown(socket.SHUT_RDWR)
         self.client.loop_stop()
 
-    def _heard(self, _client, _data, message) -> None:
-        self.heard.append((message.topic, message.payload))
+    def _heard(self, _client: Any, _data: Any, message: paho.MQTTMessage) -> None:
+        self.heard.append((message.topic, bytes(message.payload)))
         self.statuses += [value for key, value in getattr(message.properties, "UserProperty", []) if key == "status"]
 
-    def _connected(self, _client, _data, flags, reason, _properties) -> None:
+    def _connected(self, _client: Any, _data: Any, flags: Any, reason: Any, _properties: Any) -> None:
         self.session_present = flags.session_present
         if reason.is_failure:
             self.refused = str(reason)
         self._answered.set()
 
+    def _disconnected(self, *_: Any) -> None:
+        self.lost.set()
+        self._answered.set()
+
     def _done(self, mid: int) -> None:
         self._pending.setdefault(mid, threading.Event()).set()
 
-    def _wait(self, mids) -> None:
+    def _wait(self, mids: Iterable[int | None]) -> None:
         for mid in mids:
+            assert mid is not None
             deadline = time.monotonic() + WAIT_S
             while not self._pending.setdefault(mid, threading.Event()).wait(0.05) and not self.lost.is_set():
                 assert time.monotonic() < deadline, "the broker confirmed nothing"
             self._pending.pop(mid, None)
+
+
+def _set_nodelay(_client: Any, _data: Any, opened: Any) -> None:
+    opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def is_greeted(files: tuple[Path, Path | None, Path | None], port: int) -> bool:
