@@ -2,9 +2,9 @@
 
 Real parts: two Mosquitto brokers, a node with its ledger, devices that publish windows of a sensor (512 bytes) and one
 that asks for answers. The messages of two days are sent as fast as the node takes them, one a second would take two
-days; what counts is that all of them wait at once. *Live* is measured twice, before the outage and while the backlog is
-drained, with the same load: requests over the device broker, and events of devices that have no backlog, from the
-publish to the reader behind the upstream broker.
+days; what counts is that all of them wait at once. *Live* is measured with the same load while the backlog is drained,
+and, as what is normal, before the outage and behind the drain: requests over the device broker, and events of devices
+that have no backlog, from the publish to the reader behind the upstream broker.
 """
 
 from __future__ import annotations
@@ -192,6 +192,9 @@ async def _outage(pid: int, device_port: int, upstream: Broker, folder: Path, *,
     drained = await reading
     drain_cpu_s = cpu_s(pid) - cpu_began
     rss_peak_mb = max(rss_peak_mb, _rss_mb(pid))
+    later = await devices.keep_live(_after(LIVE_S_QUICK if quick else LIVE_S))
+    normal.answers_ms += later.answers_ms
+    normal.events_ms += later.events_ms
     await devices.close()
     waited = f"{drained['mean_bytes']:.0f} B each; {filled_s:.0f} s to execute and store them"
     return [
@@ -201,9 +204,9 @@ async def _outage(pid: int, device_port: int, upstream: Broker, folder: Path, *,
         Row("outage.drained_per_s", (count - 1) / drained["seconds"], "1/s", f"{drain_cpu_s:.1f} s CPU of the node"),
         Row("outage.repeated", drained["repeated"], "1", "none is missing: the reader waits for each number"),
         Row("outage.out_of_order", drained["out_of_order"], "1", "within a stream"),
-        Row("outage.answer_p95_ms", _p95(normal.answers_ms), "ms", "requests, before the outage"),
+        Row("outage.answer_p95_ms", _p95(normal.answers_ms), "ms", "requests, without a backlog"),
         _over("outage.answer_p95_over_normal", live.answers_ms, normal.answers_ms),
-        Row("outage.event_p95_ms", _p95(normal.events_ms), "ms", "events of live streams, before the outage"),
+        Row("outage.event_p95_ms", _p95(normal.events_ms), "ms", "events of live streams, without a backlog"),
         _over("outage.event_p95_over_normal", live.events_ms, normal.events_ms),
         Row("outage.filled_per_cpu_s", count / filled_cpu_s, "1/s", "executed and stored, by the node's CPU"),
     ]

@@ -74,6 +74,8 @@ class Backlog(Generic[T]):
         self._page_rows: Counter[str] = Counter()
         self._reading = False
         self._turn = 0
+        self.was_behind = False
+        """Whether the row that was handed out last came from the backlog."""
 
     def __len__(self) -> int:
         """Rows in memory."""
@@ -82,6 +84,11 @@ class Backlog(Generic[T]):
     def __bool__(self) -> bool:
         """Whether anything waits, in memory or on disk."""
         return bool(self._spans) or len(self) > 0
+
+    @property
+    def has_page(self) -> bool:
+        """Whether rows of the backlog are in memory."""
+        return bool(self._page)
 
     @property
     def streams(self) -> int:
@@ -110,6 +117,7 @@ class Backlog(Generic[T]):
 
     def next(self, *, live_only: bool = False) -> Row[T] | None:
         """Hand out the next row; None if none is in memory. With `live_only` the backlog has to wait."""
+        self.was_behind = False
         if self._returned:
             return self._returned.popleft()
         ready = bool(self._page) and not live_only and self._page[0].stream not in self._live_rows
@@ -168,6 +176,7 @@ class Backlog(Generic[T]):
 
     def _pop_page(self) -> Row[T]:
         self._turn = 0
+        self.was_behind = True
         row = self._page.popleft()
         _decrement(self._page_rows, row.stream)
         self._leave(row.stream, self._spans[row.stream])

@@ -87,14 +87,14 @@ class MqttLimits:
     when_full: Literal["drop-oldest", "reject"] = "drop-oldest"
     live_rows_max: int = 1024
     live_bytes_max: int = 4 * 1024 * 1024
-    page_rows_max: int = 64
+    page_rows_max: int = 256
     page_bytes_max: int = 1024 * 1024
     live_share: int = 4
     backlog_window: int = 32
     backlog_per_s: float = 3000.0
     publish_bytes_max: int = 4 * 1024 * 1024
     read_retry_s: float = 0.2
-    forget_delay_s: float = 0.02
+    forget_delay_s: float = 0.1
     refusals_max: int = 5
     refusal_retry_base_s: float = 0.5
     refusal_retry_max_s: float = 60.0
