@@ -1,4 +1,4 @@
-"""An answer that may have been sent before says so, whether the link or the node had failed meanwhile."""
+"""An answer that may have been sent before says so, whether the link, the node or its power had failed meanwhile."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Deaf:
 
 
 @asynccontextmanager
-async def serving(port, folder):
+async def serving(port, folder, boot=None, drain_s=2.0):
     handler = Doubler()
     worker = MqttWorker(
-        handler, handler, node="n1", host="127.0.0.1", port=port, inbox=folder / "inbox.sqlite", limits=FAST
+        handler, handler, node="n1", host="127.0.0.1", port=port, inbox=folder / "inbox.sqlite", limits=FAST, boot=boot
     )
     await worker.start()
     try:
@@ -45,27 +45,28 @@ async def serving(port, folder):
             await worker.wait_connected()
         yield handler
     finally:
-        await worker.drain(0.0)
+        await worker.drain(drain_s)
 
 
 @pytest.mark.skipif(mosquitto_path() is None, reason="mosquitto is not installed")
-async def test_what_is_sent_again_says_so(tmp_path):
+@pytest.mark.parametrize("boot", [None, "another boot"])
+async def test_what_is_sent_again_says_so(tmp_path, boot):
     broker, link = await Broker.start(tmp_path / "broker", kind="mosquitto"), Deaf()
     try:
         async with Proxy(broker.port, link.watch) as proxy:
             with Device(broker.port, "d1") as device:
-                async with serving(proxy.port, tmp_path) as handler:
+                async with serving(proxy.port, tmp_path, drain_s=0.0) as handler:
                     correlation = device.ask(X)
                     answers = [await device.answer()]
                     for session in list(link.sessions):
                         session.end()
                     answers.append(await device.answer())
                 link.is_deaf = False
-                async with serving(proxy.port, tmp_path) as successor:
+                async with serving(proxy.port, tmp_path, boot) as successor:
                     answers.append(await device.answer())
                     fresh = device.ask(2 * X)
                     last = await device.answer()
-                async with serving(proxy.port, tmp_path):
+                async with serving(proxy.port, tmp_path, boot):
                     with pytest.raises(queue.Empty):  # the broker has confirmed all of it
                         await asyncio.to_thread(device.reply, 0.15)
     finally:

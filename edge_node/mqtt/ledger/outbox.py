@@ -6,7 +6,6 @@ to, and are never dropped here.
 
 from __future__ import annotations
 
-import math
 import sqlite3
 from collections.abc import Iterable, Mapping
 
@@ -195,8 +194,9 @@ class Outbox:
         if ttl is None:
             assert reply is not None
             answer = msgspec.structs.replace(msgspec.msgpack.decode(reply, type=Reply), topic=topic)
-            # An answer's deadline is an instant of its boot: after another one it has passed.
-            expires = expires if boot == self._boot else -math.inf
+            # An answer's deadline is an instant of its boot. After another one nobody knows what is left of it: whoever
+            # still waits is told, for as long as he would be told that it has passed.
+            expires = expires if boot == self._boot else self._opened + self._limits.expired_notice_s
             may_be_sent = bool(dedup) or row <= self._left  # a former life may have sent it
             return Outgoing(row, reply_message(answer, dedup=may_be_sent), expires, links, size_bytes + len(reply))
         decoded = msgspec.msgpack.decode(head or b"", type=_Head)

@@ -75,7 +75,7 @@ class Outgoing:
     """A message that the ledger owes to `links` (a sum of `LINK_BITS`).
 
     Attributes:
-        expires: monotonic, -inf = already.
+        expires: monotonic.
         is_event: nobody asks for it again, as a device does for its answer.
     """
 
