@@ -81,7 +81,9 @@ def _run_rows(history: Sequence[Event], verdict: Verdict) -> list[Row]:
     kinds, counts, faults = Counter(event.kind for event in history), verdict.counts, verdict.faults
     said = f"{counts['accepted']} of {counts['requests']} were accepted, {counts['answered']} answered"
     again = f"{counts['repeats']} repeats of {counts['answered']} answers"
-    kept = f"{counts['data_lost_in_window']} of {counts['data_sent']} lost by killed brokers within their window"
+    kept = (
+        f"{counts['data_lost_in_window']} lost by killed brokers in time; {counts['data_buried']} dead letters"
+    )
     return [
         Row("chaos.node_kills", kinds["node killed"], "", f"{kinds['node ready']} times ready"),
         Row("chaos.broker_kills", kinds["broker killed"], "", "it restarts empty"),

@@ -40,7 +40,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         at: monotonic seconds.
         device: whose request or stream it is; for a link, whose link.
-        key: the correlation in hex, or `stream/boot-id/seq`.
+        key: the correlation in hex, or `stream/boot-id/seq`; of a dead letter the model or the stream.
         deadline: of a request that is asked, monotonic seconds. `once`: its device will not send it again by itself.
         status: of an answer. `digest` names its content, `body` is what it says to whom.
         marked: the answer says itself that it may be a repetition.

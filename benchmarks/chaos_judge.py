@@ -64,8 +64,15 @@ def judge(history: Sequence[Event]) -> Verdict:
     for events in requests.values():
         _judge_request(events, faults, verdict)
     windows = _windows(history)
-    for events in _by_key(history, ("sent", "kept", "taken", "event")).values():
-        _judge_data(events, windows, verdict)
+    buried = Counter((event.device, event.key) for event in history if event.kind == "buried" and event.body == "input")
+    for (device, key), events in _by_key(history, ("sent", "kept", "taken", "event")).items():
+        stream = device, key.partition("/")[0]
+        if events["sent"] and events["taken"] and not events["event"] and buried[stream]:
+            buried[stream] -= 1  # it was running in three crashes, and is kept for somebody to look at
+            verdict.counts["data_sent"] += 1
+            verdict.counts["data_buried"] += 1
+        else:
+            _judge_data(events, windows, verdict)
     _judge_order([event for event in history if event.kind == "event"], verdict)
     return verdict
 

@@ -41,12 +41,17 @@ FORGETS_LEDGER = "forgets its ledger when it restarts"
 
 
 class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node is told. `wrong` names the one mistake that it makes (`chaos_mutants`)."""
+    """What a node is told. `wrong` names the one mistake that it makes (`chaos_mutants`).
+
+    Attributes:
+        reboots: each life takes itself for the first one after a power cut, which makes earlier instants meaningless.
+    """
 
     port: int
     folder: str
     durability: Durability = "full"
     wrong: str = ""
+    reboots: bool = False
 
     @property
     def ledger(self) -> Path:
@@ -186,6 +191,7 @@ def make_worker(settings: NodeSettings, witness: Witness) -> MqttWorker:
         limits=MqttLimits(reconnect_base_s=0.05, reconnect_max_s=0.3, will_delay_s=0),
         streams=STREAMS,
         durability=settings.durability,
+        boot=f"boot of {os.getpid()}" if settings.reboots else None,
     )
 
 

@@ -40,6 +40,7 @@ class Plan:
         clients: devices that use our own client, and stream too.
         rate_hz: requests of each device in a second.
         wrong: the one mistake that this node or its link makes; "" = none.
+        reboots: each restart of the node follows a power cut, as far as it can tell.
     """
 
     node_kills: int
@@ -52,6 +53,7 @@ class Plan:
     broker: Kind = "mosquitto"
     durability: Durability = "full"
     wrong: str = ""
+    reboots: bool = False
     moments: tuple[Moment | None, ...] = (None, *MOMENTS)
     seed: int = 1
 
@@ -67,7 +69,11 @@ class Scene:
         self.restarted = asyncio.Event()
         self.broker = broker
         self.settings = NodeSettings(
-            port=self.node_link.port, folder=str(folder), durability=plan.durability, wrong=plan.wrong
+            port=self.node_link.port,
+            folder=str(folder),
+            durability=plan.durability,
+            wrong=plan.wrong,
+            reboots=plan.reboots,
         )
         self.node = Node(self.settings)
         self.draw = random.Random(plan.seed)
@@ -211,8 +217,9 @@ async def live_through(plan: Plan, folder: Path) -> Sequence[Event]:
 
 def _keep(context: Mapping[str, object], problems: list[Exception]) -> None:
     """What fails in a callback of ours must fail the run: an observer that is blind sees no fault."""
-    problem = context.get("exception")
-    problems.append(problem if isinstance(problem, Exception) else RuntimeError(str(context.get("message"))))
+    failure, problem = context.get("exception"), RuntimeError(f"{context.get('message')}")
+    problem.__cause__ = failure if isinstance(failure, BaseException) else None
+    problems.append(problem)
 
 
 async def _settle(stage: Scene, devices: Sequence[Device | Client]) -> None:

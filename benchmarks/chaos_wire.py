@@ -89,6 +89,14 @@ class NodeWire:
             close()
 
 
+class _Letter(msgspec.Struct):
+    """What of a dead letter says whose it was: `name` is the model or the stream."""
+
+    kind: str
+    device: str
+    name: str
+
+
 def read_publish(frame: bytes) -> mqtt5.PublishPacket:
     """A frame whose type says PUBLISH."""
     packet, _ = mqtt5.read(memoryview(frame))
@@ -119,7 +127,8 @@ def publication_of(packet: mqtt5.PublishPacket) -> Event | None:
     levels, user = packet.topic.split("/"), dict(packet.user_properties)
     now, content_type = time.monotonic(), packet.content_type or ""
     if levels[3] == "dlq" or levels[2] == "dlq":
-        return Event(at=now, kind="buried", body=packet.payload.decode(errors="replace"))
+        letter = msgspec.json.decode(packet.payload, type=_Letter)
+        return Event(at=now, kind="buried", device=letter.device, key=letter.name, body=letter.kind)
     if levels[4:5] == ["down"]:
         return Event(
             at=now,

@@ -156,6 +156,15 @@ def test_what_the_broker_may_lose_is_counted_and_only_within_its_window() -> Non
     assert unheard.counts["data_lost_in_window"] == 1, "the empty successor had no subscriber yet"
 
 
+def test_a_dead_letter_stands_for_one_sample_of_its_stream() -> None:
+    lost = without(without(honest(), "event", key="mic/b/4"), "event", key="mic/b/7")
+    lost = [replace(event, body="") if event.kind == "event" else event for event in lost]
+    letter = Event(at=200.0, kind="buried", device="s0", key="mic", body="input")
+    verdict = judge(in_order([*lost, letter]))
+    assert (verdict.faults, verdict.counts["data_buried"]) == ({"data_lost": 1}, 1)
+    assert judge(in_order([*lost, replace(letter, key="other")])).faults == {"data_lost": 2}
+
+
 def test_only_a_request_with_little_time_may_expire() -> None:
     asked = Event(at=10.0, kind="asked", device="d", key="1", deadline=10.5, once=True)
     accepted = Event(at=10.1, kind="accepted", device="d", key="1")
