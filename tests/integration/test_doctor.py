@@ -144,6 +144,7 @@ def write_expired(folder: Path) -> None:
 async def test_every_broken_thing_fails_its_own_line(tmp_path):
     (tmp_path / "acl").write_text(WRITE_ONLY)
     write_expired(tmp_path / "data" / "identity")
+    tenant = asyncio.create_task(with_certificates(tmp_path))
     async with (
         mosquitto(tmp_path / "sound") as sound,
         mosquitto(tmp_path / "nagle", set_tcp_nodelay="false") as nagle,
@@ -171,7 +172,7 @@ async def test_every_broken_thing_fails_its_own_line(tmp_path):
             failing(subject_of(old_port, "h")),
             failing(subject_of(free, "i")),
             says_online_and_is_silent(alone),
-            with_certificates(tmp_path),
+            tenant,
         )
     assert told == [
         set(),

@@ -113,7 +113,7 @@ async def test_a_node_says_how_it_is_and_says_it_again_to_an_empty_broker(broker
     clock = ManualClock(wall=1_000.0)
     held = [VersionReport(model="digits", version="3"), VersionReport(model="audio", version="1", residency="cold")]
     floor = ClockFloor(tmp_path / "clock.json", clock, build_time=0)
-    async with managed(broker, tmp_path, clock=floor, inventory=lambda: held):
+    async with managed(broker, tmp_path, clock=floor, inventory=lambda: held) as (_, worker):
         state = await watcher.hears("state")
         assert (state["state"], state["boot_id"], state["clock_ok"]) == ("online", "b", False)
         assert 0 < state["expiry_s"] <= PRESENCE_EXPIRY_S, "who is gone for good is not called online for ever"
@@ -123,6 +123,9 @@ async def test_a_node_says_how_it_is_and_says_it_again_to_an_empty_broker(broker
         del held[1]
         assert (await watcher.hears("state"))["clock_ok"], "the clock was set, and everybody hears of it"
         assert len((await watcher.hears("models"))["models"]) == 1
+        worker._epoch.connection._transport.abort()
+        assert (await watcher.hears("state"))["state"] == "offline", "the will speaks for whom it lost"
+        assert (await watcher.hears("state"))["state"] == "online"
         await broker.kill()
         for path in (tmp_path / "broker" / "store").iterdir():
             path.unlink()

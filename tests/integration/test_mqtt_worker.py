@@ -450,23 +450,6 @@ async def test_after_a_reboot_old_requests_are_expired_not_run(broker, tmp_path)
     assert handler.executed == []
 
 
-async def test_presence_is_retained_and_the_will_speaks_for_the_dead(broker, tmp_path):
-    topic = "nc/v1/local/node/n1/state"
-
-    async def state(wanted):
-        watcher = Device(broker.port, f"watcher-{wanted}")
-        watcher.client.on_connect = lambda client, _u, _f, _r, _p: client.subscribe(topic, 1)
-        with watcher:
-            while True:
-                found = json.loads((await watcher.answer()).payload)
-                if found["state"] == wanted:
-                    return found
-
-    async with serving(broker, tmp_path, Doubler()):
-        assert (await state("online"))["node"] == "n1"
-    assert (await state("offline"))["node"] == "n1"
-
-
 async def test_latency_and_that_nothing_is_left_behind(broker, tmp_path):
     handler = Doubler()
     rounds = []
