@@ -58,12 +58,14 @@ def run(*, quick: bool) -> list[Row]:
 async def _others(home: Path, *, quick: bool) -> list[Row]:
     """The smaller runs, some side by side: they count what happened, not how fast."""
     short = QUICK_SHORT if quick else SHORT
-    poisoned, volatile = await asyncio.gather(
-        poison(POISON, home / "poison"), _live(replace(short, durability="none"), home / "volatile")
+    poisoned, volatile, reboots = await asyncio.gather(
+        poison(POISON, home / "poison"),
+        _live(replace(short, durability="none"), home / "volatile"),
+        _live(replace(short, reboots=True), home / "reboots"),
     )
-    rows = [*_poison_rows(poisoned), *_volatile_rows(volatile)]
+    rows = [*_poison_rows(poisoned), *_volatile_rows(volatile), _short_row("reboot", reboots)]
     if find_spec("iotcore") is not None:
-        rows += _embedded_rows(await _live(replace(short, broker="iotcore"), home / "iotcore"))
+        rows.append(_short_row("iotcore", await _live(replace(short, broker="iotcore"), home / "iotcore")))
     return [*rows, *_mutant_rows(await _live_mutants(home))]
 
 
@@ -81,9 +83,7 @@ def _run_rows(history: Sequence[Event], verdict: Verdict) -> list[Row]:
     kinds, counts, faults = Counter(event.kind for event in history), verdict.counts, verdict.faults
     said = f"{counts['accepted']} of {counts['requests']} were accepted, {counts['answered']} answered"
     again = f"{counts['repeats']} repeats of {counts['answered']} answers"
-    kept = (
-        f"{counts['data_lost_in_window']} lost by killed brokers in time; {counts['data_buried']} dead letters"
-    )
+    kept = f"{counts['data_lost_in_window']} lost by killed brokers in time; {counts['data_buried']} dead letters"
     return [
         Row("chaos.node_kills", kinds["node killed"], "", f"{kinds['node ready']} times ready"),
         Row("chaos.broker_kills", kinds["broker killed"], "", "it restarts empty"),
@@ -160,11 +160,12 @@ def _volatile_rows(verdict: Verdict) -> list[Row]:
     return [Row("chaos.volatile_faults", sum(faults[name] for name in VOLATILE), "", note)]
 
 
-def _embedded_rows(verdict: Verdict) -> list[Row]:
-    _tell("iotcore", verdict)
+def _short_row(what: str, verdict: Verdict) -> Row:
+    """All faults of a shorter run, under other conditions."""
+    _tell(what, verdict)
     counts = verdict.counts
     note = f"{counts['requests']} requests, {counts['answered']} answered, {counts['repeats']} repeats"
-    return [Row("chaos.iotcore_faults", sum(verdict.faults[name] for name in FAULTS), "", note)]
+    return Row(f"chaos.{what}_faults", sum(verdict.faults[name] for name in FAULTS), "", note)
 
 
 def _ledger_rows(folder: Path, *, quick: bool) -> list[Row]:
