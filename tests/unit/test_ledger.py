@@ -276,7 +276,7 @@ async def test_dead_letters_are_listed_announced_and_tried_again(tmp_path):
 
 
 async def test_streams_and_letters_are_bounded(tmp_path):
-    ledger = make(tmp_path, streams_max=2, letters_max=1, inputs_bytes_max=1000)
+    ledger = make(tmp_path, streams_max=2, letters_max=1, inputs_bytes_max=1000, when_full="reject")
     await ledger.open(0.0)
     for number, stream in enumerate(("s1", "s2", "s3"), start=1):
         await ledger.take(input_of(1, stream=stream), b"x")
@@ -285,4 +285,68 @@ async def test_streams_and_letters_are_bounded(tmp_path):
     assert [each.name for each in list_letters(tmp_path / "inbox.sqlite")] == ["s3"]
     assert (await ledger.take(input_of(2, stream="s3"), bytes(1000))).verdict == "full"
     assert (await ledger.take(input_of(2, stream="s3"), b"x")).verdict == "accept"  # its number was not used up
+    await ledger.close()
+
+
+async def test_an_operation_that_fails_spares_its_neighbours_and_leaves_no_trace(tmp_path):
+    ledger = make(tmp_path)
+    await ledger.open(0.0)
+    told = []
+    ledger.on_commit(lambda committed: told.extend(each.id for each in committed.added))
+    await ledger.take(input_of(1), b"x")
+    await ledger.take(input_of(2), b"y")
+    good = ledger.advance(1, 10.0, events=[event_of(b"one")])
+    bad = ledger.finish(99, reply_of(), 10.0, buried="there is no such request")
+    later = ledger.advance(2, 10.0, events=[event_of(b"two")])
+    with pytest.raises(TypeError):
+        await bad
+    ids = [each.id for each in (*await good, *await later)]
+    assert told == ids == [row.id for row in (await ledger.owed("device", 0, 10, 1 << 20)).rows]
+    assert ledger.event_bytes == sum(row.size_bytes for row in (await ledger.owed("device", 0, 10, 1 << 20)).rows)
+    await ledger.close()
+
+
+async def test_what_waits_too_long_goes_and_is_told_of_once(tmp_path):
+    ledger = make(tmp_path, inputs_age_max_s=50.0)
+    await ledger.open(0.0)
+    reasons = []
+    ledger.on_commit(lambda committed: reasons.append(dict(committed.reasons)))
+    await ledger.take(input_of(1), b"old")
+    await ledger.take(input_of(2), b"done")
+    await ledger.advance(2, 1.0, events=[event_of(b"expires at 61")])
+    assert await ledger.prune(51.0) == 0
+    assert await ledger.prune(61.0) == 2
+    assert reasons[-1] == {"expired": 1, "inputs_old": 1}
+    assert (await ledger.inputs(0, 10)).rows == []
+    assert len(await ledger.tell_drops(61.0)) == 1
+    assert await ledger.tell_drops(62.0) == ()
+    assert [each.reason for each in list_letters(tmp_path / "inbox.sqlite")] == [
+        "Messages were dropped: 1 expired, 1 inputs_old."
+    ]
+    await ledger.close()
+
+
+async def test_the_oldest_inputs_make_room_if_that_is_the_policy(tmp_path):
+    ledger = make(tmp_path, inputs_bytes_max=10_000)
+    await ledger.open(0.0)
+    for seq in range(1, 31):
+        assert (await ledger.take(input_of(seq), bytes(900))).verdict == "accept"
+    rows = (await ledger.inputs(0, 100)).rows
+    assert [each.input.seq for each in rows] == list(range(31 - len(rows), 31))
+    assert await ledger.advance(1, 1.0, state=b"s", events=[event_of(b"late")]) == ()
+    assert (await ledger.take(input_of(31), bytes(20_000))).verdict == "full"
+    await ledger.close()
+
+
+async def test_an_event_that_a_link_refused_can_be_sent_again_on_that_link(tmp_path):
+    ledger = make(tmp_path, links=("device", "upstream"))
+    await ledger.open(0.0)
+    await ledger.take(input_of(1), b"x")
+    (event,) = await ledger.advance(1, 1.0, events=[event_of(b"one")])
+    (announced,) = await ledger.refuse(event.id, "upstream", "not allowed", 2.0)
+    assert [row.id for row in (await ledger.owed("device", 0, 10, 1 << 20)).rows] == [event.id, announced.id]
+    assert await ledger.refuse(announced.id, "upstream", "not allowed", 2.0) == ()  # no letters about letters
+    mark_for_replay(tmp_path / "inbox.sqlite", [1])
+    (again,) = (await ledger.revive(3.0, 30.0)).outgoing
+    assert (again.message, again.links, again.expires) == (event.message, 2, 63.0)
     await ledger.close()
