@@ -16,7 +16,6 @@ Kind: TypeAlias = Literal["device", "reader"]
 WORKER: Final = "node+worker"
 REGISTRAR: Final = "node+registrar"
 DOCTOR: Final = "node+doctor"
-DISCOVERY_PREFIX: Final = "homeassistant/"
 
 
 def holder_name(kind: Kind, name: str) -> str:
@@ -44,7 +43,7 @@ def access_list(tenant: str, *, claims_max: int, readers: Iterable[str]) -> str:
         f"pattern read {own}down/#",
         f"pattern read {own}out/#",
         f"pattern read {presence}",
-        *_user(WORKER, [f"readwrite nc/v1/{tenant}/#", f"readwrite {DISCOVERY_PREFIX}#"]),
+        *_user(WORKER, [f"readwrite nc/v1/{tenant}/#"]),
         *_user(DOCTOR, [f"readwrite nc/v1/{tenant}/node/#"]),
         *_user(
             REGISTRAR,
@@ -59,7 +58,7 @@ def access_list(tenant: str, *, claims_max: int, readers: Iterable[str]) -> str:
     for name in claim_names(claims_max):
         lines += _user(name, _asking(tenant, name))
     for name in sorted(readers):
-        results = [f"nc/v1/{tenant}/+/out/#", f"nc/v1/{tenant}/+/state", presence, f"{DISCOVERY_PREFIX}#"]
+        results = [f"nc/v1/{tenant}/+/out/#", f"nc/v1/{tenant}/+/state", presence]
         lines += _user(name, [*(f"read {topic}" for topic in results), *_asking(tenant, name)])
     return "\n".join(lines) + "\n"
 

@@ -170,12 +170,17 @@ class TenantBroker:
         self._version = version
 
     async def _watch(self) -> None:
+        former = ""
         while True:
+            problem = ""
             try:
                 self.broker.trim_log()
                 await self._refresh()
             except (MeshError, OSError, TimeoutError) as error:
-                _log.warning("rights_not_applied", tenant=self.authority.place.tenant, error=str(error))
+                problem = str(error) or "no answer in time"
+            if problem and problem != former:
+                _log.warning("rights_not_applied", tenant=self.authority.place.tenant, error=problem)
+            former = problem
             await asyncio.sleep(self.authority.limits.watch_interval_s)
 
     async def _purge(self, name: str) -> None:
