@@ -115,3 +115,14 @@ async def test_a_refusal_says_why():
     with pytest.raises(MeshError, match="not authorized"):
         async with connected(refusal):
             pass
+
+
+async def test_a_broker_that_says_nothing_is_left_without_a_trace():
+    problems = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: problems.append(context))
+    with pytest.raises(MeshError) as caught:
+        async with connected(b"", connect_timeout_s=0.05):
+            pytest.fail("it did not greet")
+    assert caught.value.code is Code.UNAVAILABLE
+    await asyncio.sleep(0.01)
+    assert not problems

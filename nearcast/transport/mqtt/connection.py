@@ -355,7 +355,7 @@ class Connection(asyncio.Protocol):
 
     def _lose(self, reason: str) -> None:
         closing, self._closing = self._closing, True
-        opened = self._connack.done() and self._connack.exception() is None
+        opened = self._connack.done() and not self._connack.cancelled() and self._connack.exception() is None
         self._drop(reason)
         if opened and not closing:
             self._on_lost(reason)
