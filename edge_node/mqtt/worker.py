@@ -139,18 +139,7 @@ class MqttWorker:
         if discovery_prefix:
             notify, streams_max = self._publisher.notify, self._limits.streams_max
             self._discovery = Discovery(discovery_prefix, node, notify, clock, streams_max)
-        volatile = None if self._durable else VolatileInputs(self._publisher.send, self._limits)
-        self.streams = StreamService(
-            handler,
-            directory,
-            volatile or self._inbox,
-            by_name(streams),
-            limits=self._limits,
-            clock=clock,
-            metrics=StreamMetrics(self.metrics.registry),
-            hold=None if volatile is None else volatile.hold,
-            tell=None if self._discovery is None else self._discovery.tell,
-        )
+        self.streams = self._make_streams(handler, directory, streams)
         self._draining = False
         self._denied: frozenset[str] = frozenset()
         self._online = asyncio.Event()
@@ -220,6 +209,22 @@ class MqttWorker:
         await self._requests.settled()
         if self._online.is_set():
             await self._publisher.settled()
+
+    def _make_streams(
+        self, handler: InferenceHandler, directory: ModelDirectory, streams: Sequence[StreamDefinition]
+    ) -> StreamService:
+        volatile = None if self._durable else VolatileInputs(self._publisher.send, self._limits)
+        return StreamService(
+            handler,
+            directory,
+            volatile or self._inbox,
+            by_name(streams),
+            limits=self._limits,
+            clock=self._clock,
+            metrics=StreamMetrics(self.metrics.registry),
+            hold=None if volatile is None else volatile.hold,
+            tell=None if self._discovery is None else self._discovery.tell,
+        )
 
     def _make_uplink(self, upstream: ConnectionSettings) -> Uplink:
         limits, clock, metrics = self._limits, self._clock, self.metrics
