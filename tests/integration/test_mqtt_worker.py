@@ -397,9 +397,13 @@ async def test_a_killed_worker_answers_after_its_restart(broker, tmp_path):
         await first.wait()
         second = await _process(broker.port, tmp_path, 0.0)
         try:
-            answers = [await device.answer() for _ in range(5)]
-            for answer in answers:
-                n = asked.pop(answer.properties.CorrelationData)
+            answered = set()
+            while answered != set(asked):
+                # The kill may have come between a commit and its PUBACK: such a request is repeated by the broker.
+                answer = await device.answer()
+                n = asked[answer.properties.CorrelationData]
+                assert (answer.properties.CorrelationData in answered) == ("dedup" in user_of(answer))
+                answered.add(answer.properties.CorrelationData)
                 assert user_of(answer)["status"] == "200"
                 assert np.frombuffer(answer.payload, np.float32).tolist() == [2.0 * n, 4.0 * n]
             device.ask(X.tobytes(), correlation=b"1")
@@ -408,7 +412,6 @@ async def test_a_killed_worker_answers_after_its_restart(broker, tmp_path):
         finally:
             second.kill()
             await second.wait()
-    assert not asked
     assert len(journal.read_text().splitlines()) == 10
 
 
