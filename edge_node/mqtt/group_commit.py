@@ -184,7 +184,10 @@ def _transact(connection: sqlite3.Connection, batch: list[_Waiting]) -> list[Any
 
 def _resolve(outcomes: list[Outcome]) -> None:
     for outcome in outcomes:
-        outcome()
+        try:
+            outcome()
+        except Exception:  # noqa: BLE001  # whoever is told first must not keep the others waiting
+            _log.exception("a commit could not be told")
 
 
 def _fulfil(future: asyncio.Future[Any], result: object) -> None:

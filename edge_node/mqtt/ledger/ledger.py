@@ -103,6 +103,7 @@ class Ledger:
         connection.execute(f"PRAGMA user_version = {VERSION}")
         connection.execute("INSERT OR IGNORE INTO boots (name) VALUES (?)", (self._boot,))
         (boot,) = connection.execute("SELECT number FROM boots WHERE name = ?", (self._boot,)).fetchone()
+        connection.execute("DELETE FROM boots WHERE number < ?", (boot,))  # all that matters is whether it is this one
         crashed = not connection.execute("INSERT OR IGNORE INTO running VALUES (1)").rowcount
         self._outbox = Outbox(boot, self._links, now, self._limits, self._changes)
         self._letters = Letters(self._node, self._limits, self._outbox, self._clock)
