@@ -46,6 +46,12 @@ class Uplink:
 
     async def run(self) -> None:
         """Connect again and again, until cancelled."""
+        try:
+            await self._stay_connected()
+        finally:
+            self.publisher.close()
+
+    async def _stay_connected(self) -> None:
         attempt = 0
         generator = random.Random()
         limits = self._limits
