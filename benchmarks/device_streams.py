@@ -316,7 +316,7 @@ async def measure_drain(port: int, root: Path, *, count: int) -> list[Row]:
         used_s, memory_mb = cpu_s(node.pid), rss_mb(node.pid)
         began, counted = time.perf_counter(), watch.count
         live, peak_mb = asyncio.create_task(send_live()), memory_mb
-        while watch.count < count and time.perf_counter() - began < 2 * WAIT_S:
+        while watch.count < count and time.perf_counter() - began < 4 * WAIT_S:
             await asyncio.sleep(0.05)
             peak_mb = max(peak_mb, rss_mb(node.pid))
         used_s = cpu_s(node.pid) - used_s

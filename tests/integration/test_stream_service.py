@@ -15,7 +15,7 @@ from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.streams.batches import BATCH_MAX
 from edge_node.mqtt.streams.definition import StreamDefinition, by_name
 from edge_node.mqtt.streams.metrics import StreamMetrics
-from edge_node.mqtt.streams.service import StreamService
+from edge_node.mqtt.streams.service import BACKLOG_SHARE, StreamService
 from edge_node.mqtt.streams.volatile import VolatileInputs
 from nearcast.clock import SYSTEM_CLOCK
 from nearcast.errors import Code, MeshError
@@ -255,7 +255,9 @@ async def test_live_streams_go_before_a_backlog_and_the_backlog_keeps_its_order(
     assert after.scores("d1") == [float(n) for n in range(1, 501)]
     assert after.scores("live") == [float(n) for n in range(1, 21)]
     last = max(place for place, event in enumerate(after.events) if event["device"] == "live")
-    assert last < 20 + 2 * BATCH_MAX, "live messages wait for what is in hand already, not for the backlog"
+    assert last < 20 + 3 * MqttLimits().inputs_in_hand_max // BACKLOG_SHARE, (
+        "live messages wait for what is in hand already, not for the backlog"
+    )
 
 
 async def test_a_message_that_ends_the_node_is_buried_after_three_crashes(tmp_path):
@@ -326,3 +328,4 @@ async def test_without_a_disk_the_broker_keeps_a_message_until_its_event_is_on_i
 
 def test_a_batch_fits_into_what_may_be_in_hand():
     assert MqttLimits().inputs_in_hand_max >= 2 * BATCH_MAX
+    assert MqttLimits().inputs_in_hand_max >= 2 * BACKLOG_SHARE, "a backlog of several messages makes a batch"

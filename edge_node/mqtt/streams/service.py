@@ -25,6 +25,8 @@ from nearcast.transport import eager
 from nearcast.transport.mqtt.message import Message
 
 STORE_RETRY_S = 0.2
+BACKLOG_SHARE = 8
+"""A backlog has at most one part in so many of what is in hand."""
 WEIGHT_BYTES = 64 * 1024
 """A message of this size counts as another one."""
 _log = get_logger("nearcast.mqtt")
@@ -159,11 +161,11 @@ class StreamService:
     def _pump(self) -> None:
         """Hand out messages while there is room, and read on where the next ones are only on disk.
 
-        Half of the room is for live streams: a backlog fills the other one.
+        A backlog gets a small part of the room: a live message waits for what is under way.
         """
         room = self._limits.inputs_in_hand_max
         while not self._closing and self._in_hand < room:
-            row = self._backlog.next(live_only=2 * self._in_hand >= room)
+            row = self._backlog.next(live_only=self._in_hand * BACKLOG_SHARE >= room)
             if row is None:
                 break
             self._hand_out(row.stream, row.item)
@@ -193,6 +195,7 @@ class StreamService:
             self._loop.call_later(STORE_RETRY_S, self._pump)
             return
         rows = [Row(stored.id, stored.input.key, len(stored.payload), stored) for stored in page.rows]
+        rows.sort(key=lambda row: row.stream)  # stable: what one stream waits for becomes one batch
         self._backlog.read(rows, page.through)
         self._pump()
 
