@@ -124,6 +124,23 @@ async def sketch(broker: str) -> dict:
     return json.loads(next(line for line in out.splitlines() if line.startswith(b"{")))
 
 
+def retained(broker: str, leaf: str) -> dict:
+    """What the node says about itself."""
+    host, _, port = broker.rpartition(":")
+    topic = f"nc/v1/local/node/edge-1/{leaf}"
+    command = ["mosquitto_sub", "-h", host, "-p", port, "-t", topic, "-C", "1", "-W", "10"]
+    return json.loads(subprocess.run(command, capture_output=True, timeout=WAIT_S, check=True).stdout)
+
+
+def wish(broker: str, version: int, **desired) -> dict:
+    """Wish something of the node; returns what it reports."""
+    host, _, port = broker.rpartition(":")
+    text = json.dumps({"version": version, "desired": desired})
+    command = ["mosquitto_pub", "-h", host, "-p", port, "-t", "nc/v1/local/node/edge-1/desired", "-r", "-q", "1"]
+    subprocess.run([*command, "-m", text], timeout=WAIT_S, check=True)
+    return retained(broker, "reported")
+
+
 @needs_mosquitto
 async def test_one_image_over_every_transport_and_two_microphones(node, tmp_path):
     assert node.addresses["ready"] == "edge-1"
@@ -146,6 +163,15 @@ async def test_one_image_over_every_transport_and_two_microphones(node, tmp_path
     event = await sketch(node.addresses["mqtt"])
     assert (event["device"], event["stream"], event["seq"]) == ("pad", "sketch", 1)
     assert event["results"][0]["class_name"] == "7"
+    words = [f"drawing of {digit}" for digit in range(10)]
+    streams = [{"name": "sketch", "model": "digits", "labels": words}]
+    reported = await asyncio.to_thread(wish, node.addresses["mqtt"], 3, streams=streams)
+    assert (reported["version"], reported["reported"]["streams"][0]["labels"]) == (3, words)
+    assert (await sketch(node.addresses["mqtt"]))["results"][0]["class_name"] == "drawing of 7"
+    models = await asyncio.to_thread(retained, node.addresses["mqtt"], "models")
+    assert {each["model"] for each in models["models"]} == {"digits", "wake_word"}
+    state = await asyncio.to_thread(retained, node.addresses["mqtt"], "state")
+    assert (state["state"], state["clock_ok"]) == ("online", True)
 
     await asyncio.to_thread(work_locally, node.addresses["local"])
 
