@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 from unittest.mock import patch
@@ -18,14 +19,17 @@ from unittest.mock import patch
 from benchmarks import isolation_house
 from benchmarks.isolation_house import House, until
 from benchmarks.isolation_player import files_of, is_greeted
-from benchmarks.isolation_ways import CrossedError, leave, try_everything
+from benchmarks.isolation_ways import CrossedError, leave, outlive_a_certificate, try_everything
 from benchmarks.rows import Row
 from edge_node.broker import process
 from edge_node.broker.configuration import BrokerLimits, TlsListener, mosquitto_config
+from edge_node.broker.provisioning import ProvisioningLimits
 
 MUTANTS = ("acl_file", "use_username_as_clientid", "crlfile")
 """Lines of the brokers' configuration; without each of them something must be found."""
 MUTANT_WAIT_S = 1.0
+BRIEF_S = 3.0
+"""The life of a certificate that ends during the run."""
 TENANT = "acme"
 R = TypeVar("R")
 
@@ -34,6 +38,8 @@ def run(*, quick: bool) -> list[Row]:
     """Measure."""
     rounds = 3 if quick else 20
     tally = asyncio.run(_in_house(try_everything))
+    brief = replace(isolation_house.LIMITS, certificate_life_s=BRIEF_S)
+    asyncio.run(_in_house(lambda house: outlive_a_certificate(house, tally, TENANT), brief))
     revocations = asyncio.run(_in_house(lambda house: _revoke(house, rounds)))
     connects_ms = asyncio.run(_in_house(lambda house: _connect(house, 10 * rounds)))
     missed = [mutant for mutant in MUTANTS if not _is_caught(mutant)]
@@ -50,9 +56,9 @@ def run(*, quick: bool) -> list[Row]:
     ]
 
 
-async def _in_house(measure: Callable[[House], Awaitable[R]]) -> R:
+async def _in_house(measure: Callable[[House], Awaitable[R]], limits: ProvisioningLimits = isolation_house.LIMITS) -> R:
     with tempfile.TemporaryDirectory() as folder:
-        async with House(Path(folder)) as house:
+        async with House(Path(folder), limits) as house:
             return await measure(house)
 
 

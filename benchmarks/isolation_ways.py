@@ -199,6 +199,19 @@ async def ask_without_rights(house: House, tally: Tally, tenant: str) -> None:
     await leave(*players.values())
 
 
+async def outlive_a_certificate(house: House, tally: Tally, tenant: str) -> None:
+    """A device that stays connected beyond the life of its certificate, in a house where that is short."""
+    await house.invite(tenant, "brief")
+    house.identities[tenant, "brief"] = DeviceIdentity.load(house.folder / f"identity-{tenant}-brief")
+    device = await house.player(tenant, "brief", own(tenant, "brief", "down/#"), is_durable=True)
+    tally.require(not device.refused, f"{tenant}/brief is let in")
+    tally.forbid(not await until(device.lost.is_set), f"{tenant}/brief stays without a certificate that holds")
+    house.say(tenant, "brief", "down/r", b"too late")
+    back = await house.player(tenant, "brief", is_durable=True)
+    tally.forbid(back.heard or not back.refused, f"{tenant}/brief comes back without a certificate that holds")
+    await leave(device, back)
+
+
 async def come_back_revoked(house: House, tally: Tally, tenant: str) -> None:
     """A device that is revoked while it is away, the next one of its name, and one that is revoked while it is here."""
     broker = house.brokers[tenant]
