@@ -110,6 +110,25 @@ async def test_what_an_absent_broker_missed_arrives_in_order_also_after_a_restar
         await broker.stop()
 
 
+async def test_a_link_that_is_cut_again_and_again_loses_nothing_and_keeps_the_order(tmp_path):
+    broker = await Broker.start(tmp_path / "broker")
+    try:
+        async with reading(broker.port) as got, running(tmp_path, broker.port) as node:
+            publisher = node.uplink.publisher
+            await node.emit(*("abc" * 20))
+            for count in (10, 25, 40):
+                await until(lambda count=count: len(got) >= count and publisher._connection is not None)
+                publisher._connection._transport.abort()
+            await node.emit(*("abcd" * 10))
+            await publisher.settled()
+            for stream in "abcd":
+                numbers = list(dict.fromkeys(int(payload) for name, payload in got if name == stream))
+                assert numbers == sorted(numbers)
+            assert {int(payload) for _, payload in got} == set(range(1, 101))
+    finally:
+        await broker.stop()
+
+
 async def test_the_oldest_events_go_when_the_disk_is_full_and_a_dead_letter_tells(tmp_path):
     async with running(tmp_path, free_port()) as node:
         await node.emit(*("a" * 60), size=4000)
