@@ -144,6 +144,11 @@ def test_the_long_form_of_cbor_has_outputs_and_parameters():
     assert decoded(cbor2.dumps(flat), types.CBOR, without)["x"].tolist() == X.tolist()
     own = asked(TensorSpec("inputs", "FP32", (-1, 2)))
     assert decoded(cbor2.dumps({"inputs": X.tobytes()}), types.CBOR, own)["inputs"].tolist() == X.tolist()
+    payload, _ = payloads.encode_request(
+        TensorRequest(model="m", inputs={"inputs": X}, parameters={"a": 1}), types.CBOR
+    )
+    request = payloads.decode_request(payload, types.CBOR, own)
+    assert (request.decode()["inputs"].tolist(), request.parameters) == (X.tolist(), {"a": 1})
 
 
 def test_tensors_that_the_model_does_not_name_must_say_what_they_are():

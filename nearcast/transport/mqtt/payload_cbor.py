@@ -3,8 +3,8 @@
 A tensor is a map of `dtype`, `shape` and `data`, or `data` alone. `data` is bytes (little-endian and row-major), a
 typed array (RFC 8746: tags 64 to 87, with its dimensions below tag 40 or 1040), or an array of numbers or texts; what
 `dtype` and `shape` leave out is the model's own. Of BYTES, `data` is the only element or an array of all, unframed.
-Where the model has no input called `inputs`, a map with that key is the long form. Devices without properties put `id`
-and `ttl_ms` beside the tensors, or beside `inputs`.
+A map with the key `inputs` is the long form; for a model with an input of that name, only if there is one more inside.
+Devices without properties put `id` and `ttl_ms` beside the tensors, or beside `inputs`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def decode_request(payload: bytes, asked: Asked) -> InferRequest:
     """
     body = load_map(payload)
     specs = {spec.name: spec for spec in asked.metadata.inputs}
-    if "inputs" in body and "inputs" not in specs:
+    nested = body.get("inputs")
+    if "inputs" in body and ("inputs" not in specs or (isinstance(nested, dict) and "inputs" in nested)):
         try:
             long = msgspec.convert(body, _LongForm)
         except msgspec.ValidationError as error:
