@@ -96,7 +96,7 @@ def answers(seen: dict[str, Any]) -> int:
 
 def ways(port: int, folder: Path, *, quick: bool) -> list[Row]:
     """Each way beside the floor, in turn, one request at a time; then as many as a core serves."""
-    rounds, single, many = (3, 400, 4_000) if quick else (9, 2_000, 40_000)
+    rounds, single, many = (3, 300, 1_500) if quick else (9, 2_000, 12_000)
     seen: dict[str, list[dict[str, float]]] = {name: [] for name in ("floor", "disk_floor", *PATHS)}
     per_core: dict[str, list[float]] = {name: [] for name in PATHS}
     with contextlib.ExitStack() as stack:
@@ -107,16 +107,16 @@ def ways(port: int, folder: Path, *, quick: bool) -> list[Row]:
         stack.enter_context(node(port, folder, "floor", "echo", "--durability", "none"))
         stack.enter_context(node(port, folder, "disk_floor", "echo"))
         for name, (model, _) in PATHS.items():
-            load(port, name, model, requests=1_000)
+            load(port, name, model, requests=500 if quick else 2_000)
         for _ in range(rounds):
             for name, values in seen.items():
                 result = load(port, name, PATHS.get(name, ("echo",))[0], requests=single)
                 answers(result)
                 values.append(result["latency_ms"]["200"])
-        for _ in range(3):
+        for _ in range(2 if quick else 5):
             for name, (model, _) in PATHS.items():
                 before_s = cpu_s(pids[name])
-                result = load(port, name, model, devices=DEVICES, window=WINDOW, requests=many // 3)
+                result = load(port, name, model, devices=DEVICES, window=WINDOW, requests=many)
                 per_core[name].append(answers(result) / (cpu_s(pids[name]) - before_s))
     rows = []
     for name, values in seen.items():
@@ -168,13 +168,13 @@ def batching(port: int, folder: Path, *, quick: bool) -> list[Row]:
 
 def overload(port: int, folder: Path, *, quick: bool) -> list[Row]:
     """Five times what the model can do: who is refused hears it at once, and memory stays where it is."""
-    seconds = 5 if quick else 30
+    seconds = 4 if quick else 30
     rows = []
     for name, durability in (("durable", "full"), ("volatile", "none")):
         tenant = f"overload_{name}"
         options = ("--durability", durability, "--capacity", str(CAPACITY_RPS), "--pending", str(PENDING))
         with node(port, folder, tenant, "slow", *options) as pid:
-            load(port, tenant, "slow", devices=16, rate=CAPACITY_RPS * OVERLOAD, seconds=2)
+            load(port, tenant, "slow", devices=16, rate=CAPACITY_RPS * OVERLOAD, seconds=1)
             with Memory(pid) as memory:
                 rate = CAPACITY_RPS * OVERLOAD
                 seen = load(port, tenant, "slow", devices=DEVICES, rate=rate, seconds=seconds)

@@ -1,8 +1,9 @@
 """`python -m benchmarks.mqtt_node PORT TENANT KIND FOLDER [OPTIONS]`: a node for devices, or its measure.
 
 `echo` sends each message back and does nothing else: the floor of the bus; with durability it writes each down first.
-`noop` answers with its input behind the whole MQTT side. `digits` and `dense` are real models in a model host behind
-the router, as on a node. `slow` answers `--capacity` requests a second, one at a time.
+`noop` answers with its input behind the whole MQTT side, `slow` too, but `--capacity` times a second, one at a time.
+`digits` is a real model in a model host behind the router, as on a node; `dense` one that gains by batches, in a model
+host alone.
 """
 
 from __future__ import annotations
@@ -103,12 +104,14 @@ def workload(kind: str) -> Workload:
     )
 
 
-async def serve_router(options: argparse.Namespace) -> Router:
-    """The model behind the router, as on a node."""
+async def serve_model(options: argparse.Namespace) -> Router | ModelHost:
+    """`digits` behind the router, as on a node; `dense`, whose batches are looked at, in the model host alone."""
     limits = HostLimits(batch_rows_max=options.batch_rows) if options.batch_rows else HostLimits()
     model = workload(options.kind)
     host = ModelHost(fill_store(options.folder, model, model.make()), node=NODE, limits=limits)
     await host.start()
+    if options.kind == "dense":
+        return host
     router = Router(Policy(PolicyConfig(), seed=1), local=host, node=NODE)
     await router.start()
     return router
@@ -159,7 +162,7 @@ async def main() -> None:
     else:
         handler: Any = Noop(options.capacity)
         if options.kind in ("digits", "dense"):
-            handler = await serve_router(options)
+            handler = await serve_model(options)
         worker = MqttWorker(
             handler,
             handler,
