@@ -195,6 +195,19 @@ async def test_another_version_does_not_inherit_the_state(tmp_path):
     assert [event["version"] for event in node.events] == ["1", "2"]
 
 
+async def test_a_wish_gives_streams_another_meaning_from_the_next_message_on(tmp_path):
+    async with life(tmp_path, Accumulator()) as node:
+        node.push([1, 1])
+        await node.until(lambda: node.events)
+        node.service.redefine(by_name([StreamDefinition(name="add", model="other", window=4)]))
+        node.push([1, 2, 3, 4])
+        await node.until(lambda: len(node.events) == 2)
+        node.service.redefine({})
+        node.push([1, 1])
+        await node.until(lambda: node.count("nc_mqtt_inputs_total", verdict="unknown") == 1)
+    assert [(event["model"], event["results"][0]["score"]) for event in node.events] == [("sum", 2.0), ("other", 10.0)]
+
+
 async def test_events_may_tell_changes_only(tmp_path):
     async with life(tmp_path, Accumulator(), threshold=5.0, emit="change") as node:
         for x in ([1, 1], [1, 1], [1, 1], [1, 1], [-9, 0], [1, 1]):

@@ -16,6 +16,7 @@ from edge_node.mqtt.ledger.records import Input, StoredInput
 from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.streams import events
 from edge_node.mqtt.streams.admission import SEQ_MAX, Dropped, admit_input
+from edge_node.mqtt.streams.batches import is_hopeless
 from edge_node.mqtt.streams.definition import StreamDefinition, by_name
 from edge_node.mqtt.streams.plan import make_plan
 from edge_node.mqtt.streams.samples import read_samples, read_tensor
@@ -181,6 +182,25 @@ def test_what_is_no_score_is_refused():
         events.read_scores({"a": state, "b": state, "stateN": state}, plan)
     none = {"boxes": np.zeros((1, 0, 4), np.float32), "scores": np.zeros((1, 0), np.float32)}
     assert events.read_boxes(none, plan, 0) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "tries", "hopeless"),
+    [
+        (Code.INVALID_REQUEST, 0, True),
+        (Code.TOO_LARGE, 0, True),
+        (Code.INTERNAL, 3, False),
+        (Code.INTERNAL, 4, True),
+        (Code.DEADLINE, 3, False),
+        (Code.DEADLINE, 4, True),
+        (Code.MODEL_NOT_FOUND, 99, False),
+        (Code.OVERLOADED, 99, False),
+        (Code.UNAVAILABLE, 99, False),
+        (Code.CANCELLED, 99, False),
+    ],
+)
+def test_what_stays_wrong_is_not_tried_again(code, tries, hopeless):
+    assert is_hopeless(MeshError(code, "."), tries, LIMITS) == hopeless
 
 
 def test_state_comes_back_from_bytes_as_it_was():
