@@ -18,9 +18,6 @@ from edge_node.broker.provisioning import Claim, Holder, ProvisioningLimits, req
 from nearcast.errors import Code, MeshError
 
 BUSY_TIMEOUT_S = 5.0
-CRL_STEP_S = 1.0
-CRL_MARGIN_S = 3600.0
-"""How much earlier than now a revocation list says it is, so that several in one second can follow one another."""
 CERTIFICATES_KEPT_MAX = 100_000
 """Expired certificates are forgotten beyond this number, and never by the clock alone: it may be wrong for a while."""
 _SCHEMA = """
@@ -62,14 +59,12 @@ class Rights:
         readers: Common Names of readers.
         denied: devices of whom no certificate holds any more, revoked or expired.
         revoked: serial number -> when, of certificates that have not expired.
-        crl_at: the moment to write into the revocation list; grows with each revision.
         unpurged: holders without rights of whom the broker may still know a session.
     """
 
     readers: tuple[str, ...]
     denied: tuple[str, ...]
     revoked: dict[int, float]
-    crl_at: float
     unpurged: tuple[str, ...]
 
 
@@ -124,7 +119,7 @@ class Registry:
             holder = self._holder(database, wanted_name(asker, wanted, claim), now)
             spends = require_grant(key, claim, holder, now, self._limits)
             if spends:
-                self._require_room(database)
+                self._require_room(database, now)
             certificate = sign(holder.name)
             self._record(database, holder.name, key, certificate, now)
             if spends:
@@ -176,8 +171,6 @@ class Registry:
         """What holds now."""
         now = self._clock()
         with self._transaction() as database:
-            crl_at = min(now, max(now - CRL_MARGIN_S, _fact(database, "crl_at") + CRL_STEP_S))
-            database.execute("INSERT OR REPLACE INTO facts VALUES ('crl_at', ?)", (crl_at,))
             listed = "SELECT serial, revoked_at FROM certificates WHERE revoked_at IS NOT NULL AND expires_at > ?"
             held = (
                 "SELECT DISTINCT name FROM certificates"
@@ -188,7 +181,6 @@ class Registry:
                 readers=_names(database.execute(held, {"now": now})),
                 denied=tuple(name for name, _ in gone if is_device(name)),
                 revoked={int(serial, 16): at for serial, at in database.execute(listed, (now,))},
-                crl_at=crl_at,
                 unpurged=tuple(name for name, purged in gone if not purged),
             )
 
@@ -260,10 +252,13 @@ class Registry:
             raise MeshError(Code.OVERLOADED, f"{self._limits.claims_max} claims are open; let some expire.")
         return secrets.choice(free)
 
-    def _require_room(self, database: sqlite3.Connection) -> None:
-        query = "SELECT COUNT(DISTINCT name) FROM certificates WHERE name NOT LIKE 'claim+%'"
-        if database.execute(query).fetchone()[0] >= self._limits.holders_max:
-            raise MeshError(Code.OVERLOADED, f"The tenant has {self._limits.holders_max} devices; no more are taken.")
+    def _require_room(self, database: sqlite3.Connection, now: float) -> None:
+        query = (
+            "SELECT COUNT(DISTINCT name) FROM certificates"
+            " WHERE name NOT LIKE 'claim+%' AND revoked_at IS NULL AND expires_at > ?"
+        )
+        if database.execute(query, (now,)).fetchone()[0] >= self._limits.holders_max:
+            raise MeshError(Code.OVERLOADED, f"The tenant has {self._limits.holders_max} devices; revoke some first.")
 
     def _record(self, database: sqlite3.Connection, name: str, key: str, certificate: bytes, now: float) -> None:
         parsed = x509.load_pem_x509_certificate(certificate)

@@ -185,7 +185,7 @@ class TenantAuthority:
     def write_rights(self, rights: Rights) -> None:
         """Write the access file and the revocation list. The broker reads them when it is told to."""
         text = access_list(self.place.tenant, claims_max=self.limits.claims_max, readers=rights.readers)
-        revoked = self._authority.revocation_list(rights.revoked, updated_at=rights.crl_at)
+        revoked = self._authority.revocation_list(rights.revoked)
         write_file(self.folder / REVOKED_FILE, revoked)
         write_file(self.folder / ACCESS_FILE, text.encode())
 

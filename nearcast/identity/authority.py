@@ -145,16 +145,15 @@ class CertificateAuthority:
         alternatives = x509.SubjectAlternativeName([_general_name(host) for host in hosts]) if hosts else None
         return self._sign(csr_pem, subject, lifetime_s, usages, alternatives)
 
-    def revocation_list(self, revoked: Mapping[int, float], *, updated_at: float) -> bytes:
+    def revocation_list(self, revoked: Mapping[int, float]) -> bytes:
         """The CRL, as PEM: serial number -> wall-clock second of its revocation.
 
-        `updated_at` must grow from list to list: OpenSSL believes the newest of those that it was given. The list does
-        not expire before the authority does, because who holds it writes it anew itself.
+        It does not expire before the authority does, because whoever holds it writes it anew itself.
         """
         builder = (
             x509.CertificateRevocationListBuilder()
             .issuer_name(self._certificate.subject)
-            .last_update(_utc(updated_at))
+            .last_update(_utc(self._clock.wall() - CLOCK_SKEW_S))
             .next_update(self._certificate.not_valid_after_utc)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
         )
