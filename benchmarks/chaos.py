@@ -32,10 +32,10 @@ QUICK = Plan(node_kills=5, broker_kills=2, link_cuts=20, pace_s=0.25)
 SHORT = Plan(node_kills=5, broker_kills=2, link_cuts=15)
 QUICK_SHORT = Plan(node_kills=2, broker_kills=1, link_cuts=3, devices=4, clients=1)
 MUTANT = Plan(node_kills=4, broker_kills=0, link_cuts=2, devices=4, clients=0, rate_hz=6.0, pace_s=0.6)
-EARLY_MUTANT = replace(MUTANT, node_kills=12, link_cuts=0, pace_s=0.3, moments=("delivered",))
+EARLY_MUTANT = replace(MUTANT, node_kills=12, link_cuts=0, pace_s=0.2, moments=("delivered",))
 POISON = Plan(node_kills=0, broker_kills=0, link_cuts=0, devices=4, clients=0)
 VOLATILE = ("lost", "unanswered", "misdelivered", "late")
-"""What a node without durability promises too."""
+"""What a node without durability promises too: a killed one forgets its answers, and runs a request again."""
 SAVED = Path(__file__).parent / "results" / "chaos.history.jsonl"
 
 
@@ -58,28 +58,23 @@ def run(*, quick: bool) -> list[Row]:
 async def _others(home: Path, *, quick: bool) -> list[Row]:
     """The smaller runs, some side by side: they count what happened, not how fast."""
     short = QUICK_SHORT if quick else SHORT
-    poisoned, volatile, reboots = await asyncio.gather(
-        poison(POISON, home / "poison"),
-        _live(replace(short, durability="none"), home / "volatile"),
-        _live(replace(short, reboots=True), home / "reboots"),
-    )
-    rows = [*_poison_rows(poisoned), *_volatile_rows(volatile), _short_row("reboot", reboots)]
+    plans = {"volatile": replace(short, durability="none"), "reboot": replace(short, reboots=True)}
     if find_spec("iotcore") is not None:
-        rows.append(_short_row("iotcore", await _live(replace(short, broker="iotcore"), home / "iotcore")))
-    return [*rows, *_mutant_rows(await _live_mutants(home))]
+        plans["iotcore"] = replace(short, broker="iotcore")
+    async with asyncio.TaskGroup() as group:
+        poisoned = group.create_task(poison(POISON, home / "poison"))
+        verdicts = {name: group.create_task(_live(plan, home / name)) for name, plan in plans.items()}
+    rows = [_short_row(name, verdict.result()) for name, verdict in verdicts.items()]
+    return [*_poison_rows(poisoned.result()), *rows, *_mutant_rows(await _live_mutants(home))]
 
 
 async def _live(plan: Plan, folder: Path) -> Verdict:
     return judge(await live_through(plan, folder))
 
 
-def _tell(what: str, verdict: Verdict) -> None:
-    for example in verdict.examples:
-        print(f"{what}: {example}", file=sys.stderr)
-
-
 def _run_rows(history: Sequence[Event], verdict: Verdict) -> list[Row]:
-    _tell("chaos", verdict)
+    for example in verdict.examples:
+        print(f"chaos: {example}", file=sys.stderr)
     kinds, counts, faults = Counter(event.kind for event in history), verdict.counts, verdict.faults
     said = f"{counts['accepted']} of {counts['requests']} were accepted, {counts['answered']} answered"
     again = f"{counts['repeats']} repeats of {counts['answered']} answers"
@@ -150,22 +145,15 @@ def _mutant_rows(verdicts: dict[str, Verdict]) -> list[Row]:
     return [Row("chaos.mutants_caught", caught / len(MUTANTS), "share", f"of {len(MUTANTS)} live ones")]
 
 
-def _volatile_rows(verdict: Verdict) -> list[Row]:
-    """Without durability a killed node runs what it had not answered again, and forgets what it had."""
-    for example in verdict.examples:
-        if example.startswith(VOLATILE):
-            print(f"volatile: {example}", file=sys.stderr)
-    faults, counts = verdict.faults, verdict.counts
-    note = f"{counts['requests']} requests, {counts['answered']} answered; {faults['rerun']} runs after an answer"
-    return [Row("chaos.volatile_faults", sum(faults[name] for name in VOLATILE), "", note)]
-
-
 def _short_row(what: str, verdict: Verdict) -> Row:
-    """All faults of a shorter run, under other conditions."""
-    _tell(what, verdict)
+    """The faults of a shorter run, under other conditions."""
+    names = VOLATILE if what == "volatile" else FAULTS
+    for example in verdict.examples:
+        if example.startswith(names):
+            print(f"{what}: {example}", file=sys.stderr)
     counts = verdict.counts
     note = f"{counts['requests']} requests, {counts['answered']} answered, {counts['repeats']} repeats"
-    return Row(f"chaos.{what}_faults", sum(verdict.faults[name] for name in FAULTS), "", note)
+    return Row(f"chaos.{what}_faults", sum(verdict.faults[name] for name in names), "", note)
 
 
 def _ledger_rows(folder: Path, *, quick: bool) -> list[Row]:

@@ -26,6 +26,7 @@ READY_TIMEOUT_S = 15.0
 TRAP_S = 0.5
 """A trap that has not closed by then is sprung."""
 QUIET_TIMEOUT_S = 30.0
+OWED_TIMEOUT_S = 15.0
 QUIET_S = 1.0
 SESSION_EXPIRY_S = 600
 
@@ -227,5 +228,5 @@ async def _settle(stage: Scene, devices: Sequence[Device | Client]) -> None:
     for device in devices:
         device.is_asking = False
     await stage.until(lambda: not any(device.pending for device in devices), QUIET_TIMEOUT_S)
-    await stage.until(lambda: not stage.history.is_owed, QUIET_TIMEOUT_S / 6)
+    await stage.until(lambda: not stage.history.is_owed, OWED_TIMEOUT_S / (5 if stage.plan.wrong else 1))
     await asyncio.sleep(QUIET_S)
