@@ -82,6 +82,37 @@ class Accumulator:
         raise NotImplementedError
 
 
+class Rows:
+    """A model without state: each row is answered with its sum; a negative row fails with all that come along."""
+
+    def __init__(self, outputs=("y",)):
+        self.outputs = outputs
+        self.runs = []
+
+    async def metadata(self, model, version):
+        return ModelMetadata(
+            name=model,
+            versions=("1",),
+            platform="test",
+            inputs=(TensorSpec("x", "FP32", (-1, 2)),),
+            outputs=tuple(TensorSpec(name, "FP32", (-1, 1)) for name in self.outputs),
+        )
+
+    async def infer(self, request, context):
+        x = request.decode()["x"]
+        if (x < 0).any():
+            raise MeshError(Code.INVALID_REQUEST, "negative")
+        self.runs.append(len(x))
+        sums = {name: x.sum(axis=1, keepdims=True) for name in self.outputs}
+        return TensorResponse(model=request.model, version="1", outputs=sums, served=Served(version="1"))
+
+    async def is_ready(self, model="", version=""):
+        return True
+
+    def stream(self, requests, context):
+        raise NotImplementedError
+
+
 class Node:
     """One life of a node: the service, its ledger, and what it sent."""
 
@@ -206,6 +237,29 @@ async def test_a_wish_gives_streams_another_meaning_from_the_next_message_on(tmp
         node.push([1, 1])
         await node.until(lambda: node.count("nc_mqtt_inputs_total", verdict="unknown") == 1)
     assert [(event["model"], event["results"][0]["score"]) for event in node.events] == [("sum", 2.0), ("other", 10.0)]
+
+
+async def test_messages_of_a_model_without_state_are_joined_and_a_bad_one_spoils_only_itself(tmp_path):
+    handler = Rows()
+    async with life(tmp_path, handler) as node:
+        for seq in range(1, 21):
+            node.push([seq, -1 if seq == 10 else 1, seq, 2], seq=seq)
+        await node.until(lambda: node.count("nc_mqtt_inputs_executed_total", outcome="done") == 19)
+        assert node.count("nc_mqtt_inputs_executed_total", outcome="buried") == 1
+        for seq in range(21, 41):
+            node.push([seq, 1, seq, 2], seq=seq)
+        await node.until(lambda: node.count("nc_mqtt_inputs_executed_total", outcome="done") == 39)
+    assert max(handler.runs) > 2, "a message alone is two windows"
+    got = {event["seq"]: [result["score"] for result in event["results"]] for event in node.events}
+    assert got == {seq: [seq + 1, seq + 2] for seq in range(1, 41) if seq != 10}
+    assert list(got) == sorted(got)
+
+
+async def test_a_model_whose_answers_are_no_scores_buries_messages_instead_of_holding_them(tmp_path):
+    async with life(tmp_path, Rows(outputs=("y", "z"))) as node:
+        for seq in range(1, 9):
+            node.push([1, 1], seq=seq)
+        await node.until(lambda: node.count("nc_mqtt_inputs_executed_total", outcome="buried") == 8)
 
 
 async def test_events_may_tell_changes_only(tmp_path):

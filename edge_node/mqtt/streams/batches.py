@@ -103,7 +103,10 @@ class Batches:
         state = await self._state_of(first)
         steps: list[Advance] = []
         if plan.joins and len(rows) > 1:
-            effects = await self._runner.run_joined(plan, rows[:BATCH_MAX], state)
+            try:
+                effects = await self._runner.run_joined(plan, rows[:BATCH_MAX], state)
+            except Exception:  # noqa: BLE001  # whatever it is, it comes again for the one that is to blame
+                effects = []
             if effects:
                 steps = [_step(row, effect) for row, effect in zip(rows, effects, strict=False)]
                 return await self._commit(first, steps, effects[-1].state)

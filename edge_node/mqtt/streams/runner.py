@@ -103,26 +103,28 @@ class Runner:
         return self._effect(plan, stored, state, results) if windows else Effect(state)
 
     async def run_joined(self, plan: Plan, rows: Sequence[StoredInput], state: StreamState) -> list[Effect]:
-        """Execute several messages in one run of a model without state; no effect at all if that cannot be done."""
+        """Execute several messages in one run of a model without state; no effect at all if that cannot be done.
+
+        Raises:
+            MeshError: if one of them, or the model, fails: one by one it shows which.
+        """
         parts: list[tuple[StoredInput, StreamState, list[Array]]] = []
-        try:
-            cutting = state
-            for stored in rows:
-                cutting, windows = self._cut(plan, stored, cutting)
-                parts.append((stored, cutting, windows))
-            windows = [window for _, _, each in parts for window in each]
-            too_large = sum(window.nbytes for window in windows) > JOINED_BYTES_MAX
-            if len(windows) < 2 or too_large or len({window.shape[1:] for window in windows}) > 1:
-                return []
-            response = await self._ask(plan, rows[0].input, {plan.data.name: np.concatenate(windows)})
-        except (MeshError, ValueError, TypeError):  # one by one it shows which message is to blame
+        cutting = state
+        for stored in rows:
+            cutting, windows = self._cut(plan, stored, cutting)
+            parts.append((stored, cutting, windows))
+        windows = [window for _, _, each in parts for window in each]
+        too_large = sum(window.nbytes for window in windows) > JOINED_BYTES_MAX
+        if len(windows) < 2 or too_large or len({window.shape[1:] for window in windows}) > 1:
             return []
+        response = await self._ask(plan, rows[0].input, {plan.data.name: np.concatenate(windows)})
         counts = [len(window) for window in windows]
         answers = _split(response.decode(), counts)
         effects: list[Effect] = []
         for stored, entered, own in parts if answers else ():
-            # What was cut is known beforehand, what was shown only now.
-            state = msgspec.structs.replace(entered, recent=state.recent, shown=state.shown)
+            # What was cut is known beforehand, what was seen only now.
+            recent = state.recent if entered.boot == state.boot else ()
+            state = msgspec.structs.replace(entered, recent=recent, shown=state.shown)
             results: list[events.Result] = []
             for number in range(len(own)):
                 state, found = _read(plan, answers.popleft(), state, _version(plan, response), number)
