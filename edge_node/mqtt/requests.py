@@ -61,6 +61,7 @@ class RequestService:
         executor: runs them.
         publisher: takes the answers.
         durable: False = requests are kept in memory only, and acknowledged when their answer is on its way.
+        suspects: held by whatever may have ended the node, of any kind, while it is tried again: alone.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class RequestService:
         clock: Clock,
         metrics: MqttMetrics,
         durable: bool,
+        suspects: asyncio.Lock | None = None,
     ) -> None:
         self._ledger = ledger
         self._executor = executor
@@ -87,7 +89,7 @@ class RequestService:
         self._pending_bytes = 0
         self._held: dict[Key, _Item] = {}
         self._is_watching = False
-        self._suspects = asyncio.Lock()
+        self._suspects = suspects or asyncio.Lock()
         self._careful_until = 0.0
         self._running: set[asyncio.Task[None]] = set()
         metrics.watch_pending(lambda: self._pending)

@@ -61,6 +61,7 @@ class Batches:
         clock: monotonic.
         metrics: counts.
         tell: called with a message of each stream that has events.
+        suspects: held by whatever may have ended the node, of any kind, while it is tried again: alone.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Batches:
         clock: Clock,
         metrics: StreamMetrics,
         tell: Callable[[Input], None] | None = None,
+        suspects: asyncio.Lock | None = None,
     ) -> None:
         self._tell = tell
         self._runner = runner
@@ -80,7 +82,7 @@ class Batches:
         self._clock = clock
         self._metrics = metrics
         self._states: OrderedDict[str, StreamState] = OrderedDict()
-        self._suspects = asyncio.Lock()
+        self._suspects = suspects or asyncio.Lock()
 
     async def run(self, rows: Sequence[StoredInput], *, tries: int = 0) -> Progress:
         """Execute messages of one stream, as many as fit into one transaction.

@@ -67,6 +67,7 @@ class StreamService:
         hold: keeps the acknowledgement of a message until its effect is on its way; None = it is given as soon as the
             store has the message.
         tell: called with a message of each stream that has events.
+        suspects: held by whatever may have ended the node, of any kind, while it is tried again: alone.
     """
 
     def __init__(
@@ -81,10 +82,13 @@ class StreamService:
         metrics: StreamMetrics,
         hold: Callable[[int, Callable[[], None]], None] | None = None,
         tell: Callable[[Input], None] | None = None,
+        suspects: asyncio.Lock | None = None,
     ) -> None:
         self._hold = hold
         self._runner = Runner(handler, directory, definitions, limits=limits, clock=clock)
-        self._batches = Batches(self._runner, store, limits=limits, clock=clock, metrics=metrics, tell=tell)
+        self._batches = Batches(
+            self._runner, store, limits=limits, clock=clock, metrics=metrics, tell=tell, suspects=suspects
+        )
         self._store = store
         self._limits = limits
         self._clock = clock
