@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,10 +12,12 @@ from nearcast.errors import Code, MeshError
 from nearcast.handler import InferResponse
 from nearcast.transport.classification import classify
 from nearcast.transport.model_config import number
-from nearcast.transport.seam import Call
-from nearcast.transport.service import InferenceService
 from nearcast.transport.shared_memory import Place
 from nearcast.wire.tensors import Array, datatype_of, to_raw
+
+if TYPE_CHECKING:
+    from nearcast.transport.seam import Call
+    from nearcast.transport.service import InferenceService
 
 REGION = "shared_memory_region"
 REGION_SIZE = "shared_memory_byte_size"

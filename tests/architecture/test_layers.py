@@ -38,3 +38,19 @@ def test_nothing_heavy_is_imported_before_it_is_needed(statement: str) -> None:
     program = f"{statement}\nimport sys\nprint('loaded:', *(name for name in {HEAVY!r} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "loaded:"
+
+
+def test_a_device_loads_no_other_transport() -> None:
+    others = ("aiohttp", "cryptography", "grpc", "ngh2", "onnxruntime", "prometheus_client", "router")
+    program = f"import nearcast.client.mqtt\nimport sys\nprint('loaded:', *(n for n in {others!r} if n in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded:"
+
+
+def test_the_client_package_has_what_it_names() -> None:
+    import nearcast.client
+
+    assert {*nearcast.client.__all__} <= {*dir(nearcast.client)}
+    assert {getattr(nearcast.client, name).__name__ for name in nearcast.client.__all__} == {*nearcast.client.__all__}
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        _ = nearcast.client.Nothing
