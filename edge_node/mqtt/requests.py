@@ -11,6 +11,7 @@ import asyncio
 import os
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 
@@ -31,11 +32,11 @@ from nearcast.telemetry import get_logger
 from nearcast.transport import eager
 from nearcast.transport.mqtt.message import Message
 
-FINISH_ATTEMPTS_MAX = 5
-FINISH_RETRY_S = 0.2
+STORE_RETRY_S = 0.2
 CAREFUL_S = 60.0
 """For so long after a crash a request that comes again is a suspect, even if the ledger has never heard of it."""
 _COME_AGAIN = frozenset({"429", "503"})
+R = TypeVar("R")
 _log = get_logger("nearcast.mqtt")
 
 
@@ -88,6 +89,7 @@ class RequestService:
         self._pending = 0
         self._pending_bytes = 0
         self._held: dict[Key, _Item] = {}
+        self._copies: dict[Key, list[Callable[[], None]]] = {}
         self._is_watching = False
         self._suspects = suspects or asyncio.Lock()
         self._careful_until = 0.0
@@ -100,7 +102,7 @@ class RequestService:
             self._careful_until = self._clock.monotonic() + CAREFUL_S
         for unanswered in requests:
             self._reserve(len(unanswered.payload))
-            self._run(self._resume(unanswered), len(unanswered.payload))
+            self._run(self._resume(unanswered), len(unanswered.payload), None)
 
     def receive(self, message: Message, acknowledge: Callable[[], None]) -> None:
         """Take in a message on a request topic; `acknowledge` is called once, when the broker may forget it."""
@@ -127,7 +129,7 @@ class RequestService:
             self._refuse_full(item)
             return
         self._reserve(len(payload))
-        self._run(work, len(payload))
+        self._run(work, len(payload), item)
 
     async def settled(self) -> None:
         """Return once every request that was accepted is answered."""
@@ -168,29 +170,42 @@ class RequestService:
 
     async def _serve(self, item: _Item, *, has_room: bool) -> None:
         """A request that may have come before: the ledger is asked first."""
-        accepted = self._ledger.accept(item.request, item.payload, has_room=has_room)
-        if row := await self._accepted(item, accepted):
+        item.accepted = self._ledger.accept(item.request, item.payload, has_room=has_room)
+        if row := await self._accepted(item, item.accepted):
             await self._finish(row, item.request, await self._executor.answer(item.request, item.payload))
 
     async def _serve_suspect(self, item: _Item) -> None:
         """The node may have crashed over this request before it was stored: next time the ledger must know."""
         self._ledger.expect(item.key)
-        accepted = self._ledger.accept(item.request, item.payload, attempts=1)
-        if row := await self._accepted(item, accepted):
+        item.accepted = self._ledger.accept(item.request, item.payload, attempts=1)
+        if row := await self._accepted(item, item.accepted):
             await self._try_suspect(row, item.request, item.payload)
 
     async def _serve_volatile(self, item: _Item, *, has_room: bool) -> None:
         """Without a disk the broker keeps the request until the answer is on its way."""
         admission = self._volatile.accept(item.request, has_room=has_room)
+        if admission.verdict == "pending":
+            self._metrics.replayed()
+            self._copies[item.key].append(item.acknowledge)
+            return
         if admission.verdict != "accept":
             self._settle(item, admission)
             return
-        reply = await self._executor.answer(item.request, item.payload)
+        copies = self._copies[item.key] = [item.acknowledge]
+
+        def handed() -> None:
+            for acknowledge in copies:
+                acknowledge()
+
+        try:
+            reply = await self._executor.answer(item.request, item.payload)
+        finally:
+            del self._copies[item.key]
         if _is_refusal(reply):
             self._volatile.forget(item.key)
-            self._send_refusal(reply_message(reply, dedup=False), reply.expires, item.acknowledge)
+            self._send_refusal(reply_message(reply, dedup=False), reply.expires, handed)
             return
-        self._answered(item.request, reply, self._volatile.finish(item.request, reply, self._now()), item.acknowledge)
+        self._answered(item.request, reply, self._volatile.finish(item.request, reply, self._now()), handed)
 
     async def _accepted(self, item: _Item, accepted: asyncio.Future[Admission]) -> int:
         """Wait for the commit, then acknowledge; returns the row, or 0 if there is nothing to execute."""
@@ -221,15 +236,8 @@ class RequestService:
                 item.acknowledge()
 
     async def _finish(self, row: int, request: Request, reply: Reply, *, buried: str = "") -> None:
-        for _ in range(FINISH_ATTEMPTS_MAX):
-            try:
-                outgoing = await self._ledger.finish(row, reply, self._now(), buried=buried)
-            except MeshError:
-                await asyncio.sleep(FINISH_RETRY_S)
-                continue
-            self._answered(request, reply, outgoing)
-            return
-        _log.error("an answer could not be stored; the request runs again after a restart", model=request.model)
+        outgoing = await _store(lambda: self._ledger.finish(row, reply, self._now(), buried=buried))
+        self._answered(request, reply, outgoing)
 
     def _answered(
         self,
@@ -257,7 +265,7 @@ class RequestService:
 
     async def _try_suspect(self, row: int, request: Request, payload: bytes) -> None:
         async with self._suspects:  # one at a time, so that a crash has one culprit
-            await self._ledger.begin(row)
+            await _store(lambda: self._ledger.begin(row))
             await self._finish(row, request, await self._executor.answer(request, payload))
 
     # -- held acceptances ---------------------------------------------------------------------------------------------
@@ -298,21 +306,34 @@ class RequestService:
         self._pending += 1
         self._pending_bytes += size_bytes
 
-    def _run(self, work: Coroutine[None, None, None], size_bytes: int) -> None:
+    def _run(self, work: Coroutine[None, None, None], size_bytes: int, item: _Item | None) -> None:
         """Run as far as it goes without waiting; most volatile requests need no task at all."""
-        task = eager.start(self._guard(work, size_bytes), self._loop)
+        task = eager.start(self._guard(work, size_bytes, item), self._loop)
         if task is not None:
             self._running.add(task)
             task.add_done_callback(self._running.discard)
 
-    async def _guard(self, work: Coroutine[None, None, None], size_bytes: int) -> None:
+    async def _guard(self, work: Coroutine[None, None, None], size_bytes: int, item: _Item | None) -> None:
         try:
             await work
-        except Exception:  # noqa: BLE001  # one request must not end the connection
+        except Exception:  # noqa: BLE001  # one request must neither end the connection nor stop its window
             _log.exception("a request failed unexpectedly")
+            if item is not None:
+                self._give_up(item)
         finally:
             self._pending -= 1
             self._pending_bytes -= size_bytes
+
+    def _give_up(self, item: _Item) -> None:
+        """Nobody expected this failure. What is stored runs again after a restart; the other is answered."""
+        if item.accepted is not None:
+            item.acknowledge()
+            return
+        if self._held.pop(item.key, None) is not None:
+            self._ledger.forget(item.key)
+        self._volatile.forget(item.key)
+        reason = "The node failed on this request; see its log."
+        self._refuse(self._refusal(item.request, Code.INTERNAL, reason), item.acknowledge)
 
     def _refusal(self, request: Request, code: Code, reason: str) -> Refusal:
         later = self._limits.retry_after_ms if code in (Code.OVERLOADED, Code.UNAVAILABLE) else None
@@ -336,6 +357,21 @@ class RequestService:
         """Nothing is stored. The request is acknowledged when the refusal has left: the broker bounds how many wait."""
         self._metrics.refused(int(message.user["status"]))
         self._publisher.notify(message, expires, acknowledge)
+
+
+async def _store(order: Callable[[], asyncio.Future[R]]) -> R:
+    """Give an order to the ledger until it is carried out: what was accepted waits for a disk that is full.
+
+    Raises:
+        MeshError: if the order cannot be carried out at all.
+    """
+    while True:
+        try:
+            return await order()
+        except MeshError as error:
+            if error.code is not Code.UNAVAILABLE:
+                raise
+        await asyncio.sleep(STORE_RETRY_S)
 
 
 def _is_refusal(reply: Reply) -> bool:
