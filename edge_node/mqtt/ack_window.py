@@ -8,25 +8,28 @@ from dataclasses import dataclass
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One message that is not acknowledged yet: its packet identifier, and when it came."""
+    """One message that is not acknowledged yet: its packet identifier, when it came, and what its payload takes."""
 
     mid: int
     opened: float
+    size_bytes: int
     ready: bool = False
 
 
 class AckWindow:
-    """The unacknowledged messages of one connection."""
+    """The unacknowledged messages of one connection, `size_bytes` together."""
 
     def __init__(self) -> None:
+        self.size_bytes = 0
         self._tickets: deque[Ticket] = deque()
 
     def __len__(self) -> int:
         return len(self._tickets)
 
-    def open(self, mid: int, now: float) -> Ticket:
+    def open(self, mid: int, now: float, size_bytes: int) -> Ticket:
         """Take in a message."""
-        ticket = Ticket(mid, now)
+        ticket = Ticket(mid, now, size_bytes)
+        self.size_bytes += size_bytes
         self._tickets.append(ticket)
         return ticket
 
@@ -48,5 +51,7 @@ class AckWindow:
     def _pop(self) -> list[int]:
         out = []
         while self._tickets and self._tickets[0].ready:
-            out.append(self._tickets.popleft().mid)
+            ticket = self._tickets.popleft()
+            self.size_bytes -= ticket.size_bytes
+            out.append(ticket.mid)
         return out

@@ -24,9 +24,9 @@ class MqttLimits:
         in_flight_max: requests that are given to the models at the same time.
         hold_ms: how long the acceptance of a request waits for its answer, to share a transaction with it.
         memory_replies_bytes_max: answers remembered in memory, for requests that are not on disk.
-        unacknowledged_max: our Receive Maximum; where a broker ignores it we stop reading.
-        unanswered_max: our Receive Maximum without durability: there an acknowledgement waits for an answer, and all
-            that came later wait with it, even those that are refused at once.
+        unacknowledged_max: our Receive Maximum. Acknowledgements keep the order of arrival, so behind one that waits
+            for the disk (without durability: for an answer) wait even those that are refused at once: it is large, or
+            they would not reach us at once. unacknowledged_bytes_max: of payloads, with durability: we stop reading.
         unacknowledged_age_max_s: without durability: an older request is acknowledged unanswered.
         publish_window: answers on their way to the broker.
         commit_batch_max: operations in one transaction.
@@ -71,8 +71,8 @@ class MqttLimits:
     pending_bytes_max: int = 64 * 1024 * 1024
     in_flight_max: int = 64
     hold_ms: float = 2.0
-    unacknowledged_max: int = 256
-    unanswered_max: int = 65_535
+    unacknowledged_max: int = 32_767
+    unacknowledged_bytes_max: int = 64 * 1024 * 1024
     unacknowledged_age_max_s: float = 5.0
     publish_window: int = 256
     commit_batch_max: int = 256
@@ -87,7 +87,7 @@ class MqttLimits:
     when_full: Literal["drop-oldest", "reject"] = "drop-oldest"
     live_rows_max: int = 1024
     live_bytes_max: int = 4 * 1024 * 1024
-    page_rows_max: int = 256
+    page_rows_max: int = 128
     page_bytes_max: int = 1024 * 1024
     live_share: int = 4
     backlog_window: int = 32

@@ -126,6 +126,7 @@ class MqttWorker:
         self._uplink = None if upstream is None else self._make_uplink(upstream)
         self._publisher = Publisher(self._inbox, self._limits, clock, on_drop=self.metrics.dropped)
         self._durable = durability == "full"
+        self._suspects = asyncio.Lock()  # one for all kinds: a crash must have one culprit
         self._requests = RequestService(
             self._inbox,
             Executor(handler, directory, limits=self._limits, clock=clock, sees_mesh=sees_mesh),
@@ -134,6 +135,7 @@ class MqttWorker:
             clock=clock,
             metrics=self.metrics,
             durable=self._durable,
+            suspects=self._suspects,
         )
         self._discovery: Discovery | None = None
         if discovery_prefix:
@@ -224,6 +226,7 @@ class MqttWorker:
             metrics=StreamMetrics(self.metrics.registry),
             hold=None if volatile is None else volatile.hold,
             tell=None if self._discovery is None else self._discovery.tell,
+            suspects=self._suspects,
         )
 
     def _make_uplink(self, upstream: ConnectionSettings) -> Uplink:
@@ -297,7 +300,7 @@ class MqttWorker:
             port=self._port,
             client_id=f"nearcast-{self._node}",
             session_expiry_s=limits.session_expiry_s,
-            receive_max=limits.unacknowledged_max if self._durable else limits.unanswered_max,
+            receive_max=limits.unacknowledged_max,
             packet_bytes_max=2 * limits.payload_bytes_max + HEAD_BYTES_MAX,
             keepalive_s=limits.keepalive_s,
             connect_timeout_s=limits.connect_timeout_s,
@@ -327,7 +330,7 @@ class MqttWorker:
         if self._draining:
             return  # not acknowledged, so it comes again after the restart
         now = self._clock.monotonic()
-        ticket = epoch.window.open(message.mid, now)
+        ticket = epoch.window.open(message.mid, now, len(message.payload))
         if message.topic == self._management.wishes:
             self._management.receive(message)
             self._acknowledge(epoch, ticket)
@@ -336,9 +339,8 @@ class MqttWorker:
             self.metrics.refused(STATUS_DENIED)  # whom an answer would reach is not who asked
             self._acknowledge(epoch, ticket)
             return
-        if self._durable and len(epoch.window) >= 2 * self._limits.unacknowledged_max and epoch.connection is not None:
-            # Some brokers ignore our Receive Maximum. Without durability what we wait for arrives by reading.
-            epoch.connection.pause()
+        if self._durable and self._is_crowded(epoch.window) and epoch.connection is not None:
+            epoch.connection.pause()  # without durability what the window waits for arrives by reading
         receive = self.streams.receive if topics.is_data(message.topic) else self._requests.receive
         receive(message, partial(self._acknowledge, epoch, ticket))
 
@@ -350,8 +352,13 @@ class MqttWorker:
         for mid in epoch.window.complete(ticket):
             if mid:
                 connection.confirm(mid)
-        if len(epoch.window) <= self._limits.unacknowledged_max:
+        if not self._is_crowded(epoch.window):
             connection.resume()
+
+    def _is_crowded(self, window: AckWindow) -> bool:
+        """Whether more waits than agreed: some brokers ignore our Receive Maximum, and none knows of bytes."""
+        limits = self._limits
+        return len(window) > limits.unacknowledged_max or window.size_bytes > limits.unacknowledged_bytes_max
 
     async def _watch_window(self) -> None:
         """See to it that the window moves on."""

@@ -31,18 +31,18 @@ def test_the_decision_table(known, has_room, verdict):
 
 def test_acknowledgements_keep_the_order_of_arrival():
     window = AckWindow()
-    tickets = [window.open(mid, now=float(mid)) for mid in range(4)]
+    tickets = [window.open(mid, now=float(mid), size_bytes=10) for mid in range(4)]
     assert window.complete(tickets[2]) == []
     assert window.complete(tickets[1]) == []
     assert window.complete(tickets[0]) == [0, 1, 2]
     assert window.complete(tickets[0]) == []
-    assert len(window) == 1
+    assert (len(window), window.size_bytes) == (1, 10)
     assert window.complete(tickets[3]) == [3]
 
 
 def test_who_waits_too_long_does_not_hold_up_the_others():
     window = AckWindow()
-    tickets = [window.open(mid, now=float(mid)) for mid in range(4)]
+    tickets = [window.open(mid, now=float(mid), size_bytes=0) for mid in range(4)]
     assert window.complete(tickets[1]) == []
     assert window.complete(tickets[3]) == []
     assert window.complete_older(2.0) == ([0, 1], 1)
