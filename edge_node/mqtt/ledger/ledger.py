@@ -287,7 +287,8 @@ class Ledger:
                 # The first request keeps its answer; this is another one, which says so, with the same correlation.
                 key = request.correlation + b"/replay/%d" % letter.id
                 row = self._requests.insert(connection, request, payload, key)
-                requests.append(Unanswered(row, request, payload, 0, same_boot=True))
+                if row is not None:
+                    requests.append(Unanswered(row, request, payload, 0, same_boot=True))
             elif letter.kind == "input":
                 item = msgspec.structs.replace(msgspec.msgpack.decode(head, type=Input), boot="", seq=None, arrived=now)
                 inputs.append(StoredInput(self._streams.put_back(connection, item, payload), item, payload))

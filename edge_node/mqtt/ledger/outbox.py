@@ -207,14 +207,15 @@ class Outbox:
     def delivered(self, connection: sqlite3.Connection, link: Link, rows: Iterable[int]) -> None:
         """Forget rows that `link` has taken, or that have expired."""
         bit = LINK_BITS[link]
-        for row in rows:
-            gone = connection.execute(
-                "DELETE FROM outbox WHERE id = ? AND links = ? RETURNING size, ttl", (row, bit)
-            ).fetchone()
-            if gone is None:
-                connection.execute("UPDATE outbox SET links = links & ~? WHERE id = ?", (bit, row))
-            elif gone[1] is not None:
-                self._resize(-gone[0])
+        ids = msgspec.json.encode(list(rows)).decode()
+        gone = connection.execute(
+            "DELETE FROM outbox WHERE id IN (SELECT value FROM json_each(?)) AND links = ? RETURNING size, ttl",
+            (ids, bit),
+        ).fetchall()
+        self._resize(-sum(size for size, ttl in gone if ttl is not None))
+        connection.execute(
+            "UPDATE outbox SET links = links & ~? WHERE id IN (SELECT value FROM json_each(?))", (bit, ids)
+        )
 
 
 def last_id(connection: sqlite3.Connection, table: str) -> int:

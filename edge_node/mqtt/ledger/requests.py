@@ -68,39 +68,34 @@ class Requests:
         self, connection: sqlite3.Connection, request: Request, payload: bytes, *, has_room: bool, attempts: int = 0
     ) -> Admission:
         """Store a request, or say why not."""
-        verdict = self._judge(connection, request, has_room=has_room)
-        if verdict is not None:
-            return verdict
-        return Admission("accept", self.insert(connection, request, payload, request.correlation, attempts))
+        row = self.insert(connection, request, payload, request.correlation, attempts) if has_room else None
+        return self._judge(connection, request) if row is None else Admission("accept", row)
 
     def answer(
         self, connection: sqlite3.Connection, request: Request, reply: Reply, now: float
     ) -> tuple[Admission, tuple[Outgoing, ...]]:
         """Store a request that is answered already, with the order to send the answer; or say why not."""
-        verdict = self._judge(connection, request, has_room=True)
-        if verdict is not None:
-            return verdict, ()
         encoded = msgspec.msgpack.encode(reply)
-        row = connection.execute(
+        inserted = connection.execute(
             "INSERT INTO inbox (tenant, device, correlation, digest, state, boot, finished, request, reply, size)"
-            " VALUES (?, ?, ?, ?, 'done', ?, ?, x'', ?, ?)",
+            " VALUES (?, ?, ?, ?, 'done', ?, ?, x'', ?, ?) ON CONFLICT DO NOTHING",
             (request.tenant, request.device, request.correlation, request.digest, self._boot, now, encoded,
              len(encoded) + ROW_BYTES),
-        ).lastrowid  # fmt: skip
-        assert row is not None
+        )  # fmt: skip
+        if not inserted.rowcount:
+            return self._judge(connection, request), ()
+        self.expect((request.tenant, request.device, request.correlation))
+        row = inserted.lastrowid or 0
         return Admission("accept", row), (self._outbox.add_reply(connection, row, reply),)
 
-    def _judge(self, connection: sqlite3.Connection, request: Request, *, has_room: bool) -> Admission | None:
-        """What is to be done about a request that came before, or has no room; None = it is to be stored."""
+    def _judge(self, connection: sqlite3.Connection, request: Request) -> Admission:
+        """What is to be done about a request that came before, or has no room."""
         key = (request.tenant, request.device, request.correlation)
         found = connection.execute(
             "SELECT id, digest, state, reply FROM inbox WHERE tenant = ? AND device = ? AND correlation = ?", key
         ).fetchone()
         known = None if found is None else Known(found[1], found[2])
-        verdict = decide(known, request.digest, has_room=has_room)
-        if verdict == "accept":
-            self._known.add(hash(key))
-            return None
+        verdict = decide(known, request.digest, has_room=False)
         if verdict == "replay":
             reply = msgspec.msgpack.decode(found[3], type=Reply)
             # The repeated request has a deadline and a reply topic of its own; the content stays what it was.
@@ -115,16 +110,18 @@ class Requests:
         payload: bytes,
         correlation: bytes,
         attempts: int = 0,
-    ) -> int:
-        """A new pending row under `correlation`."""
+    ) -> int | None:
+        """A new pending row under `correlation`; None if there is one."""
         key = (request.tenant, request.device, correlation)
-        row = connection.execute(
+        inserted = connection.execute(
             "INSERT INTO inbox (tenant, device, correlation, digest, state, boot, attempts, request, payload)"
-            " VALUES (?, ?, ?, ?, 'pending', ?, ?, ?, ?)",
+            " VALUES (?, ?, ?, ?, 'pending', ?, ?, ?, ?) ON CONFLICT DO NOTHING",
             (*key, request.digest, self._boot, attempts, msgspec.msgpack.encode(request), payload),
-        ).lastrowid
-        assert row is not None
-        return row
+        )
+        if not inserted.rowcount:
+            return None
+        self.expect(key)
+        return inserted.lastrowid
 
     def begin(self, connection: sqlite3.Connection, row: int) -> None:
         """A suspect is about to be tried: a crash from now on is its doing."""
