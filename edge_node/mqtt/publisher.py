@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from edge_node.mqtt.backlog import Backlog, Row
@@ -120,11 +121,11 @@ class Publisher:
         self._pump()
 
     def notify(self, message: Message, expires: float, handed: Callable[[], None] | None = None) -> None:
-        """Send a refusal. It is not stored: the request was never accepted, and its device asks again."""
-        if self._connection is not None:
-            parcel = _Parcel(Outgoing(UNSTORED, message, expires), handed)
-            self._lanes.add_unstored(Row(UNSTORED, message.topic, len(message.payload), parcel))
-            self._pump()
+        """Send a refusal. It is not stored: the request was never accepted, and its device asks again.
+
+        The broker may send before we have subscribed: then it waits for `attach`, and its request for `handed`.
+        """
+        self.send(Outgoing(UNSTORED, message, expires, size_bytes=len(message.payload)), handed)
 
     def deny(self, devices: frozenset[str]) -> None:
         """Give up what waits for these devices: who is called so next must not get it."""
@@ -288,15 +289,18 @@ class Publisher:
 
     def _forget_rows(self) -> None:
         rows, self._delivered = self._delivered, []
-        self._ledger.delivered(rows, self._link).add_done_callback(self._forgotten)
+        self._ledger.delivered(rows, self._link).add_done_callback(partial(self._forgotten, rows))
 
-    def _forgotten(self, done: asyncio.Future[None]) -> None:
+    def _forgotten(self, rows: Sequence[int], done: asyncio.Future[None]) -> None:
         self._forgetting = None
+        delay_s = self._limits.forget_delay_s
         if not done.cancelled() and (error := done.exception()) is not None:
-            # The rows stay and are sent once more after a restart: the devices see the same answer twice.
+            # Until it is done they would be sent once more after a restart, and keep their answers from being pruned.
             _log.warning("delivered messages could not be forgotten", error=str(error))
+            self._delivered += rows
+            delay_s = self._limits.read_retry_s
         if self._delivered:
-            self._forgetting = asyncio.get_running_loop().call_later(self._limits.forget_delay_s, self._forget_rows)
+            self._forgetting = asyncio.get_running_loop().call_later(delay_s, self._forget_rows)
         self._progress.set()
 
 
