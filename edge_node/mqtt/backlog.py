@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+UNSTORED = 0
+"""The id of what has no row on disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ class Backlog(Generic[T]):
         """A row was committed. It is kept if its stream is live and there is room, else it will be read again."""
         span = self._spans.get(row.stream)
         if span is None and self._has_room(row.size_bytes):
+            self._live_rows[row.stream] += 1
             self.add_unstored(row)
             return
         if span is not None:
@@ -113,7 +116,6 @@ class Backlog(Generic[T]):
         """A row that is in memory only, outside of every order; its owner bounds how many there are."""
         self._live.append(row)
         self._live_bytes += row.size_bytes
-        self._live_rows[row.stream] += 1
 
     def next(self, *, live_only: bool = False) -> Row[T] | None:
         """Hand out the next row; None if none is in memory. With `live_only` the backlog has to wait."""
@@ -156,7 +158,7 @@ class Backlog(Generic[T]):
     def drop(self, rows: Collection[int]) -> None:
         """Rows are gone from the disk: none of them is handed out any more."""
         kept = [row for row in self._live if row.id not in rows]
-        self._live, self._live_rows = deque(kept), Counter(row.stream for row in kept)
+        self._live, self._live_rows = deque(kept), Counter(row.stream for row in kept if row.id != UNSTORED)
         self._live_bytes = sum(row.size_bytes for row in kept)
         paged = [row for row in self._page if row.id not in rows]
         self._page, self._page_rows = deque(paged), Counter(row.stream for row in paged)
@@ -171,7 +173,8 @@ class Backlog(Generic[T]):
     def _pop_live(self) -> Row[T]:
         row = self._live.popleft()
         self._live_bytes -= row.size_bytes
-        _decrement(self._live_rows, row.stream)
+        if row.id != UNSTORED:
+            _decrement(self._live_rows, row.stream)
         return row
 
     def _pop_page(self) -> Row[T]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from edge_node.mqtt.backlog import Backlog, Row
+from edge_node.mqtt.backlog import UNSTORED, Backlog, Row
 from edge_node.mqtt.ledger.ledger import Ledger
 from edge_node.mqtt.ledger.outbox import repeated
 from edge_node.mqtt.ledger.records import LINK_BITS, Committed, Link, Outgoing
@@ -28,8 +28,6 @@ from nearcast.transport.mqtt.message import Message
 
 PACE_S = 0.01
 """A backlog is looked after this often, while it is ahead of its pace."""
-UNSTORED = 0
-"""The id of what has no row on disk."""
 _log = get_logger("nearcast.mqtt")
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import msgspec
 
 from edge_node.mqtt.admission import Request
+from edge_node.mqtt.backlog import UNSTORED
 from edge_node.mqtt.idempotency import Known, decide
 from edge_node.mqtt.ledger.outbox import reply_message
 from edge_node.mqtt.ledger.records import Admission, Outgoing, Reply
@@ -16,7 +17,6 @@ from edge_node.mqtt.limits import MqttLimits
 
 ROW_BYTES = 512
 """What an answer costs besides its payload."""
-NO_ROW = 0
 
 
 @dataclass(slots=True)
@@ -50,8 +50,8 @@ class Volatile:
             assert row is not None
             assert row.reply is not None
             reply = msgspec.structs.replace(row.reply, topic=request.reply_topic, expires=request.deadline)
-            return Admission(verdict, NO_ROW, Outgoing(NO_ROW, reply_message(reply, dedup=True), reply.expires))
-        return Admission(verdict, NO_ROW)
+            return Admission(verdict, UNSTORED, Outgoing(UNSTORED, reply_message(reply, dedup=True), reply.expires))
+        return Admission(verdict, UNSTORED)
 
     def forget(self, key: Key) -> None:
         """The request was refused after all; the same one may come again."""
@@ -64,7 +64,7 @@ class Volatile:
         self._answered[key] = _Row(Known(request.digest, "done"), reply, now)
         self._size_bytes += len(reply.payload) + ROW_BYTES
         self._forget(now)
-        return (Outgoing(NO_ROW, reply_message(reply, dedup=False), reply.expires, size_bytes=len(reply.payload)),)
+        return (Outgoing(UNSTORED, reply_message(reply, dedup=False), reply.expires, size_bytes=len(reply.payload)),)
 
     def _forget(self, now: float) -> None:
         limits, answered = self._limits, self._answered

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from edge_node.mqtt.backlog import Backlog, BacklogLimits, Row
+from edge_node.mqtt.backlog import UNSTORED, Backlog, BacklogLimits, Row
 
 LIMITS = BacklogLimits(live_rows_max=3, live_bytes_max=40, page_rows_max=4, page_bytes_max=1 << 20, live_share=2)
 WINDOW = 3
@@ -177,3 +177,15 @@ def test_what_two_cuts_gave_back_keeps_its_order():
     lanes.put_back([lanes.next() for _ in range(4)])
     lanes.put_back([lanes.next() for _ in range(2)])
     assert [lanes.next().id for _ in range(6)] == list(range(1, 7))
+
+
+def test_refusals_that_never_end_do_not_hold_a_backlog_of_their_topic():
+    lanes = Backlog(LIMITS, {"a": 1})
+    lanes.start_reading()
+    lanes.read([Row(1, "a", 1, None)], 1)
+    handed = []
+    for _ in range(8):
+        lanes.add_unstored(Row(UNSTORED, "a", 1, None))
+        lanes.add_unstored(Row(UNSTORED, "a", 1, None))
+        handed.append(lanes.next().id)
+    assert handed[LIMITS.live_share] == 1

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from edge_node.mqtt.backlog import UNSTORED
 from edge_node.mqtt.idempotency import Position, follow
 from edge_node.mqtt.ledger.records import Advance, Event, Input, Intake, Outgoing, Page, StoredInput
 from edge_node.mqtt.limits import MqttLimits
-from edge_node.mqtt.publisher import UNSTORED
 from nearcast.telemetry import get_logger
 from nearcast.transport.mqtt.message import Message
 
