@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks import chaos_ledger
 from benchmarks.chaos_history import Event, save
 from benchmarks.chaos_judge import FAULTS, Verdict, judge
-from benchmarks.chaos_mutants import EARLY, MUTANTS
+from benchmarks.chaos_mutants import EARLY, LATE, MUTANTS
 from benchmarks.chaos_poison import SAMPLES, Poisoned, poison
 from benchmarks.chaos_recording import record
 from benchmarks.chaos_run import Plan, live_through
@@ -31,8 +31,12 @@ FULL = Plan(node_kills=50, broker_kills=20, link_cuts=200)
 QUICK = Plan(node_kills=5, broker_kills=2, link_cuts=20, pace_s=0.25)
 SHORT = Plan(node_kills=5, broker_kills=2, link_cuts=15)
 QUICK_SHORT = Plan(node_kills=2, broker_kills=1, link_cuts=3, devices=4, clients=1)
-MUTANT = Plan(node_kills=4, broker_kills=0, link_cuts=2, devices=4, clients=0, rate_hz=6.0, pace_s=0.6)
-EARLY_MUTANT = replace(MUTANT, node_kills=12, link_cuts=0, pace_s=0.2, moments=("delivered",))
+MUTANT = Plan(node_kills=5, broker_kills=0, link_cuts=2, devices=4, clients=0, rate_hz=8.0, pace_s=0.5)
+ODD_MUTANTS = {
+    EARLY: replace(MUTANT, node_kills=12, link_cuts=0, pace_s=0.2, moments=("delivered",)),
+    LATE: replace(MUTANT, node_kills=2, link_cuts=0, pace_s=2.0),
+}
+"""What these do shows only if the node dies in the right moment, or lives for a while."""
 POISON = Plan(node_kills=0, broker_kills=0, link_cuts=0, devices=4, clients=0)
 VOLATILE = ("lost", "unanswered", "misdelivered", "late")
 """What a node without durability promises too: a killed one forgets its answers, and runs a request again."""
@@ -122,7 +126,7 @@ def _duplicate_rows(history: Sequence[Event], verdict: Verdict) -> list[Row]:
 
 
 def _poison_rows(found: Poisoned) -> list[Row]:
-    is_over = found.status == 500 and found.letters >= 2 and found.results == SAMPLES
+    is_over = found.status == 500 and found.letters == 2 and found.results == SAMPLES
     letters = f"{found.letters} dead letters; {found.results} of {SAMPLES} other samples of its stream have a result"
     return [
         Row("chaos.poison_crashes", found.crashes, "", f"by a request; then it is answered {found.status}"),
@@ -133,7 +137,7 @@ def _poison_rows(found: Poisoned) -> list[Row]:
 
 
 async def _live_mutants(home: Path) -> dict[str, Verdict]:
-    plans = [replace(EARLY_MUTANT if name == EARLY else MUTANT, wrong=name) for name in MUTANTS]
+    plans = [replace(ODD_MUTANTS.get(name, MUTANT), wrong=name) for name in MUTANTS]
     verdicts = await asyncio.gather(*(_live(plan, home / f"mutant-{n}") for n, plan in enumerate(plans)))
     return dict(zip(MUTANTS, verdicts, strict=True))
 

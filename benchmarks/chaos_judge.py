@@ -64,7 +64,10 @@ def judge(history: Sequence[Event]) -> Verdict:
     for events in requests.values():
         _judge_request(events, faults, verdict)
     windows = _windows(history)
-    buried = Counter((event.device, event.key) for event in history if event.kind == "buried" and event.body == "input")
+    letters = {
+        (event.device, event.key, event.digest) for event in history if event.kind == "buried" and event.body == "input"
+    }
+    buried = Counter((device, stream) for device, stream, _ in letters)
     for (device, key), events in _by_key(history, ("sent", "kept", "taken", "event")).items():
         stream = device, key.partition("/")[0]
         if events["sent"] and events["taken"] and not events["event"] and buried[stream]:

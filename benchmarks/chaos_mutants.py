@@ -18,8 +18,10 @@ from benchmarks.chaos_node import FORGETS_LEDGER, RUNS_TWICE
 from benchmarks.chaos_proxy import Session
 from benchmarks.chaos_wire import PUBACK, PUBLISH, NodeWire, publication_of, read_publish, request_of
 
-LATE_S = 4.0
+LATE_S = 3.2
 OTHER = "d0"
+EARLY = "acknowledges before the commit"
+LATE = "answers late"
 Spoil: TypeAlias = Callable[[NodeWire, Session, mqtt5.PublishPacket], bytes]
 """What goes to the broker in place of an answer."""
 
@@ -142,13 +144,12 @@ SPOILED = {
     "answers with another's result": Mistake(spoil=_confuse, found=frozenset({"misdelivered"})),
     "repeats another answer": Mistake(spoil=_alter, found=frozenset({"different"}), wants=is_marked, every=1),
     "does not mark a repetition": Mistake(spoil=_unmark, found=frozenset({"unmarked"}), wants=is_marked, every=1),
-    "answers late": Mistake(spoil=_delay, found=frozenset({"late"}), wants=_is_hasty, every=1),
+    LATE: Mistake(spoil=_delay, found=frozenset({"late"}), wants=_is_hasty, every=1),
 }
-EARLY = "acknowledges before the commit"
 MUTANTS: dict[str, frozenset[str]] = {
     EARLY: frozenset({"lost"}),
     RUNS_TWICE: frozenset({"rerun"}),
-    FORGETS_LEDGER: frozenset({"rerun", "different"}),
+    FORGETS_LEDGER: frozenset({"rerun", "different", "lost"}),
     **{name: mistake.found for name, mistake in SPOILED.items()},
 }
 """What is done wrong → the faults of which one must be found."""

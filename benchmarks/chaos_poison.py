@@ -29,7 +29,7 @@ class Poisoned:
     Attributes:
         crashes, data_crashes: of the node, by the request and by the sample.
         status: of the request's answer, 0 = none.
-        letters: dead letters that were announced.
+        letters: dead letters that were announced, each counted once.
         others, others_failed: requests of other devices, and those of them that got no result.
         results: of the harmless samples in the same stream.
     """
@@ -92,7 +92,7 @@ def _judge(stage: Scene, key: str, crashes: int, data_crashes: int) -> Poisoned:
         crashes=crashes,
         data_crashes=data_crashes,
         status=answers.get(key, 0),
-        letters=sum(event.kind == "buried" for event in events),
+        letters=len({event.digest for event in events if event.kind == "buried"}),
         others=len(others),
         others_failed=sum(answers.get(other) != OK for other in others),
         results=_results(stage),

@@ -128,7 +128,8 @@ def publication_of(packet: mqtt5.PublishPacket) -> Event | None:
     now, content_type = time.monotonic(), packet.content_type or ""
     if levels[3] == "dlq" or levels[2] == "dlq":
         letter = msgspec.json.decode(packet.payload, type=_Letter)
-        return Event(at=now, kind="buried", device=letter.device, key=letter.name, body=letter.kind)
+        digest = digest_of(packet.payload, content_type, ())
+        return Event(at=now, kind="buried", device=letter.device, key=letter.name, body=letter.kind, digest=digest)
     if levels[4:5] == ["down"]:
         return Event(
             at=now,
