@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from edge_node.mqtt.admission import Request
-from edge_node.mqtt.ledger.records import Reply
+from edge_node.mqtt.ledger.records import Advance, Event, Input, Reply
 from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.streams.volatile import VolatileInputs
 from edge_node.mqtt.volatile import ROW_BYTES, Volatile
 
 
@@ -63,3 +64,24 @@ def test_answers_are_bounded_by_bytes_and_by_age():
     volatile.accept(request(b"4"), has_room=True)
     volatile.finish(request(b"4"), reply(b""), 11.5)
     assert [volatile.knows(key(number)) for number in (b"2", b"3", b"4")] == [False, True, True]
+
+
+async def test_each_copy_of_a_stream_s_message_is_acknowledged_with_its_event():
+    sent, acknowledged = [], []
+    store = VolatileInputs(lambda _outgoing, handed: sent.append(handed), MqttLimits())
+    item = Input(tenant="local", device="d1", stream="s", boot="b", seq=1, arrived=0.0)
+    row = (await store.take(item, b"")).id
+    store.hold(row, lambda: acknowledged.append("first"))
+    store.hold((await store.take(item, b"")).id, lambda: acknowledged.append("copy"))
+    await store.advance_all([Advance(row, [Event(topic="t", ttl_s=1.0)])], 0.0)
+    (handed,) = sent
+    assert acknowledged == []
+    handed()
+    assert acknowledged == ["first", "copy"]
+
+
+async def test_messages_of_streams_without_a_payload_are_bounded_too():
+    store = VolatileInputs(lambda _outgoing, _handed: None, MqttLimits(pending_bytes_max=10_000))
+    item = Input(tenant="local", device="d1", stream="s", arrived=0.0)
+    verdicts = [(await store.take(item, b"")).verdict for _ in range(12)]
+    assert (verdicts[0], verdicts[-1]) == ("accept", "full")

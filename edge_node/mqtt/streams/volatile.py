@@ -21,6 +21,8 @@ from nearcast.telemetry import get_logger
 from nearcast.transport.mqtt.message import Message
 
 T = TypeVar("T")
+ROW_BYTES = 1024
+"""What a message costs besides its payload."""
 NUMBERED_MAX = 8192
 """Messages that are recognised, if they come again, by what became of them."""
 _log = get_logger("nearcast.mqtt")
@@ -48,7 +50,7 @@ class VolatileInputs:
         self._last = 0
         self._rows: dict[int, StoredInput] = {}
         self._size_bytes = 0
-        self._acknowledge: dict[int, Callable[[], None]] = {}
+        self._acknowledge: dict[int, list[Callable[[], None]]] = {}
         self._unsent: dict[int, Outgoing] = {}
         self._numbered: OrderedDict[tuple[str, str, int], int] = OrderedDict()
         self._streams: OrderedDict[str, _Stream] = OrderedDict()
@@ -56,9 +58,9 @@ class VolatileInputs:
     def hold(self, row: int, acknowledge: Callable[[], None]) -> None:
         """Call `acknowledge` once the effect of a message is on its way; it may have come again meanwhile."""
         if row in self._rows:
-            self._acknowledge[row] = acknowledge
+            self._acknowledge.setdefault(row, []).append(acknowledge)
         elif row in self._unsent:
-            self._send(self._unsent[row], partial(self._handed, row, acknowledge))
+            self._send(self._unsent[row], partial(self._handed, row, [acknowledge]))
         else:
             acknowledge()
 
@@ -69,12 +71,13 @@ class VolatileInputs:
         if step is None:
             assert item.seq is not None
             return self._resolved(Intake("duplicate", self._numbered.get((item.key, item.boot, item.seq), 0)))
-        if self._size_bytes + len(payload) > self._limits.pending_bytes_max:
+        size_bytes = len(payload) + ROW_BYTES
+        if self._size_bytes + size_bytes > self._limits.pending_bytes_max:
             return self._resolved(Intake("full"))
         stream.position = step.position
         row = self._last = next(self._ids)
         self._rows[row] = StoredInput(row, item, payload)
-        self._size_bytes += len(payload)
+        self._size_bytes += size_bytes
         if item.seq is not None:
             self._numbered[item.key, item.boot, item.seq] = row
             if len(self._numbered) > NUMBERED_MAX:
@@ -96,24 +99,25 @@ class VolatileInputs:
         """Forget messages, keep the state and send the events; there is nothing left to send for the caller."""
         for step in steps:
             stored = self._rows.pop(step.row)
-            self._size_bytes -= len(stored.payload)
+            self._size_bytes -= len(stored.payload) + ROW_BYTES
             if state is not None:
                 self._stream(stored.input.key).state = state
             if step.buried:
                 _log.warning("a message of a stream was given up", stream=stored.input.key, reason=step.buried)
-            acknowledge = self._acknowledge.pop(step.row, _nothing)
+            copies = self._acknowledge.pop(step.row, [])
             for event in step.events:
                 outgoing = _outgoing(event, now)
                 if stored.input.seq is not None:
                     self._unsent[step.row] = outgoing
-                self._send(outgoing, partial(self._handed, step.row, acknowledge))
+                self._send(outgoing, partial(self._handed, step.row, copies))
             if not step.events:
-                acknowledge()
+                self._handed(step.row, copies)
         return self._resolved(())
 
-    def _handed(self, row: int, acknowledge: Callable[[], None]) -> None:
+    def _handed(self, row: int, copies: Sequence[Callable[[], None]]) -> None:
         self._unsent.pop(row, None)
-        acknowledge()
+        for acknowledge in copies:
+            acknowledge()
 
     def stream_state(self, tenant: str, device: str, stream: str) -> asyncio.Future[bytes | None]:
         """The state behind the last message of a stream."""
@@ -136,7 +140,3 @@ class VolatileInputs:
 def _outgoing(event: Event, now: float) -> Outgoing:
     message = Message(topic=event.topic, payload=event.payload, content_type=event.content_type, user=event.user)
     return Outgoing(UNSTORED, message, now + event.ttl_s)
-
-
-def _nothing() -> None:
-    """Nobody waits."""
