@@ -22,7 +22,7 @@ LATE_S = 3.2
 OTHER = "d0"
 EARLY = "acknowledges before the commit"
 LATE = "answers late"
-Spoil: TypeAlias = Callable[[NodeWire, Session, mqtt5.PublishPacket], bytes]
+Spoil: TypeAlias = Callable[["SpoiledWire", Session, mqtt5.PublishPacket], bytes]
 """What goes to the broker in place of an answer."""
 
 
@@ -43,8 +43,10 @@ class SpoiledWire(NodeWire):
         super().__init__(history)
         self._mistake = mistake
         self._seen = 0
+        self.latest: Session | None = None
 
     def watch(self, session: Session, is_client: bool, frame: bytes) -> bytes:
+        self.latest = session
         if is_client and frame[0] >> 4 == PUBLISH:
             packet = read_publish(frame)
             event = publication_of(packet)
@@ -99,36 +101,36 @@ def is_marked(packet: mqtt5.PublishPacket) -> bool:
     return ("dedup", "1") in packet.user_properties
 
 
-def _forget(wire: NodeWire, session: Session, packet: mqtt5.PublishPacket) -> bytes:
+def _forget(wire: SpoiledWire, session: Session, packet: mqtt5.PublishPacket) -> bytes:
     assert session.client.transport is not None
     session.client.transport.write(mqtt5.PubAckPacket(packet.packet_id or 0).write())
     return b""
 
 
-def _misdirect(wire: NodeWire, session: Session, packet: mqtt5.PublishPacket) -> bytes:
+def _misdirect(wire: SpoiledWire, session: Session, packet: mqtt5.PublishPacket) -> bytes:
     levels = packet.topic.split("/")
     levels[3] = "d1" if levels[3] == OTHER else OTHER
     return changed(packet, topic="/".join(levels))
 
 
-def _confuse(wire: NodeWire, session: Session, packet: mqtt5.PublishPacket) -> bytes:
+def _confuse(wire: SpoiledWire, session: Session, packet: mqtt5.PublishPacket) -> bytes:
     return changed(packet, payload=bytes(8) + packet.payload[8:])
 
 
-def _alter(wire: NodeWire, session: Session, packet: mqtt5.PublishPacket) -> bytes:
+def _alter(wire: SpoiledWire, session: Session, packet: mqtt5.PublishPacket) -> bytes:
     return changed(packet, payload=packet.payload[:-1] + bytes([packet.payload[-1] ^ 1]))
 
 
-def _unmark(wire: NodeWire, session: Session, packet: mqtt5.PublishPacket) -> bytes:
+def _unmark(wire: SpoiledWire, session: Session, packet: mqtt5.PublishPacket) -> bytes:
     return changed(packet, is_marked=False)
 
 
-def _delay(wire: NodeWire, session: Session, packet: mqtt5.PublishPacket) -> bytes:
+def _delay(wire: SpoiledWire, session: Session, packet: mqtt5.PublishPacket) -> bytes:
     frame = changed(packet)
 
     def send() -> None:
-        if NodeWire.watch(wire, session, True, frame):
-            write_to_broker(session, frame)
+        NodeWire.watch(wire, session, True, frame)
+        write_to_broker(wire.latest or session, frame)
 
     asyncio.get_running_loop().call_later(LATE_S, send)
     return b""
