@@ -103,6 +103,7 @@ class Connection(asyncio.Protocol):
         self._reader = PacketReader(settings.packet_bytes_max)
         self._transport: asyncio.Transport | None = None
         self._out: list[bytes] = []
+        self._is_reading = False
         self._paused = False
         self._closing = False
         self._gone: asyncio.Future[None] = self._loop.create_future()
@@ -226,6 +227,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard_at = self._loop.time()
+        self._is_reading = True
         try:
             for packet in self._reader.feed(data):
                 self._handle(packet)
@@ -234,6 +236,9 @@ class Connection(asyncio.Protocol):
         except FramingError as error:
             _log.warning("unreadable MQTT packet: %s", error)
             self._lose(f"The broker sent an unreadable packet: {error}.")
+        finally:
+            self._is_reading = False
+            self._flush()
 
     def _handle(self, packet: Event) -> None:
         match packet:
@@ -326,8 +331,8 @@ class Connection(asyncio.Protocol):
                 return self._mid
 
     def _send(self, packet: bytes) -> None:
-        """Queue a packet; what one turn of the loop has queued leaves in one write."""
-        if not self._out:
+        """Queue a packet; what one turn of the loop, or one piece of input, has brought about leaves in one write."""
+        if not self._out and not self._is_reading:
             self._loop.call_soon(self._flush)
         self._out.append(packet)
 
