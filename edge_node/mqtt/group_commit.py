@@ -201,7 +201,12 @@ def _fail(future: asyncio.Future[Any], error: Exception) -> None:
 
 
 def _told(error: Exception) -> Exception:
-    return _storage_error(error) if isinstance(error, sqlite3.Error | _UnusableError) else error
+    if isinstance(error, MeshError):
+        return error
+    if isinstance(error, sqlite3.Error | _UnusableError):
+        return _storage_error(error)
+    _log.error("an operation of the ledger failed", exc_info=error)
+    return MeshError(Code.INTERNAL, "The node's inbox failed on this; see its log.")
 
 
 def _storage_error(error: Exception) -> MeshError:

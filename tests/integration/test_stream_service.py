@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -396,3 +397,30 @@ async def test_without_a_disk_the_broker_keeps_a_message_until_its_event_is_on_i
 def test_a_batch_fits_into_what_may_be_in_hand():
     assert MqttLimits().inputs_in_hand_max >= 2 * BATCH_MAX
     assert MqttLimits().inputs_in_hand_max >= 2 * BACKLOG_SHARE, "a backlog of several messages makes a batch"
+
+
+async def test_a_message_that_could_not_be_stored_is_not_overtaken(tmp_path, monkeypatch):
+    monkeypatch.setattr("edge_node.mqtt.streams.intake.STORE_RETRY_S", 0.01)
+    async with life(tmp_path, Accumulator()) as node:
+        take, failures = node.ledger._streams.take, iter([True, True, False, True])
+
+        def sometimes(*arguments, **options):
+            if next(failures, False):
+                raise sqlite3.OperationalError("database or disk is full")
+            return take(*arguments, **options)
+
+        monkeypatch.setattr(node.ledger._streams, "take", sometimes)
+        for seq in range(1, 9):
+            node.push([seq, 0], seq=seq)
+            await asyncio.sleep(0.002)
+        await node.until(lambda: len(node.events) == 8)
+        assert [event["seq"] for event in node.events] == list(range(1, 9))
+        assert (node.acknowledged, node.count("nc_mqtt_inputs_lost_total")) == (8, 0)
+
+
+async def test_a_message_that_can_never_be_stored_is_counted_and_acknowledged(tmp_path, monkeypatch):
+    async with life(tmp_path, Accumulator()) as node:
+        monkeypatch.setattr(node.ledger._streams, "take", lambda *_, **__: 1 / 0)
+        node.push([1, 0], seq=1)
+        await node.until(lambda: node.acknowledged)
+        assert node.count("nc_mqtt_inputs_total", verdict="failed") == 1

@@ -298,8 +298,9 @@ async def test_an_operation_that_fails_spares_its_neighbours_and_leaves_no_trace
     good = ledger.advance(1, 10.0, events=[event_of(b"one")])
     bad = ledger.finish(99, reply_of(), 10.0, buried="there is no such request")
     later = ledger.advance(2, 10.0, events=[event_of(b"two")])
-    with pytest.raises(TypeError):
+    with pytest.raises(MeshError) as raised:
         await bad
+    assert raised.value.code is Code.INTERNAL  # another try would fail too
     ids = [each.id for each in (*await good, *await later)]
     assert told == ids == [row.id for row in (await ledger.owed("device", 0, 10, 1 << 20)).rows]
     assert ledger.event_bytes == sum(row.size_bytes for row in (await ledger.owed("device", 0, 10, 1 << 20)).rows)

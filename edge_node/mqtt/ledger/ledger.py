@@ -167,9 +167,13 @@ class Ledger:
 
     # -- streams ------------------------------------------------------------------------------------------------------
 
-    def take(self, item: Input, payload: bytes) -> asyncio.Future[Intake]:
-        """Commit a stream's message, unless it came before or there is no room."""
-        return self._commits.submit(lambda c: self._streams.take(c, item, payload))
+    def take(self, item: Input, payload: bytes, *, again: bool = False) -> asyncio.Future[Intake]:
+        """Commit a stream's message, unless it came before or there is no room.
+
+        After a failure all fail until one comes `again`, which is to be the oldest: else a younger one that could be
+        stored would make those before it duplicates.
+        """
+        return self._commits.submit(lambda c: self._streams.take(c, item, payload, again=again))
 
     def inputs(self, after: int, limit: int) -> asyncio.Future[Page[StoredInput]]:
         """Waiting messages of all streams behind the row `after`, in the order in which they were taken."""
@@ -244,7 +248,7 @@ class Ledger:
         """For the commits: nothing of what was counted may have happened."""
         self._changes.rolled_back()
         self._outbox.forget_size()
-        self._streams.forget_size()
+        self._streams.rolled_back()
 
     def _tell(self, committed: Committed) -> None:
         for listener in self._listeners:

@@ -13,6 +13,7 @@ from edge_node.mqtt.ledger.letters import Letters
 from edge_node.mqtt.ledger.outbox import Outbox, last_id
 from edge_node.mqtt.ledger.records import Advance, Event, Input, Intake, Outgoing, Page, StoredInput
 from edge_node.mqtt.limits import MqttLimits
+from nearcast.errors import Code, MeshError
 
 ROW_BYTES = 64
 """What a row costs besides its message."""
@@ -34,10 +35,12 @@ class Streams:
         self._outbox = outbox
         self._letters = letters
         self._waiting_bytes: int | None = None
+        self._is_broken = False
 
-    def forget_size(self) -> None:
-        """A transaction was undone: the size has to be counted again."""
+    def rolled_back(self) -> None:
+        """A transaction was undone: the size has to be counted again, and a message may be missing."""
         self._waiting_bytes = None
+        self._is_broken = True
 
     def _size(self, connection: sqlite3.Connection) -> int:
         if self._waiting_bytes is None:
@@ -60,8 +63,11 @@ class Streams:
             )
         )
 
-    def take(self, connection: sqlite3.Connection, item: Input, payload: bytes) -> Intake:
+    def take(self, connection: sqlite3.Connection, item: Input, payload: bytes, *, again: bool = False) -> Intake:
         """Store a stream's message, unless it came before or there is no room."""
+        self._is_broken = self._is_broken and not again
+        if self._is_broken:
+            raise MeshError(Code.UNAVAILABLE, "A message before this one could not be stored.")
         stream, position = self._stream(connection, item)
         step = follow(position, item.boot, item.seq)
         if step is None:

@@ -14,6 +14,7 @@ from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.streams.admission import Dropped, admit_input
 from edge_node.mqtt.streams.batches import BATCH_MAX, Batches, InputStore, Progress
 from edge_node.mqtt.streams.definition import StreamDefinition
+from edge_node.mqtt.streams.intake import STORE_RETRY_S, Arrival, IntakeQueue
 from edge_node.mqtt.streams.metrics import StreamMetrics
 from edge_node.mqtt.streams.runner import Runner
 from nearcast.backoff import full_jitter_s
@@ -24,7 +25,6 @@ from nearcast.telemetry import get_logger
 from nearcast.transport import eager
 from nearcast.transport.mqtt.message import Message
 
-STORE_RETRY_S = 0.2
 BACKLOG_SHARE = 8
 """A backlog has at most one part in so many of what is in hand."""
 WEIGHT_BYTES = 64 * 1024
@@ -89,6 +89,7 @@ class StreamService:
         self._batches = Batches(
             self._runner, store, limits=limits, clock=clock, metrics=metrics, tell=tell, suspects=suspects
         )
+        self._intake = IntakeQueue(store, self._taken)
         self._store = store
         self._limits = limits
         self._clock = clock
@@ -122,7 +123,7 @@ class StreamService:
             _log.warning("a message of a stream was dropped", topic=message.topic[:200], reason=verdict.detail)
             acknowledge()
         else:
-            self._take(verdict, message.payload, acknowledge)
+            self._intake.put(verdict, message.payload, acknowledge)
 
     def resume(self, stored: StoredInput) -> None:
         """Execute a message that the store holds already: a dead letter that is tried again."""
@@ -132,35 +133,32 @@ class StreamService:
     async def close(self) -> None:
         """Finish the batches that run. The rest stays in the store, for the next start."""
         self._closing = True
+        self._intake.close()
         while self._tasks:
             await asyncio.wait(set(self._tasks))
 
     async def cancel(self) -> None:
         """End what still runs; its messages run again after the next start."""
         self._closing = True
+        self._intake.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     # -- which message is next ----------------------------------------------------------------------------------------
 
-    def _take(self, item: Input, payload: bytes, acknowledge: Callable[[], None]) -> None:
-        def taken(done: asyncio.Future[Intake]) -> None:
-            if done.cancelled() or done.exception() is not None:
-                # Unacknowledged it keeps its place in the broker's window, which soon stands still: the broker waits.
-                if not self._closing:
-                    self._loop.call_later(STORE_RETRY_S, self._take, item, payload, acknowledge)
-                return
-            intake = done.result()
-            if self._hold is not None and intake.id:
-                self._hold(intake.id, acknowledge)
-            else:
-                acknowledge()
-            self._metrics.taken(intake.verdict, intake.lost)
-            if intake.verdict == "accept":
-                self.resume(StoredInput(intake.id, item, payload))
-
-        self._store.take(item, payload).add_done_callback(taken)
+    def _taken(self, arrival: Arrival, intake: Intake | None) -> None:
+        if intake is None:
+            self._metrics.taken("failed")
+            arrival.acknowledge()
+            return
+        if self._hold is not None and intake.id:
+            self._hold(intake.id, arrival.acknowledge)
+        else:
+            arrival.acknowledge()
+        self._metrics.taken(intake.verdict, intake.lost)
+        if intake.verdict == "accept":
+            self.resume(StoredInput(intake.id, arrival.item, arrival.payload))
 
     def _pump(self) -> None:
         """Hand out messages while there is room, and read on where the next ones are only on disk.

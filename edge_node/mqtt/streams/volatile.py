@@ -64,7 +64,7 @@ class VolatileInputs:
         else:
             acknowledge()
 
-    def take(self, item: Input, payload: bytes) -> asyncio.Future[Intake]:
+    def take(self, item: Input, payload: bytes, *, again: bool = False) -> asyncio.Future[Intake]:
         """Keep a message, unless it came before or there is no room. A duplicate names the row that it repeats."""
         stream = self._stream(item.key)
         step = follow(stream.position, item.boot, item.seq)
