@@ -45,6 +45,7 @@ STABLE_AFTER_S = 5.0
 HEAD_BYTES_MAX = 256 * 1024
 """Topic and properties, beside the payload, of a packet that is read at all; what is refused needs room as well."""
 STATUS_DENIED = 403
+STATUS_FAILED = 500
 Durability: TypeAlias = Literal["full", "none"]
 _FILTERS = (topics.request_filter, topics.suffixed_filter, topics.data_filter)
 _log = get_logger("nearcast.mqtt")
@@ -250,6 +251,8 @@ class MqttWorker:
             except (MeshError, TimeoutError) as error:
                 level = _log.warning if attempt == 0 else _log.debug
                 level("no broker", host=self._host, port=self._port, error=str(error))
+            except Exception:  # noqa: BLE001  # a node that does not try again is deaf for ever
+                _log.exception("a connection failed unexpectedly", host=self._host, port=self._port)
             finally:
                 self._online.clear()
                 self.metrics.connected(up=False)
@@ -273,7 +276,7 @@ class MqttWorker:
             on_message=lambda message: self._receive(epoch, message),
             on_published=lambda mid, taken: self._publisher.confirmed(mid, taken=taken),
             on_lost=lost,
-            on_unreadable=self.metrics.unreadable,
+            on_unreadable=lambda mid: self._drop_unreadable(epoch, mid),
         )
         self._epoch = epoch
         await connection.open()
@@ -316,33 +319,47 @@ class MqttWorker:
         while True:
             await asyncio.sleep(TEND_INTERVAL_S)
             with contextlib.suppress(MeshError):
-                revived = await self._inbox.revive(self._clock.monotonic(), ttl_s)
-                self._requests.recover(revived.requests, crashed=False)
-                for stored in revived.inputs:
-                    self.streams.resume(stored)
                 while await self._inbox.prune(self._clock.monotonic()):
                     pass
                 await self._inbox.tell_drops(self._clock.monotonic())
+                revived = await self._inbox.revive(self._clock.monotonic(), ttl_s)
+                self._requests.recover(revived.requests, crashed=False)
+                for stored in revived.inputs if self._durable else ():  # else they wait for a node that reads its disk
+                    self.streams.resume(stored)
 
     # -- one message --------------------------------------------------------------------------------------------------
 
     def _receive(self, epoch: _Epoch, message: Message) -> None:
         if self._draining:
             return  # not acknowledged, so it comes again after the restart
-        now = self._clock.monotonic()
-        ticket = epoch.window.open(message.mid, now, len(message.payload))
-        if message.topic == self._management.wishes:
-            self._management.receive(message)
-            self._acknowledge(epoch, ticket)
-            return
-        if self._denied and topics.device_level(message.topic) in self._denied:
-            self.metrics.refused(STATUS_DENIED)  # whom an answer would reach is not who asked
-            self._acknowledge(epoch, ticket)
-            return
+        ticket = epoch.window.open(message.mid, self._clock.monotonic(), len(message.payload))
         if self._durable and self._is_crowded(epoch.window) and epoch.connection is not None:
             epoch.connection.pause()  # without durability what the window waits for arrives by reading
-        receive = self.streams.receive if topics.is_data(message.topic) else self._requests.receive
-        receive(message, partial(self._acknowledge, epoch, ticket))
+        acknowledge = partial(self._acknowledge, epoch, ticket)
+        try:
+            self._dispatch(message, acknowledge)
+        except Exception:  # noqa: BLE001  # it would end the connection, come again with the next, and end that too
+            _log.exception("a message could not be taken in", topic=message.topic[:200])
+            self.metrics.refused(STATUS_FAILED)
+            acknowledge()
+
+    def _dispatch(self, message: Message, acknowledge: Callable[[], None]) -> None:
+        if message.topic == self._management.wishes:
+            self._management.receive(message)
+            acknowledge()
+        elif self._denied and topics.device_level(message.topic) in self._denied:
+            self.metrics.refused(STATUS_DENIED)  # whom an answer would reach is not who asked
+            acknowledge()
+        elif topics.is_data(message.topic):
+            self.streams.receive(message, acknowledge)
+        else:
+            self._requests.receive(message, acknowledge)
+
+    def _drop_unreadable(self, epoch: _Epoch, mid: int) -> None:
+        """Acknowledge in its turn what makes no sense: it would come for ever."""
+        if not self._draining:
+            self.metrics.unreadable()
+            self._acknowledge(epoch, epoch.window.open(mid, self._clock.monotonic(), 0))
 
     def _acknowledge(self, epoch: _Epoch, ticket: Ticket) -> None:
         """PUBACK over the connection that brought the message, and over no other."""

@@ -82,7 +82,8 @@ class Connection(asyncio.Protocol):
         on_message: called with each message that arrives.
         on_published: called with the packet identifier and whether the broker took it, once its PUBACK is here.
         on_lost: called once with a sentence when an open connection ends, except by `close`.
-        on_unreadable: called for each message that makes no sense; it is acknowledged, or it would come for ever.
+        on_unreadable: called with the packet identifier (0 = QoS 0) of each message that makes no sense, which has to
+            be confirmed in its turn, or it would come for ever. None = that is done at once.
     """
 
     def __init__(
@@ -92,13 +93,13 @@ class Connection(asyncio.Protocol):
         on_message: Callable[[Message], None],
         on_published: Callable[[int, bool], None] = lambda _mid, _taken: None,
         on_lost: Callable[[str], None] = lambda _reason: None,
-        on_unreadable: Callable[[], None] = lambda: None,
+        on_unreadable: Callable[[int], None] | None = None,
     ) -> None:
         self._settings = settings
         self._on_message = on_message
         self._on_published = on_published
         self._on_lost = on_lost
-        self._on_unreadable = on_unreadable
+        self._on_unreadable = on_unreadable or self.confirm
         self._loop = asyncio.get_running_loop()
         self._reader = PacketReader(settings.packet_bytes_max)
         self._transport: asyncio.Transport | None = None
@@ -181,12 +182,11 @@ class Connection(asyncio.Protocol):
 
     def acknowledge(self, message: Message) -> None:
         """Send the PUBACK of a message that came over this connection. Nothing happens if it is gone."""
-        if message.qos:
-            self.confirm(message.mid)
+        self.confirm(message.mid)
 
     def confirm(self, mid: int) -> None:
-        """The same, for who has kept only the packet identifier."""
-        if self._transport is not None:
+        """The same, for who has kept only the packet identifier; 0 = QoS 0, of which a broker hears nothing."""
+        if mid and self._transport is not None:
             self._send(mqtt5.PubAckPacket(mid).write())
 
     def pause(self) -> None:
@@ -250,9 +250,7 @@ class Connection(asyncio.Protocol):
                 self._on_published(packet.packet_id, packet.reason_code.value < _FAILURE)
             case Unreadable():
                 _log.warning("dropped a message that cannot be read: %s", packet.reason)
-                self._on_unreadable()
-                if packet.mid:
-                    self._send(mqtt5.PubAckPacket(packet.mid).write())
+                self._on_unreadable(packet.mid)
             case mqtt5.ConnAckPacket():
                 self._connected(packet)
             case mqtt5.SubAckPacket():
