@@ -13,6 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STUBS_VENV := .venv-stubs
 S3_VENV := .venv-s3
+GMQTT := .venv-gmqtt
 NODE_CLIENT := .venv-node
 NODE_DEVICE := .venv-node-device
 MOBILE := .venv-mobile-ts
@@ -58,6 +59,11 @@ $(STUBS_VENV)/.stubs: constraints/stubs.txt | $(BIN)/python
 $(S3_VENV)/.s3: constraints/s3-server.txt | $(BIN)/python
 	@$(BIN)/python -m venv $(S3_VENV)
 	@$(S3_VENV)/bin/python $(PIP) --require-hashes -r constraints/s3-server.txt
+	@touch $@
+
+$(GMQTT)/.gmqtt: constraints/gmqtt.txt | $(BIN)/python
+	@$(BIN)/python -m venv $(GMQTT)
+	@$(GMQTT)/bin/python $(PIP) --require-hashes -r constraints/gmqtt.txt
 	@touch $@
 
 $(PEERS)/%/.peer: constraints/peers-%.txt | $(BIN)/python
@@ -134,7 +140,7 @@ check: install-dev ## format, lint, types, layers, stubs
 ABUSE := $(wildcard tests/integration/test_abuse_*.py)
 PROCESSES := $(patsubst %,tests/integration/test_%.py,agent_process certificate_renewal controller github_action key_drills trial)
 .PHONY: test
-test: install-dev $(S3_VENV)/.s3 $(NODE_CLIENT)/.npm $(NODE_DEVICE)/.npm $(MOBILE)/.npm ## run the tests; ARGS="-k name" narrows them
+test: install-dev $(S3_VENV)/.s3 $(GMQTT)/.gmqtt $(NODE_CLIENT)/.npm $(NODE_DEVICE)/.npm $(MOBILE)/.npm ## run the tests; ARGS="-k name" narrows them
 	@if [ -n "$(ARGS)" ]; then exec $(BIN)/pytest $(ARGS); fi; \
 	logs=$$(mktemp -d); trap 'rm -rf "$$logs"' EXIT; run() { $(BIN)/pytest -p no:cacheprovider "$$@"; }; \
 	run tests/unit tests/property tests/architecture tests/crash tests/e2e >"$$logs/1" 2>&1 & first=$$!; \
@@ -180,5 +186,5 @@ models: install-dev ## fetch the example's detectors from their packages and che
 
 .PHONY: clean
 clean: ## remove environments and everything generated
-	rm -rf $(VENV) $(STUBS_VENV) $(S3_VENV) $(NODE_CLIENT) $(NODE_DEVICE) $(MOBILE) $(PEERS) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks *.egg-info
+	rm -rf $(VENV) $(STUBS_VENV) $(S3_VENV) $(GMQTT) $(NODE_CLIENT) $(NODE_DEVICE) $(MOBILE) $(PEERS) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks *.egg-info
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
