@@ -18,11 +18,10 @@ from benchmarks.chaos_history import History
 from benchmarks.chaos_node import NodeSettings
 from benchmarks.crash_trace import Call, read_trace, record_prefix
 from edge_node.broker import Broker
+from edge_node.mqtt.limits import MqttLimits
 
 WAIT_S = 60.0
 IN_FLIGHT = 8
-FORGETTING_S = 0.1
-"""What the broker has confirmed is forgotten a little later, with the next commit."""
 
 
 async def record(folder: Path, *, requests: int, lives: int = 2) -> Sequence[Call]:
@@ -75,7 +74,10 @@ async def _ask(device: Device, requests: int, *, leave: int) -> None:
     while len(device.pending) > leave:
         await _pause(deadline)
     if not leave:
-        await asyncio.sleep(FORGETTING_S)
+        await asyncio.sleep(2 * MqttLimits().forget_delay_s)
+        device.ask(device.request())  # its commit brings along what was to be forgotten by now
+        while device.pending:
+            await _pause(deadline)
 
 
 async def _pause(deadline: float) -> None:

@@ -35,7 +35,7 @@ def test_what_was_acknowledged_is_on_every_disk(calls: Sequence[Call], home: Pat
     found = replay(calls, home / "image", per_position=1, near=near)
     assert not found.violations, found.examples
     assert found.unsynced == 0
-    assert found.accepted == REQUESTS
+    assert found.accepted > REQUESTS
     assert found.sends > 1
     assert found.images >= len(near) / 2
 

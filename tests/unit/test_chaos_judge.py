@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.chaos_history import Event, Kind, body_of, load, save
@@ -185,6 +185,7 @@ def test_a_refusal_is_no_answer() -> None:
     assert not judge(in_order([*history, refused])).faults
 
 
+@settings(max_examples=20)
 @given(st.randoms(use_true_random=False))
 def test_the_order_of_equal_instants_and_other_requests_change_nothing(draw: random.Random) -> None:
     name = draw.choice(sorted(MUTANTS))
