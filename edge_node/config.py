@@ -35,7 +35,9 @@ class TenantBrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
     def __post_init__(self) -> None:
         if not is_id(self.tenant) or self.tenant == LOCAL:
-            raise ValueError(f"{self.tenant!r} can be no tenant with certificates; use letters, digits, `_` and `-`")
+            raise ValueError(
+                f"{self.tenant!r} can be no tenant with certificates; use [a-z0-9_-]{{1,64}}, not {LOCAL!r}"
+            )
 
 
 class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -104,6 +104,8 @@ def wanted_name(asker: str, wanted: str, claim: Claim | None) -> str:
     if asker.startswith("claim+"):
         if claim is None:
             raise MeshError(Code.FORBIDDEN, "This claim was revoked or has expired; ask for another one.")
+        if not claim.holder and not wanted:
+            raise MeshError(Code.INVALID_REQUEST, "The claim leaves the name open; say what to be called, with --name.")
         return claim.holder or holder_name(claim.kind, require_holder(wanted, claim.kind))
     if is_device(asker) or asker.startswith("reader+"):
         return asker

@@ -12,7 +12,7 @@ import mqtt5
 
 from edge_node.doctor.findings import DoctorLimits, Finding, Subject
 from nearcast.transport.mqtt.limits import KEEPALIVE_S
-from nearcast.transport.mqtt.tls import TlsFiles
+from nearcast.transport.mqtt.tls import TlsFiles, describe_failure
 
 _CONNACK = 2
 _CONNACK_BYTES_MAX = 4096
@@ -33,7 +33,11 @@ async def find_listener(subject: Subject, limits: DoctorLimits) -> Finding:
 async def find_versions(subject: Subject, limits: DoctorLimits) -> Finding:
     """Whether the broker speaks MQTT 5, without which there are no deadlines and no statuses."""
     hello = mqtt5.ConnectPacket(_client_id(subject), clean_start=True, keep_alive=KEEPALIVE_S)  # rumqttd refuses 0
-    five = await _answer(subject, hello.write(), limits)
+    try:
+        five = await _answer(subject, hello.write(), limits)
+    except ssl.SSLError as error:
+        advice = "" if subject.device_tls and subject.device_tls.certificate else "Come as a device with --identity."
+        return Finding(check="mqtt5", status="fail", detail=f"no TLS: {describe_failure(error)}", advice=advice)
     reason = _reason(five)
     if reason == "":
         return Finding(check="mqtt5", status="ok", detail="the broker speaks MQTT 5")
@@ -64,12 +68,19 @@ async def _stream(
 
 
 async def _answer(subject: Subject, packet: bytes, limits: DoctorLimits) -> bytes:
-    """The first bytes that come back; b"" if the connection ends or nothing comes."""
-    with contextlib.suppress(OSError, TimeoutError, ssl.SSLError):
+    """The first bytes that come back; b"" if the connection ends or nothing comes.
+
+    Raises:
+        ssl.SSLError: if one end does not accept the other's certificate.
+    """
+    try:
         async with _stream(subject, subject.device_tls, limits) as (reader, writer):
             writer.write(packet)
             return await reader.read(_CONNACK_BYTES_MAX)
-    return b""
+    except ssl.SSLError:
+        raise
+    except (OSError, TimeoutError):
+        return b""
 
 
 def _reason(answer: bytes) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import msgspec
 
 from nearcast.cli.listing import json_option, print_json, print_table
 from nearcast.cli.process_options import settings_options
-from nearcast.config import load_config
+from nearcast.config import Row, load_config
 
 APPS = {
     "edge": ("edge_node.config", "EdgeConfig"),
@@ -35,7 +36,7 @@ def show(app: str, path: Path | None, overrides: tuple[str, ...], as_json: bool)
     if as_json:
         print_json([{"key": row.key, "value": _plain(row.value), "origin": row.origin} for row in rows])
     else:
-        print_table(["key", "value", "origin"], [[row.key, _text(row.value), row.origin] for row in rows])
+        print_table(["key", "value", "origin"], [line for row in rows for line in _lines(row)])
 
 
 def _config_type(app: str) -> type[msgspec.Struct]:
@@ -44,6 +45,16 @@ def _config_type(app: str) -> type[msgspec.Struct]:
     if not isinstance(type_, type) or not issubclass(type_, msgspec.Struct):
         raise TypeError(f"{module}.{name} is no msgspec.Struct")
     return type_
+
+
+def _lines(row: Row) -> Iterator[list[str]]:
+    """One line; of tables such as `[[streams]]` one for each field, or every line were as wide as all of them."""
+    tables = [each for each in row.value if isinstance(each, msgspec.Struct)] if isinstance(row.value, tuple) else []
+    if not tables:
+        yield [row.key, _text(row.value), row.origin]
+    for index, table in enumerate(tables):
+        for name, value in msgspec.structs.asdict(table).items():
+            yield [f"{row.key}[{index}].{name}", _text(value), row.origin]
 
 
 def _plain(value: object) -> object:

@@ -107,9 +107,13 @@ def revoke(name: str, path: Path | None, overrides: tuple[str, ...], tenant: str
 
     The running node has its broker restarted for it: the other devices of the tenant reconnect.
     """
+    from edge_node.broker.tenant import is_running
+
     authority = _open(path, overrides, tenant)
     try:
         count = authority.revoke(name)
+        if is_running(authority.folder):
+            click.echo("The running node restarts its broker; this takes seconds.", err=True)
         applied = _wait_applied(authority)
     finally:
         authority.close()
@@ -179,7 +183,7 @@ def _as_json(row: Row) -> dict[str, Any]:
 def _target(row: Row) -> str:
     if row.uses_left is None:
         return ""
-    return row.holder or f"{row.uses_left} more"
+    return row.holder or (f"{row.uses_left} more" if row.uses_left else "")
 
 
 def _day(wall: float) -> str:

@@ -80,7 +80,7 @@ def show(
         print_json({**msgspec.to_builtins(letter), "payload": b64encode(payload).decode()})
         return
     shown = payload[:SHOWN_BYTES]
-    rows = [[name, str(value)] for name, value in msgspec.to_builtins(letter).items()]
+    rows = [[name, str(value)] for name, value in {**msgspec.to_builtins(letter), "at": _when(letter)}.items()]
     rows.append(["payload", repr(shown) + (" …" if len(payload) > len(shown) else "")])
     print_table(["field", "value"], rows)
 
@@ -133,7 +133,7 @@ def _refuse(ids: list[int]) -> NoReturn:
 def _row(letter: Letter) -> list[str]:
     return [
         str(letter.id),
-        datetime.fromtimestamp(letter.at, UTC).strftime("%Y-%m-%d %H:%M:%SZ"),
+        _when(letter),
         letter.kind,
         letter.device or "-",
         letter.name,
@@ -142,3 +142,7 @@ def _row(letter: Letter) -> list[str]:
         "yes" if letter.replay else "",
         letter.reason,
     ]
+
+
+def _when(letter: Letter) -> str:
+    return datetime.fromtimestamp(letter.at, UTC).strftime("%Y-%m-%d %H:%M:%SZ")

@@ -52,7 +52,9 @@ class Answer:
     multiple=True,
     help="Send this file, such as a photograph, as it is to a model that takes one; repeatable.",
 )
-@click.option("--url", default=f"grpc://127.0.0.1:{GRPC_PORT}", show_default=True, help="grpc://, http:// or mqtt://.")
+@click.option(
+    "--url", default=f"grpc://127.0.0.1:{GRPC_PORT}", show_default=True, help="grpc://, http(s):// or mqtt(s)://."
+)
 @click.option("--identity", type=click.Path(path_type=Path), help="Ask over MQTT as the device with this identity.")
 @click.option("--version", "release", default="", help="A release or a semver; empty = what the channel serves.")
 @click.option("--deadline-ms", type=click.FloatRange(min=0, min_open=True), default=10_000.0, show_default=True)
@@ -77,7 +79,7 @@ def command(
       name=@file.npy              a NumPy file
       name=@file.bin:FP32:1,64    raw little-endian bytes with datatype and shape
       name=@photo.jpg:BYTES       a file as it is, as one element
-      name=[[1, 2], [3, 4]]       JSON; the model says the datatype
+      name=[[1, 2], [3, 4]]       JSON; the model says the datatype (not over MQTT)
 
     URL is grpc://host:port, http://host:port or mqtt://host:port/tenant/device; --identity knows its broker.
     """  # noqa: D301 (click looks for a real backspace)
@@ -110,7 +112,7 @@ async def _ask(
         return await _ask_grpc(place, model, release, inputs, parameters, deadline_ms)
     if scheme in HTTP_SCHEMES:
         return await _ask_http(url.rstrip("/"), model, release, inputs, parameters, deadline_ms)
-    raise MeshError(Code.INVALID_REQUEST, f"{scheme!r} is no transport; use grpc://, http:// or mqtt://.")
+    raise MeshError(Code.INVALID_REQUEST, f"{scheme!r} is no transport; use grpc://, http(s):// or mqtt(s)://.")
 
 
 async def _ask_grpc(

@@ -214,9 +214,10 @@ class Outbox:
         if not self._window:
             return MeshError(Code.UNAVAILABLE, self._trouble, sent=kept.attempts > 0)
         what = "No answer" if kept.is_request else "The broker did not confirm the message"
-        return MeshError(
-            Code.DEADLINE, f"{what} within the deadline; it was sent {kept.attempts} times.", sent=kept.attempts > 0
-        )
+        times = "once" if kept.attempts == 1 else f"{kept.attempts} times"
+        advice = " Does a node read this tenant's topics on this broker?" if kept.is_request else ""
+        text = f"{what} within the deadline; it was sent {times}.{advice}"
+        return MeshError(Code.DEADLINE, text, sent=kept.attempts > 0)
 
 
 def _pause_s(reply: Message) -> float | None:

@@ -54,7 +54,17 @@ def identity_tls(identity: DeviceIdentity) -> TlsFiles:
 
 
 def device_url(identity: DeviceIdentity) -> str:
-    """`mqtts://host:port/tenant/device`."""
+    """`mqtts://host:port/tenant/device`.
+
+    Raises:
+        MeshError: INVALID_REQUEST for a claim or a reader, which have no topics of a device.
+    """
+    _require_joined(identity)
+    if identity.place.name.startswith("reader+"):
+        topic = f"nc/v1/{identity.place.tenant}/+/out/#"
+        raise MeshError(
+            Code.INVALID_REQUEST, f"{identity.folder} is a reader's: it asks nothing; subscribe {topic} with its files."
+        )
     return f"{identity.place.url}/{identity.place.tenant}/{identity.place.name}"
 
 
@@ -90,9 +100,11 @@ async def renew(folder: Path) -> DeviceIdentity:
     """Replace the certificate in `folder` by a fresh one for the same key.
 
     Raises:
-        MeshError: as `join` does; FORBIDDEN if the device was revoked, UNAVAILABLE also if the certificate has expired.
+        MeshError: as `join` does; FORBIDDEN if the device was revoked, UNAVAILABLE also if the certificate has expired,
+            INVALID_REQUEST for a claim.
     """
     identity = DeviceIdentity.load(folder)
+    _require_joined(identity)
     key = identity.key.read_bytes()
     answer = await _ask(identity, sign_plain_csr(key), "")
     return DeviceIdentity.write(
@@ -122,6 +134,14 @@ async def keep_renewed(
             attempt += 1
             _log.warning("certificate_not_renewed", error=str(error))
             await asyncio.sleep(full_jitter_s(attempt, generator, base_s=RETRY_BASE_S, max_s=RETRY_MAX_S))
+
+
+def _require_joined(identity: DeviceIdentity) -> None:
+    if identity.place.name.startswith("claim+"):
+        raise MeshError(
+            Code.INVALID_REQUEST,
+            f"{identity.folder} holds a claim; make an identity of it: nearcast devices join {identity.folder} FOLDER",
+        )
 
 
 async def _ask(identity: DeviceIdentity, csr: bytes, device: str) -> CertificateAnswer:

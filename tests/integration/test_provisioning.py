@@ -96,6 +96,10 @@ async def test_a_claim_makes_as_many_devices_as_it_says_and_their_keys_never_lea
         assert first.certificate.read_bytes() != (claim / "device.pem").read_bytes()
         assert first.key.stat().st_mode & 0o777 == 0o600
         assert await refusal(join(claim, tmp_path / "thief", device="a")) is Code.CONFLICT
+        with pytest.raises(MeshError, match="leaves the name open"):
+            await join(claim, tmp_path / "thief")
+        with pytest.raises(MeshError, match="holds a claim"):
+            device_url(DeviceIdentity.load(claim))
         await join(claim, tmp_path / "b", device="b")
         assert await refusal(join(claim, tmp_path / "c", device="c")) is Code.FORBIDDEN
         fresh = await renew(tmp_path / "a")
@@ -205,6 +209,9 @@ async def test_the_commands_lead_from_an_invitation_to_a_revocation(tmp_path):
         ]
         told = await thread(nearcast, "revoke", "cam-1", *where)
         assert "2 certificate(s) revoked; the broker refuses it now" in told
+        told = await thread(nearcast, "renew", tmp_path / "id", code=69)
+        assert "the broker says that our certificate was revoked" in told
+        assert "holds a claim" in await thread(nearcast, "renew", tmp_path / "claim", code=64)
         assert "revoked" in await thread(nearcast, "list", *where)
         identity = DeviceIdentity.load(tmp_path / "id")
         settings = ConnectionSettings(host="127.0.0.1", port=broker.port, client_id="x", tls=identity_tls(identity))

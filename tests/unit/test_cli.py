@@ -172,6 +172,16 @@ def test_config_show_tells_values_and_origins(tmp_path: Path) -> None:
     assert "127.0.0.1:7" in table.output
 
 
+def test_config_show_has_a_line_for_each_field_of_a_table_of_tables() -> None:
+    streams = 'streams=[{name="pixels",model="digits"}]'
+    table = CliRunner().invoke(main, ["config", "show", "--app", "edge", "--set", streams]).output
+    assert {tuple(line.split()) for line in table.splitlines()} >= {
+        ("streams[0].name", "pixels", "--set"),
+        ("streams[0].model", "digits", "--set"),
+    }
+    assert max(map(len, table.splitlines())) < 100
+
+
 def test_config_show_refuses_what_load_would_refuse() -> None:
     result = CliRunner().invoke(main, ["config", "show", "--app", "sync", "--set", "adress=x"])
     assert result.exit_code == ExitCode.CONFIG

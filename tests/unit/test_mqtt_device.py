@@ -114,6 +114,7 @@ def test_who_never_had_a_broker_is_told_so_and_who_had_one_that_nobody_answered(
     outbox.put(0.0, b"k", request(), deadline=1.0, is_request=True)
     (end,) = outbox.tick(1.0)
     assert (end.error.code, end.error.sent, len(outbox)) == (Code.DEADLINE, True, 0)
+    assert "sent once. Does a node read" in end.error.message
 
 
 def test_a_sample_ends_with_its_puback_and_a_refused_message_at_once():

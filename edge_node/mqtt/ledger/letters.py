@@ -118,7 +118,8 @@ def mark_for_replay(path: Path, rows: Iterable[int]) -> list[int]:
 
 def _run(path: Path, statement: str, arguments: Sequence[tuple[int, ...]]) -> list[tuple[Any, ...]]:
     if not path.is_file():
-        raise MeshError(Code.INVALID_REQUEST, f"There is no ledger at {path}; name the node's data folder.")
+        where = "name the node with --config FILE or --set data_dir=FOLDER"
+        raise MeshError(Code.INVALID_REQUEST, f"There is no ledger at {path}; {where}.")
     try:
         with closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT_S)) as connection, connection:
             return [row for each in arguments for row in connection.execute(statement, each).fetchall()]

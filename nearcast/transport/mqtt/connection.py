@@ -20,7 +20,7 @@ from nearcast.errors import Code, MeshError
 from nearcast.transport.mqtt import limits, packets
 from nearcast.transport.mqtt.framing import Event, FramingError, PacketReader, Unreadable
 from nearcast.transport.mqtt.message import Message
-from nearcast.transport.mqtt.tls import TlsFiles
+from nearcast.transport.mqtt.tls import TlsFiles, describe_failure
 from nearcast.transport.tls_stream import TlsStream
 
 PORT_DEFAULT = 1883
@@ -134,8 +134,8 @@ class Connection(asyncio.Protocol):
                 await self._connack
         except (OSError, TimeoutError, ValueError, OverflowError) as error:
             self._drop("The MQTT connection was closed.")
-            reason = str(error) or "no answer in time"
-            raise MeshError(Code.UNAVAILABLE, f"No MQTT broker at {where}: {reason}.") from error
+            reason = describe_failure(error) or "no answer in time"
+            raise MeshError(Code.UNAVAILABLE, f"No connection to the MQTT broker at {where}: {reason}.") from error
         except BaseException:
             self._drop("The MQTT connection was closed.")
             raise
@@ -223,7 +223,7 @@ class Connection(asyncio.Protocol):
         self._transport = None
         if not self._gone.done():
             self._gone.set_result(None)
-        self._lose(f"The MQTT connection ended: {exc or 'the broker closed it'}.")
+        self._lose(f"The MQTT connection ended: {describe_failure(exc) if exc else 'the broker closed it'}.")
 
     def data_received(self, data: bytes) -> None:
         self._heard_at = self._loop.time()

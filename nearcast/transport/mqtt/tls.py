@@ -8,6 +8,15 @@ from pathlib import Path
 
 from nearcast.errors import Code, MeshError
 
+_ALERTS = {
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "the broker says that our certificate has expired; ask for a new invitation",
+    "SSLV3_ALERT_CERTIFICATE_REVOKED": "the broker says that our certificate was revoked; ask for a new invitation",
+    "TLSV1_ALERT_UNKNOWN_CA": "the broker does not know the authority of our certificate",
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "the broker asks for a certificate",
+    "WRONG_VERSION_NUMBER": "it does not speak TLS",
+}
+"""OpenSSL's names of what the other end complains of."""
+
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
@@ -38,3 +47,12 @@ class TlsFiles:
         except (OSError, ValueError) as error:
             raise MeshError(Code.UNAUTHENTICATED, f"{path} and its key cannot be used for TLS: {error}.") from error
         return context
+
+
+def describe_failure(error: BaseException) -> str:
+    """Why a connection failed, in words for whoever has to mend it."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not one that we trust ({error.verify_message}); name its CA, or a device's identity"
+    if isinstance(error, ssl.SSLError) and error.reason in _ALERTS:
+        return _ALERTS[error.reason]
+    return str(error)
