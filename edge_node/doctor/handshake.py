@@ -47,8 +47,13 @@ async def find_versions(subject: Subject, limits: DoctorLimits) -> Finding:
     three = await _answer(subject, _connect_311(_client_id(subject)), limits)
     if three.startswith(_V311_ACCEPTED):
         detail, advice = "the broker speaks MQTT 3.1.1 only", "Use a broker with MQTT 5, such as Mosquitto from 1.6 on."
+    elif subject.device_tls is not None:
+        # Which of the two it is, is lost where the connection is reset before the alert has been read.
+        detail = "what listens there refuses our certificate, or does not speak MQTT"
+        advice = "Come with an identity that is not revoked, or name the broker's own port."
     else:
-        detail, advice = "what listens there does not speak MQTT", "Name the broker's own port."
+        detail = "what listens there does not speak MQTT, or only with TLS"
+        advice = "Name the broker's own port, and mqtts:// if it asks for certificates."
     return Finding(check="mqtt5", status="fail", detail=detail, advice=advice)
 
 

@@ -61,7 +61,7 @@ def find_subject(
         tenant=held.place.tenant if held is not None else path.partition("/")[0] or tenant,
         device=held.place.name if held is not None else f"doctor-{secrets.token_hex(4)}",
         node=_node_name(config),
-        device_tls=None if held is None else _files(held),
+        device_tls=_files(held) if held is not None else TlsFiles() if url.startswith("mqtts://") else None,
         broker_config=broker_config,
         data_dir=data_dir,
     )
