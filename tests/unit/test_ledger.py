@@ -351,3 +351,20 @@ async def test_an_event_that_a_link_refused_can_be_sent_again_on_that_link(tmp_p
     (again,) = (await ledger.revive(3.0, 30.0)).outgoing
     assert (again.message, again.links, again.expires) == (event.message, 2, 63.0)
     await ledger.close()
+
+
+async def test_a_stream_reads_its_own_rows_without_those_of_the_others(tmp_path):
+    ledger = make(tmp_path)
+    await ledger.open(0.0)
+    for seq in range(1, 6):
+        for stream in ("audio", "video", "video"):
+            await ledger.take(input_of(stream=stream), b"%d" % seq)
+    page = await ledger.inputs(1, 2, key="local/mic/audio")
+    assert ([(row.id, row.payload) for row in page.rows], page.through) == ([(4, b"2"), (7, b"3")], 7)
+    assert (await ledger.inputs(7, 3, key="local/mic/audio")).through == 15
+    assert (await ledger.inputs(0, 3, key="local/mic/none")).rows == []
+    plan = await ledger._commits.submit(
+        lambda c: c.execute("EXPLAIN QUERY PLAN SELECT 1 FROM inputs WHERE stream = 1 AND id > 1").fetchall()
+    )
+    assert "inputs_by_stream (stream=? AND rowid>?)" in plan[0][3]
+    await ledger.close()

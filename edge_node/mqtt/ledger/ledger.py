@@ -175,9 +175,11 @@ class Ledger:
         """
         return self._commits.submit(lambda c: self._streams.take(c, item, payload, again=again))
 
-    def inputs(self, after: int, limit: int) -> asyncio.Future[Page[StoredInput]]:
-        """Waiting messages of all streams behind the row `after`, in the order in which they were taken."""
-        return self._commits.submit(lambda c: self._streams.page(c, after, limit))
+    def inputs(self, after: int, limit: int, *, key: str = "") -> asyncio.Future[Page[StoredInput]]:
+        """Waiting messages behind the row `after`, in the order in which they were taken: of all streams, or of the one
+        with the `Input.key`.
+        """
+        return self._commits.submit(lambda c: self._streams.page(c, after, limit, key))
 
     def begin_input(self, row: int) -> asyncio.Future[None]:
         """Note that a stream's message is tried now, as `begin` does for a request."""

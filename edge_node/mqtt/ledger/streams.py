@@ -146,10 +146,15 @@ class Streams:
         assert row is not None
         return row, Position()
 
-    def page(self, connection: sqlite3.Connection, after: int, limit: int) -> Page[StoredInput]:
-        """At most `limit` waiting rows behind the row `after`, within `page_bytes_max`; one at least."""
+    def page(self, connection: sqlite3.Connection, after: int, limit: int, key: str = "") -> Page[StoredInput]:
+        """At most `limit` waiting rows behind the row `after`, within `page_bytes_max`; one at least.
+
+        With `key` those of one stream: it must not have to look through the backlogs of all the others.
+        """
+        of_stream = "stream = (SELECT id FROM streams WHERE tenant = ? AND device = ? AND name = ?) AND " if key else ""
         waiting = connection.execute(
-            "SELECT id, head, payload, attempts, boot FROM inputs WHERE id > ? ORDER BY id LIMIT ?", (after, limit)
+            f"SELECT id, head, payload, attempts, boot FROM inputs WHERE {of_stream}id > ? ORDER BY id LIMIT ?",  # noqa: S608
+            (*(key.split("/") if key else ()), after, limit),
         )
         rows: list[StoredInput] = []
         size_bytes = 0

@@ -268,9 +268,9 @@ class StreamService:
         """
         assert lane.left_out is not None
         first, last = lane.left_out
-        page = await self._store.inputs(first - 1, self._limits.page_rows_max)
+        page = await self._store.inputs(first - 1, self._limits.page_rows_max, key=lane.key)
         last = lane.left_out[1]  # more may have come meanwhile
-        found = [stored for stored in page.rows if stored.input.key == lane.key and stored.id <= last]
+        found = [stored for stored in page.rows if stored.id <= last]
         lane.waiting.extend(found)
         self._in_hand += sum(map(_weight, found))
         lane.left_out = None if page.through >= last else (page.through + 1, last)

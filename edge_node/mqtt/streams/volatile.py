@@ -84,9 +84,10 @@ class VolatileInputs:
                 self._unsent.pop(self._numbered.popitem(last=False)[1], None)
         return self._resolved(Intake("accept", row, step.lost))
 
-    def inputs(self, after: int, limit: int) -> asyncio.Future[Page[StoredInput]]:
-        """Messages behind the row `after`, in order."""
-        rows = list(itertools.islice((row for id_, row in self._rows.items() if id_ > after), limit))
+    def inputs(self, after: int, limit: int, *, key: str = "") -> asyncio.Future[Page[StoredInput]]:
+        """Messages behind the row `after`, in order: of all streams, or of the one with the `Input.key`."""
+        wanted = (row for id_, row in self._rows.items() if id_ > after and key in ("", row.input.key))
+        rows = list(itertools.islice(wanted, limit))
         return self._resolved(Page(rows, rows[-1].id if len(rows) == limit else self._last))
 
     def begin_input(self, row: int) -> asyncio.Future[None]:
