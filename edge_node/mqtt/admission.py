@@ -99,7 +99,8 @@ def admit(message: Message, now: float, limits: MqttLimits, *, nonce: bytes) -> 
         if not topic.model:
             raise MeshError(
                 Code.INVALID_REQUEST,
-                "The topic must end with a model of [a-z0-9_-]{1,64}, if wanted @version, and if wanted /json, /cbor or /bin.",
+                "The topic must end with a model's name of [a-z0-9_-]{1,64}, an optional @version, "
+                "and optionally /json, /cbor or /bin.",
             )
         return _read(message, topic, asker, content_type, now, limits, nonce)
     except MeshError as error:
