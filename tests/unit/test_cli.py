@@ -182,6 +182,16 @@ def test_config_show_has_a_line_for_each_field_of_a_table_of_tables() -> None:
     assert max(map(len, table.splitlines())) < 100
 
 
+def test_the_nodes_configuration_in_the_document_on_mqtt_holds(tmp_path: Path) -> None:
+    _, _, rest = (CLI_FOLDER.parents[1] / "docs/mqtt.md").read_text().partition("```toml\n")
+    path = tmp_path / "edge.toml"
+    path.write_text(rest.partition("```")[0])
+    shown = CliRunner().invoke(main, ["config", "show", "--app", "edge", "--config", str(path), "--json"])
+    assert shown.exit_code == 0, shown.output
+    set_here = {row["key"] for row in json.loads(shown.output) if row["origin"] == str(path)}
+    assert set_here >= {"data_dir", "streams", "mqtt.tenant_brokers", "mqtt.upstream.url", "mqtt.durability"}
+
+
 def test_config_show_refuses_what_load_would_refuse() -> None:
     result = CliRunner().invoke(main, ["config", "show", "--app", "sync", "--set", "adress=x"])
     assert result.exit_code == ExitCode.CONFIG
