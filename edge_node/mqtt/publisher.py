@@ -70,7 +70,8 @@ class Publisher:
         self._in_flight_bytes = 0
         self._delivered: list[int] = []
         self._refusals: dict[int, int] = {}
-        self._resting = False
+        self._parked: dict[str, list[Row[_Parcel]]] = {}
+        self._refused_until: dict[str, float] = {}
         self._backlog_due = 0.0
         self._pacing: asyncio.TimerHandle | None = None
         self._forgetting: asyncio.TimerHandle | None = None
@@ -88,7 +89,7 @@ class Publisher:
 
     async def settled(self) -> None:
         """Return once everything has been taken by the broker and forgotten."""
-        while self._lanes or self._in_flight or self._forgetting is not None:
+        while self._lanes or self._in_flight or self._parked or self._forgetting is not None:
             self._progress.clear()
             await self._progress.wait()
 
@@ -100,6 +101,8 @@ class Publisher:
         """The ledger owes new messages, and has given up others."""
         if committed.dropped:
             self._lanes.drop(committed.dropped)
+            for rows in self._parked.values():
+                rows[:] = [row for row in rows if row.id not in committed.dropped]
         for outgoing in committed.added:
             if outgoing.links & self._bit:
                 self._lanes.add(Row(outgoing.id, outgoing.message.topic, outgoing.size_bytes, _Parcel(outgoing)))
@@ -151,6 +154,7 @@ class Publisher:
         self._in_flight_bytes -= row.size_bytes
         if taken:
             self._refusals.pop(row.id, None)
+            self._refused_until.pop(row.stream, None)
             self._forget(row)
         else:
             self._refused(row)
@@ -160,13 +164,15 @@ class Publisher:
     # -- sending ------------------------------------------------------------------------------------------------------
 
     def _pump(self) -> None:
-        while self._connection is not None and not self._resting and self._has_window():
+        while self._connection is not None and self._has_window():
             row = self._lanes.next(live_only=not self._may_send_backlog())
             if row is None:
                 break
             self._backlog_due += self._lanes.was_behind / self._limits.backlog_per_s
             remaining_s = row.item.outgoing.expires - self._clock.monotonic()
-            if self._denied and self._is_denied(row.item.outgoing.message.topic):
+            if row.stream in self._parked:
+                self._parked[row.stream].append(row)
+            elif self._denied and self._is_denied(row.stream):
                 self._give_up(row, "denied")
             elif remaining_s <= 0:
                 self._give_up(row, "expired")
@@ -196,6 +202,8 @@ class Publisher:
     def _has_window(self) -> bool:
         granted = 0 if self._connection is None else self._connection.publish_window
         has_rows = len(self._in_flight) < min(self._limits.publish_window, granted)
+        if self._parked and sum(map(len, self._parked.values())) >= self._limits.backlog_window:
+            return False  # nothing more may wait beside the lanes
         return has_rows and self._in_flight_bytes < self._limits.publish_bytes_max
 
     def _send_row(self, connection: Connection, row: Row[_Parcel], remaining_s: float) -> None:
@@ -233,24 +241,34 @@ class Publisher:
     # -- what the broker does not take --------------------------------------------------------------------------------
 
     def _refused(self, row: Row[_Parcel]) -> None:
-        """A broker may be full, or its access list may lag: an event is tried again. Who asks, asks again."""
-        outgoing = row.item.outgoing
+        """A broker may be full, or its access list may lag: an event is tried again. Who asks, asks again.
+
+        Its topic waits with it, the others do not. Behind an event that was refused to the end the next ones of its
+        topic are offered only once for a while.
+        """
+        limits, topic, now = self._limits, row.stream, self._clock.monotonic()
         refusals = self._refusals[row.id] = self._refusals.get(row.id, 0) + 1
-        _log.warning("the broker refused a message", link=self._link, topic=outgoing.message.topic, refusals=refusals)
-        if not outgoing.is_event or refusals >= self._limits.refusals_max:
+        _log.warning("the broker refused a message", link=self._link, topic=topic, refusals=refusals)
+        is_hopeless = refusals >= limits.refusals_max or now < self._refused_until.get(topic, now)
+        if is_hopeless and row.item.outgoing.is_event:
+            self._refused_until[topic] = now + limits.refusal_retry_max_s
+            if len(self._refused_until) > limits.streams_max:
+                del self._refused_until[next(iter(self._refused_until))]
+        if is_hopeless or not row.item.outgoing.is_event:
             self._bury(row, f"The broker of the link {self._link} refused it {refusals} times.")
             return
-        self._lanes.put_back([row])
-        if not self._resting:
-            self._resting = True
-            limits = self._limits
+        if topic not in self._parked:
+            self._parked[topic] = []
             delay_s = full_jitter_s(
                 refusals, self._generator, base_s=limits.refusal_retry_base_s, max_s=limits.refusal_retry_max_s
             )
-            asyncio.get_running_loop().call_later(delay_s, self._rise)
+            asyncio.get_running_loop().call_later(delay_s, self._offer_again, topic)
+        self._parked[topic].append(row)
+        self._parked[topic].sort(key=lambda parked: parked.id)  # what was under way is older than what came to wait
 
-    def _rise(self) -> None:
-        self._resting = False
+    def _offer_again(self, topic: str) -> None:
+        self._lanes.put_back(self._parked.pop(topic))
+        self._progress.set()
         self._pump()
 
     def _bury(self, row: Row[_Parcel], reason: str) -> None:
