@@ -1,8 +1,9 @@
 """Requests over MQTT beside the floor of the bus: what a node adds, costs, batches and refuses.
 
 The floor is a process that sends each message back and does nothing else, behind the same broker in the same minute;
-the disk floor commits each message to SQLite first. A node has one core; the broker and the devices share another. All
-ask with QoS 1 and 1 KiB. `durable` = accepted requests are on disk before the broker may forget them.
+the disk floor commits each message to SQLite first, and the paho floor is written with paho-mqtt, as most responders
+are. A node has one core; the broker and the devices share another. All ask with QoS 1 and 1 KiB. `durable` = accepted
+requests are on disk before the broker may forget them.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ PATHS = {
     "digits_volatile": ("digits", "none"),
     "digits_durable": ("digits", "full"),
 }
+FLOORS = ("floor", "disk_floor", "paho_floor")
 DEVICES, WINDOW = 64, 1
 CAPACITY_RPS, OVERLOAD = 200, 5
 PENDING = 256
@@ -97,7 +99,7 @@ def answers(seen: dict[str, Any]) -> int:
 def ways(port: int, folder: Path, *, quick: bool) -> list[Row]:
     """Each way beside the floor, in turn, one request at a time; then as many as a core serves."""
     rounds, single, many = (3, 300, 1_500) if quick else (9, 2_000, 12_000)
-    seen: dict[str, list[dict[str, float]]] = {name: [] for name in ("floor", "disk_floor", *PATHS)}
+    seen: dict[str, list[dict[str, float]]] = {name: [] for name in (*FLOORS, *PATHS)}
     per_core: dict[str, list[float]] = {name: [] for name in PATHS}
     with contextlib.ExitStack() as stack:
         pids = {
@@ -106,6 +108,7 @@ def ways(port: int, folder: Path, *, quick: bool) -> list[Row]:
         }
         stack.enter_context(node(port, folder, "floor", "echo", "--durability", "none"))
         stack.enter_context(node(port, folder, "disk_floor", "echo"))
+        stack.enter_context(node(port, folder, "paho_floor", "paho"))
         for name, (model, _) in PATHS.items():
             load(port, name, model, requests=500 if quick else 2_000)
         for _ in range(rounds):
@@ -124,6 +127,8 @@ def ways(port: int, folder: Path, *, quick: bool) -> list[Row]:
             rows.append(Row(f"mqtt.{name}_{quantile}_ms", statistics.median(each[quantile] for each in values), "ms"))
             if name in PATHS:
                 rows.append(Row(f"mqtt.{name}_{quantile}_over_floor", ratio(values, seen["floor"], quantile), "x"))
+                value = ratio(values, seen["paho_floor"], quantile)
+                rows.append(Row(f"mqtt.{name}_{quantile}_over_paho_floor", value, "x", "an echo with paho-mqtt"))
             if name.endswith("_durable"):
                 value = ratio(values, seen["disk_floor"], quantile)
                 rows.append(Row(f"mqtt.{name}_{quantile}_over_disk_floor", value, "x", "an echo with one commit"))

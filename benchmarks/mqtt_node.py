@@ -1,6 +1,7 @@
 """`python -m benchmarks.mqtt_node PORT TENANT KIND FOLDER [OPTIONS]`: a node for devices, or its measure.
 
 `echo` sends each message back and does nothing else: the floor of the bus; with durability it writes each down first.
+`paho` does the same as `echo` with the most used client library.
 `noop` answers with its input behind the whole MQTT side, `slow` too, but `--capacity` times a second, one at a time.
 `digits` is a real model in a model host behind the router, as on a node; `dense` one that gains by batches, in a model
 host alone.
@@ -13,7 +14,9 @@ import asyncio
 import itertools
 import json
 import os
+import socket
 import sqlite3
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,10 @@ from typing import Any
 import numpy as np
 import uvloop
 from onnx import TensorProto, helper, numpy_helper
+from paho.mqtt import client as paho
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 
 from benchmarks.serving_models import Workload, fill_store
 from edge_node.mqtt.limits import MqttLimits
@@ -144,11 +151,36 @@ async def echo(port: int, tenant: str, journal: Path | None) -> None:
     await connection.subscribe(topics.request_filter(tenant))
 
 
+def paho_echo(port: int, tenant: str) -> None:
+    """What a message costs there and back with a responder as most people write it, Nagle off."""
+    subscribed = threading.Event()
+
+    def receive(client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
+        asked, properties = message.properties, Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+        properties.CorrelationData = getattr(asked, "CorrelationData", b"")
+        properties.UserProperty = [("status", "200")]
+        client.publish(getattr(asked, "ResponseTopic", ""), message.payload, message.qos, properties=properties)
+
+    def subscribe(client: paho.Client, *_: Any) -> None:
+        opened = client.socket()
+        assert isinstance(opened, socket.socket)
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client.subscribe(topics.request_filter(tenant), qos=1)
+
+    client = paho.Client(CallbackAPIVersion.VERSION2, client_id=f"paho-{tenant}", protocol=paho.MQTTv5)
+    client.on_connect = subscribe
+    client.on_subscribe = lambda *_: subscribed.set()
+    client.on_message = receive
+    client.connect("127.0.0.1", port)
+    client.loop_start()
+    subscribed.wait()
+
+
 async def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("port", type=int)
     parser.add_argument("tenant", help="each process here has its own, or all would answer each")
-    parser.add_argument("kind", choices=("echo", "noop", "slow", "digits", "dense"))
+    parser.add_argument("kind", choices=("echo", "paho", "noop", "slow", "digits", "dense"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--durability", choices=("full", "none"), default="full")
     parser.add_argument("--capacity", type=float, default=0.0)
@@ -159,6 +191,8 @@ async def main() -> None:
     if options.kind == "echo":
         journal = options.folder / "floor.sqlite" if options.durability == "full" else None
         await echo(options.port, options.tenant, journal)
+    elif options.kind == "paho":
+        paho_echo(options.port, options.tenant)
     else:
         handler: Any = Noop(options.capacity)
         if options.kind in ("digits", "dense"):
