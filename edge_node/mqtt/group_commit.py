@@ -113,14 +113,23 @@ class GroupCommit:
                 connection.execute(statement)
             connection.executescript(self._schema)
         except (sqlite3.Error, OSError) as error:
-            self._tell([partial(_fail, self._opened, _storage_error(error))])
+            # A DatabaseError itself, none of its kinds: the file is damaged, or something else.
+            advice = " Move it away to start with an empty one." if type(error) is sqlite3.DatabaseError else ""
+            refusal = MeshError(Code.UNAVAILABLE, f"The ledger {self._path} cannot be used: {error}.{advice}")
+            self._tell([partial(_fail, self._opened, refusal)])
             return
         self._tell([partial(_fulfil, self._opened, None)])
         try:
             while (batch := self._gather()) is not None:
-                self._tell(_commit(connection, batch, self._watcher))
+                self._tell(self._settle(connection, batch))
         finally:
             connection.close()
+
+    def _settle(self, connection: sqlite3.Connection, batch: list[_Waiting]) -> list[Outcome]:
+        try:
+            return _commit(connection, batch, self._watcher)
+        except Exception as error:  # noqa: BLE001  # without this thread everybody would wait for ever
+            return [partial(_fail, future, _told(error)) for _operation, future in batch]
 
     def _gather(self) -> list[_Waiting] | None:
         """All that waits, up to the bound; blocks for the first. None at the end."""
@@ -207,6 +216,12 @@ def _told(error: Exception) -> Exception:
         return _storage_error(error)
     _log.error("an operation of the ledger failed", exc_info=error)
     return MeshError(Code.INTERNAL, "The node's inbox failed on this; see its log.")
+
+
+def ignore_failure(done: asyncio.Future[Any]) -> None:
+    """For orders that nobody waits for, and that are no loss."""
+    if not done.cancelled():
+        done.exception()
 
 
 def _storage_error(error: Exception) -> MeshError:

@@ -11,9 +11,9 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from edge_node.mqtt.backlog import UNSTORED, Backlog, Row
+from edge_node.mqtt.group_commit import ignore_failure
 from edge_node.mqtt.ledger.ledger import Ledger
 from edge_node.mqtt.ledger.outbox import repeated
 from edge_node.mqtt.ledger.records import LINK_BITS, Committed, Link, Outgoing
@@ -278,7 +278,7 @@ class Publisher:
             return
         self._on_drop("refused")
         letter = self._ledger.refuse(row.id, self._link, reason, self._clock.monotonic())
-        letter.add_done_callback(_ignore_failure)
+        letter.add_done_callback(ignore_failure)  # the row stays, and is offered again after a restart
 
     def _give_up(self, row: Row[_Parcel], reason: str) -> None:
         self._on_drop(reason)
@@ -327,9 +327,3 @@ def _sent_before(row: Row[_Parcel]) -> Row[_Parcel]:
         return row
     again = replace(outgoing, message=repeated(outgoing.message))
     return replace(row, item=replace(row.item, outgoing=again))
-
-
-def _ignore_failure(letter: asyncio.Future[Any]) -> None:
-    """The row stays, and is offered again after a restart."""
-    if not letter.cancelled():
-        letter.exception()

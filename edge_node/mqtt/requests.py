@@ -158,7 +158,7 @@ class RequestService:
             try:
                 admission, outgoing = await self._ledger.answer(item.request, reply, self._now())
             except MeshError as error:
-                self._refuse(self._refusal(item.request, error.code, error.message), item.acknowledge)
+                self._refuse_unstored(item, error)
                 return
             item.acknowledge()
             if admission.verdict == "accept":
@@ -212,7 +212,7 @@ class RequestService:
         try:
             admission = await accepted
         except MeshError as error:
-            self._refuse(self._refusal(item.request, error.code, error.message), item.acknowledge)
+            self._refuse_unstored(item, error)
             return 0
         item.acknowledge()
         if admission.verdict == "accept":
@@ -338,6 +338,10 @@ class RequestService:
     def _refusal(self, request: Request, code: Code, reason: str) -> Refusal:
         later = self._limits.retry_after_ms if code in (Code.OVERLOADED, Code.UNAVAILABLE) else None
         return refusal_of(request, CATALOGUE[code].http, code, reason, retry_after_ms=later)
+
+    def _refuse_unstored(self, item: _Item, error: MeshError) -> None:
+        self._ledger.doubt(item.key)
+        self._refuse(self._refusal(item.request, error.code, error.message), item.acknowledge)
 
     def _refuse_full(self, item: _Item) -> None:
         reason = "The node's queue is full; send the same request again later."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 
 import pytest
@@ -367,4 +368,26 @@ async def test_a_stream_reads_its_own_rows_without_those_of_the_others(tmp_path)
         lambda c: c.execute("EXPLAIN QUERY PLAN SELECT 1 FROM inputs WHERE stream = 1 AND id > 1").fetchall()
     )
     assert "inputs_by_stream (stream=? AND rowid>?)" in plan[0][3]
+    await ledger.close()
+
+
+async def test_a_file_of_an_earlier_format_is_named_as_one(tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "inbox.sqlite")) as connection:
+        connection.execute("CREATE TABLE inbox (id INTEGER PRIMARY KEY, finished REAL, size INTEGER, state TEXT)")
+    ledger = make(tmp_path)
+    with pytest.raises(MeshError, match="earlier format"):
+        await ledger.open(0.0)
+    await ledger.close()
+
+
+async def test_a_request_that_could_not_be_stored_leaves_nothing_in_memory(tmp_path, monkeypatch):
+    ledger = make(tmp_path)
+    await ledger.open(0.0)
+    await ledger.accept(request_of(b"stored"), b"x")
+    for name in (b"stored", b"lost"):
+        key = ("local", "cam", name)
+        ledger.expect(key)
+        ledger.doubt(key)
+        await ledger.owed("device", 0, 1, 1)
+        assert ledger.knows(key) == (name == b"stored")
     await ledger.close()

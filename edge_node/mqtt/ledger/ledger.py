@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from edge_node.mqtt.admission import Request
-from edge_node.mqtt.group_commit import GroupCommit
+from edge_node.mqtt.group_commit import GroupCommit, ignore_failure
 from edge_node.mqtt.ledger.changes import Changes
 from edge_node.mqtt.ledger.letters import Letters
 from edge_node.mqtt.ledger.outbox import Outbox
@@ -82,6 +82,7 @@ class Ledger:
         self._changes = Changes()
         self._listeners: list[Callable[[Committed], None]] = []
         self._commits = GroupCommit(path, SCHEMA, batch_max=limits.commit_batch_max, watcher=self)
+        self._is_open = False
         self._outbox: Outbox
         self._requests: Requests
         self._streams: Streams
@@ -100,6 +101,8 @@ class Ledger:
         found = connection.execute("PRAGMA user_version").fetchone()[0]
         if found not in (0, VERSION):
             raise MeshError(Code.UNAVAILABLE, f"The ledger has format {found}; this release reads {VERSION}.")
+        if not connection.execute("SELECT 1 FROM pragma_table_info('inbox') WHERE name = 'begun'").fetchone():
+            raise MeshError(Code.UNAVAILABLE, "The ledger has an earlier format; move its file away to begin anew.")
         connection.execute(f"PRAGMA user_version = {VERSION}")
         connection.execute("INSERT OR IGNORE INTO boots (name) VALUES (?)", (self._boot,))
         (boot,) = connection.execute("SELECT number FROM boots WHERE name = ?", (self._boot,)).fetchone()
@@ -109,6 +112,7 @@ class Ledger:
         self._letters = Letters(self._node, self._limits, self._outbox, self._clock)
         self._requests = Requests(boot, self._limits, self._outbox, self._letters)
         self._streams = Streams(boot, self._limits, self._outbox, self._letters, now, self._changes)
+        self._is_open = True
         return Recovered(
             self._requests.recover(connection, now, crashed=crashed),
             self._streams.recover(connection, crashed=crashed),
@@ -129,6 +133,10 @@ class Ledger:
     def forget(self, key: Key) -> None:
         """Take `expect` back: nothing of the request was or will be stored."""
         self._requests.forget(key)
+
+    def doubt(self, key: Key) -> None:
+        """The request could not be stored: take `expect` back, unless a copy of it was stored meanwhile."""
+        self._commits.submit(lambda c: self._requests.doubt(c, key), urgent=False).add_done_callback(ignore_failure)
 
     def accept(
         self, request: Request, payload: bytes, *, has_room: bool = True, attempts: int = 0
@@ -249,8 +257,9 @@ class Ledger:
     def rolled_back(self) -> None:
         """For the commits: nothing of what was counted may have happened."""
         self._changes.rolled_back()
-        self._outbox.forget_size()
-        self._streams.rolled_back()
+        if self._is_open:
+            self._outbox.forget_size()
+            self._streams.rolled_back()
 
     def _tell(self, committed: Committed) -> None:
         for listener in self._listeners:

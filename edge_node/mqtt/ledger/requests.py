@@ -45,6 +45,12 @@ class Requests:
         """There will be none after all."""
         self._known.discard(hash(key))
 
+    def doubt(self, connection: sqlite3.Connection, key: Key) -> None:
+        """There may be none."""
+        row = "SELECT 1 FROM inbox WHERE tenant = ? AND device = ? AND correlation = ?"
+        if not connection.execute(row, key).fetchone():
+            self.forget(key)
+
     def recover(self, connection: sqlite3.Connection, now: float, *, crashed: bool) -> list[Unanswered]:
         """What is unanswered. After a crash a row counts it if it was never under suspicion, or was being tried."""
         if crashed:
