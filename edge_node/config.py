@@ -13,6 +13,8 @@ from router.serving_config import ServingConfig
 
 LOCAL = "local"
 """The tenant of the node's own machine."""
+SPAWN = "spawn"
+"""As `mqtt.broker`: one of the node's own, for this machine."""
 
 
 class TenantBrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -105,6 +107,11 @@ class MqttConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     when_full: Literal["drop-oldest", "reject"] = "drop-oldest"
 
     def __post_init__(self) -> None:
+        if self.broker not in ("", SPAWN) and not self.broker.startswith("mqtt://"):
+            raise ValueError(
+                f"{self.broker!r} is no broker; write it as mqtt://host:port, or `spawn` for one of its own (with "
+                "certificates: tenant_brokers)"
+            )
         names = [each.tenant for each in self.tenant_brokers]
         if len(set(names)) < len(names) or set(names) & set(self.tenants):
             raise ValueError("each tenant has one broker; name none of them twice")

@@ -13,7 +13,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
@@ -223,7 +223,8 @@ def _convert(setting: _Setting, type_: object, dotted: str) -> object:
     try:
         return msgspec.convert(value, type_, strict=not setting.is_text, dec_hook=_decode_path)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{setting.origin}: `{dotted}` has a bad value: {error}.") from error
+        allowed = f" Use one of: {', '.join(map(str, get_args(type_)))}." if get_origin(type_) is Literal else ""
+        raise ConfigError(f"{setting.origin}: `{dotted}` has a bad value: {error}.{allowed}") from error
 
 
 def _takes_structure(type_: object) -> bool:

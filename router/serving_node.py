@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from nearcast.clock import SYSTEM_CLOCK
+from nearcast.config import ConfigError
 from nearcast.errors import Code, MeshError
 from nearcast.identity import Identity, join, load_identity, read_token, server_tls
 from nearcast.load import NodeReport, Tier
@@ -159,10 +160,13 @@ class ServingNode:
         """Open everything, in the order in which the parts need each other. `drain` undoes it in reverse.
 
         Raises:
-            MeshError: if an address is taken or not allowed.
+            MeshError: if an address is taken or not allowed, or the data folder cannot be made.
         """
         closers = self._closers
-        self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"`data_dir`: {self.data_dir} cannot be made: {error.strerror}.") from error
         if self._decision_log is not None:
             closers.callback(self._decision_log.close)
         await self.host.start()

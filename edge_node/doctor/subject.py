@@ -6,7 +6,7 @@ import secrets
 from pathlib import Path
 
 from edge_node.broker.tenant import TenantAuthority, tenant_folder
-from edge_node.config import LOCAL, EdgeConfig
+from edge_node.config import LOCAL, SPAWN, EdgeConfig
 from edge_node.doctor.findings import Subject
 from nearcast.errors import Code, MeshError
 from nearcast.identity import load_identity
@@ -14,7 +14,6 @@ from nearcast.identity.device import DeviceIdentity
 from nearcast.transport.mqtt.connection import parse_url
 from nearcast.transport.mqtt.tls import TlsFiles
 
-SPAWN = "spawn"
 CONFIGURATION = "mosquitto.conf"
 DEVICE = "nearcast-doctor"
 DEVICE_LIFE_S = 600.0

@@ -33,10 +33,13 @@ WAIT_S = 20.0
         (["--set", "listen.grcp=127.0.0.1:0"], {}, ("listen.grcp", "listen.grpc")),
         (["--config", "FILE"], {}, ("mqtt.brokr", "mqtt.broker", "edge.toml")),
         ([], {"NEARCAST_POLICY__RETRY_SHRE": "1"}, ("retry_shre", "retry_share")),
+        (["--set", "mqtt.broker=localhost"], {}, ("'localhost' is no broker", "mqtt://host:port", "spawn")),
+        (["--set", "mqtt.durability=half"], {}, ("'half'", "full, none")),
+        (["--set", "data_dir=/proc/none", "--set", "listen.grpc=127.0.0.1:0"], {}, ("/proc/none cannot be made",)),
     ],
-    ids=["option", "file", "environment"],
+    ids=["option", "file", "environment", "broker", "word", "folder"],
 )
-def test_an_unknown_setting(tmp_path, monkeypatch, arguments, environ, told):
+def test_a_setting_that_is_wrong(tmp_path, monkeypatch, arguments, environ, told):
     path = tmp_path / "edge.toml"
     path.write_text('[mqtt]\nbrokr = "spawn"\n')
     for name, value in environ.items():
