@@ -93,6 +93,11 @@ class Backlog(Generic[T]):
         return bool(self._page)
 
     @property
+    def live_bytes(self) -> int:
+        """What the rows of live streams take, and those that are in memory only."""
+        return self._live_bytes
+
+    @property
     def streams(self) -> int:
         """Streams in the backlog."""
         return len(self._spans)

@@ -41,6 +41,8 @@ class MqttLimits:
             many messages of them a second. publish_bytes_max: and so
             many bytes are on their way. read_retry_s: between two tries to read a page.
             forget_delay_s: what a link has taken is forgotten so much later, together.
+        unstored_max, unstored_bytes_max: answers and refusals that are only in memory and have not left; no Receive
+            Maximum bounds requests with QoS 0, and one more is given up.
         refusals_max: a broker is offered an event so often; between, full jitter over refusal_retry_base_s to
             refusal_retry_max_s.
         streams_max: streams remembered; a new one takes the place of the one that was quiet longest.
@@ -95,6 +97,8 @@ class MqttLimits:
     publish_bytes_max: int = 4 * 1024 * 1024
     read_retry_s: float = 0.2
     forget_delay_s: float = 0.1
+    unstored_max: int = 16_384
+    unstored_bytes_max: int = 64 * 1024 * 1024
     refusals_max: int = 5
     refusal_retry_base_s: float = 0.5
     refusal_retry_max_s: float = 60.0

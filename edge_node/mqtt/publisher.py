@@ -46,7 +46,7 @@ class Publisher:
         ledger: tells of owed rows, has those that are not in memory, and forgets delivered ones.
         limits: the window's size.
         clock: for expiry.
-        on_drop: told "expired", "refused" or "denied" for each message that is given up.
+        on_drop: told "expired", "refused", "denied" or "crowded" for each message that is given up.
         link: whose rows these are.
     """
 
@@ -117,9 +117,13 @@ class Publisher:
             if handed is not None:
                 handed()
             return
-        parcel = _Parcel(outgoing, handed)
-        self._lanes.add_unstored(Row(UNSTORED, outgoing.message.topic, outgoing.size_bytes, parcel))
-        self._pump()
+        row = Row(UNSTORED, outgoing.message.topic, outgoing.size_bytes, _Parcel(outgoing, handed))
+        limits, lanes = self._limits, self._lanes
+        if len(lanes) < limits.unstored_max and lanes.live_bytes + row.size_bytes <= limits.unstored_bytes_max:
+            lanes.add_unstored(row)
+            self._pump()
+        else:
+            self._give_up(row, "crowded")
 
     def notify(self, message: Message, expires: float, handed: Callable[[], None] | None = None) -> None:
         """Send a refusal. It is not stored: the request was never accepted, and its device asks again.

@@ -50,7 +50,8 @@ class Volatile:
             assert row is not None
             assert row.reply is not None
             reply = msgspec.structs.replace(row.reply, topic=request.reply_topic, expires=request.deadline)
-            return Admission(verdict, UNSTORED, Outgoing(UNSTORED, reply_message(reply, dedup=True), reply.expires))
+            replay = Outgoing(UNSTORED, reply_message(reply, dedup=True), reply.expires, size_bytes=len(reply.payload))
+            return Admission(verdict, UNSTORED, replay)
         return Admission(verdict, UNSTORED)
 
     def forget(self, key: Key) -> None:

@@ -78,3 +78,13 @@ async def test_behind_a_message_that_was_buried_the_next_of_its_topic_is_offered
     commit(4)
     publisher.confirmed(5, taken=False)
     assert ledger.refused == [1, 2], "one was taken in between: the next gets its tries"
+
+
+async def test_what_is_only_in_memory_is_bounded_by_number_and_by_bytes():
+    dropped, handed = [], []
+    limits = MqttLimits(unstored_max=2, unstored_bytes_max=100)
+    publisher = Publisher(Ledger(), limits, SYSTEM_CLOCK, on_drop=dropped.append)
+    for number, size_bytes in enumerate((1, 100, 1, 1)):
+        answer = Outgoing(UNSTORED, Message(topic="t"), SYSTEM_CLOCK.monotonic() + 60, size_bytes=size_bytes)
+        publisher.send(answer, lambda number=number: handed.append(number))
+    assert (dropped, handed) == (["crowded", "crowded"], [1, 3])

@@ -140,4 +140,4 @@ class VolatileInputs:
 
 def _outgoing(event: Event, now: float) -> Outgoing:
     message = Message(topic=event.topic, payload=event.payload, content_type=event.content_type, user=event.user)
-    return Outgoing(UNSTORED, message, now + event.ttl_s)
+    return Outgoing(UNSTORED, message, now + event.ttl_s, size_bytes=len(event.payload))
