@@ -225,5 +225,6 @@ def _read_place(folder: Path) -> TenantPlace:
     except (OSError, msgspec.DecodeError) as error:
         raise MeshError(
             Code.INVALID_REQUEST,
-            f"{folder} belongs to no tenant; name it in mqtt.tenant_brokers and start the edge node once.",
+            f"{folder} belongs to no tenant; name the node with --config FILE, or name the tenant in its "
+            "mqtt.tenant_brokers and start it once.",
         ) from error

@@ -54,6 +54,7 @@ def tenant_options(function: F) -> F:
     "--ttl-h", type=click.FloatRange(0, min_open=True), default=24.0, show_default=True, help="Hours it holds."
 )
 @tenant_options
+@json_option
 def invite(
     name: str,
     output: Path,
@@ -63,6 +64,7 @@ def invite(
     path: Path | None,
     overrides: tuple[str, ...],
     tenant: str,
+    as_json: bool,
 ) -> None:
     """Write a claim for the device NAME; without NAME the device says who it is. It makes one device, unless --uses.
 
@@ -75,6 +77,9 @@ def invite(
         )
     finally:
         authority.close()
+    if as_json:
+        print_json({"claim": claim.place.name, "for": name, "url": claim.place.url, "folder": str(output)})
+        return
     click.echo(f"{output} holds {claim.place.name} for {name or f'{uses} device(s)'} at {claim.place.url}")
     click.echo(f"On the device: nearcast devices join {output} FOLDER{'' if name else ' --name NAME'}")
 
@@ -102,7 +107,8 @@ def list_devices(path: Path | None, overrides: tuple[str, ...], tenant: str, as_
 @command.command(short_help="Take the certificates of a device away.")
 @click.argument("name")
 @tenant_options
-def revoke(name: str, path: Path | None, overrides: tuple[str, ...], tenant: str) -> None:
+@json_option
+def revoke(name: str, path: Path | None, overrides: tuple[str, ...], tenant: str, as_json: bool) -> None:
     """Revoke every certificate of NAME, as `list` shows it, and end its session, also while it is away.
 
     The running node has its broker restarted for it: the other devices of the tenant reconnect.
@@ -117,6 +123,9 @@ def revoke(name: str, path: Path | None, overrides: tuple[str, ...], tenant: str
         applied = _wait_applied(authority)
     finally:
         authority.close()
+    if as_json:
+        print_json({"name": name, "revoked": count, "applied": applied})
+        return
     when = "the broker refuses it now" if applied else "the broker refuses it from the node's next start on"
     click.echo(f"{name}: {count} certificate(s) revoked; {when}.")
 
@@ -125,28 +134,33 @@ def revoke(name: str, path: Path | None, overrides: tuple[str, ...], tenant: str
 @click.argument("claim", type=click.Path(path_type=Path, file_okay=False, exists=True))
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--name", default="", help="What to be called, where the claim leaves it open.")
-def join(claim: Path, folder: Path, name: str) -> None:
+@json_option
+def join(claim: Path, folder: Path, name: str, as_json: bool) -> None:
     """Turn CLAIM into an identity of this device in FOLDER. Its key is made here and stays here.
 
     Afterwards the claim is of no use; delete it.
     """
     from nearcast.client.provisioning import join as join_tenant
 
-    _tell(asyncio.run(join_tenant(claim, folder, device=name)))
+    _tell(asyncio.run(join_tenant(claim, folder, device=name)), as_json)
 
 
 @command.command(short_help="On a device: replace the certificate by a fresh one.")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True))
 @click.option("--if-due", is_flag=True, help="Only after two thirds of its life; for a timer.")
-def renew(folder: Path, if_due: bool) -> None:
+@json_option
+def renew(folder: Path, if_due: bool, as_json: bool) -> None:
     """Replace the certificate in FOLDER by a fresh one for the same key. Its device reconnects meanwhile."""
     from nearcast.client.provisioning import renew as renew_certificate
     from nearcast.identity.device import DeviceIdentity
 
-    if if_due and time.time() < DeviceIdentity.load(folder).validity().renew_at:
-        click.echo("Not due yet.")
+    if if_due and time.time() < (held := DeviceIdentity.load(folder)).validity().renew_at:
+        if as_json:
+            _tell(held, as_json)
+        else:
+            click.echo("Not due yet.")
         return
-    _tell(asyncio.run(renew_certificate(folder)))
+    _tell(asyncio.run(renew_certificate(folder)), as_json)
 
 
 def _open(path: Path | None, overrides: tuple[str, ...], tenant: str) -> TenantAuthority:
@@ -170,7 +184,12 @@ def _wait_applied(authority: TenantAuthority) -> bool:
     return False
 
 
-def _tell(identity: DeviceIdentity) -> None:
+def _tell(identity: DeviceIdentity, as_json: bool) -> None:
+    if as_json:
+        place, validity = identity.place, identity.validity()
+        shown = {"name": place.name, "tenant": place.tenant, "url": place.url, "folder": str(identity.folder)}
+        print_json({**shown, "ends_at": validity.ends_at, "renew_at": validity.renew_at})
+        return
     click.echo(f"{identity.folder}: {identity.place.name} of {identity.place.tenant} at {identity.place.url}")
     click.echo(f"Valid until {_day(identity.validity().ends_at)}; renew from {_day(identity.validity().renew_at)} on.")
 

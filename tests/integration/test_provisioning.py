@@ -201,7 +201,9 @@ async def test_the_commands_lead_from_an_invitation_to_a_revocation(tmp_path):
         told = await thread(nearcast, "join", tmp_path / "claim", tmp_path / "id")
         assert f"cam-1 of acme at mqtts://127.0.0.1:{broker.port}" in told
         assert "Not due yet." in await thread(nearcast, "renew", tmp_path / "id", "--if-due")
-        assert "cam-1" in await thread(nearcast, "renew", tmp_path / "id")
+        renewed = json.loads(await thread(nearcast, "renew", tmp_path / "id", "--json"))
+        assert (renewed["name"], renewed["tenant"]) == ("cam-1", "acme")
+        assert renewed["renew_at"] < renewed["ends_at"]
         rows = json.loads(await thread(nearcast, "list", "--json", *where))["devices"]
         assert [(row["name"].partition("+")[0], row["state"]) for row in rows] == [
             ("claim", "used"),
@@ -216,8 +218,8 @@ async def test_the_commands_lead_from_an_invitation_to_a_revocation(tmp_path):
         identity = DeviceIdentity.load(tmp_path / "id")
         settings = ConnectionSettings(host="127.0.0.1", port=broker.port, client_id="x", tls=identity_tls(identity))
         assert await refusal(Connection(settings, on_message=lambda _m: None).open()) is Code.UNAVAILABLE
-    told = await asyncio.to_thread(nearcast, "invite", "cam-2", "--output", tmp_path / "claim2", *where)
-    assert "claim2" in told  # also while the node is down
+    told = await asyncio.to_thread(nearcast, "invite", "cam-2", "--output", tmp_path / "claim2", "--json", *where)
+    assert json.loads(told)["folder"] == str(tmp_path / "claim2")  # also while the node is down
     await asyncio.to_thread(nearcast, "join", tmp_path / "claim2", tmp_path / "id2", code=69)
 
 
