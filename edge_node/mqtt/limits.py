@@ -97,7 +97,7 @@ class MqttLimits:
     publish_bytes_max: int = 4 * 1024 * 1024
     read_retry_s: float = 0.2
     forget_delay_s: float = 0.1
-    unstored_max: int = 16_384
+    unstored_max: int = 32_768
     unstored_bytes_max: int = 64 * 1024 * 1024
     refusals_max: int = 5
     refusal_retry_base_s: float = 0.5

@@ -85,7 +85,7 @@ class RequestService:
         self._metrics = metrics
         self._durable = durable
         self._volatile = Volatile(limits)
-        self._loop = asyncio.get_event_loop()
+        self._loop = asyncio.get_running_loop()
         self._pending = 0
         self._pending_bytes = 0
         self._held: dict[Key, _Item] = {}

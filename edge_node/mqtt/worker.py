@@ -367,8 +367,7 @@ class MqttWorker:
         if connection is None:
             return
         for mid in epoch.window.complete(ticket):
-            if mid:
-                connection.confirm(mid)
+            connection.confirm(mid)
         if not self._is_crowded(epoch.window):
             connection.resume()
 
@@ -390,5 +389,5 @@ class MqttWorker:
                 # A PUBACK waits for an answer, and all behind it wait with it; but not for ever.
                 mids, late = epoch.window.complete_older(self._clock.monotonic() - age_max_s)
                 self.metrics.acknowledged_early(late)
-                for mid in filter(None, mids):
+                for mid in mids:
                     epoch.connection.confirm(mid)
