@@ -104,6 +104,6 @@ def test_digests_differ_where_requests_differ(fields, payload, others, other):
 @given(st.permutations(list(range(12))))
 def test_acknowledgements_come_out_in_order_whatever_ends_first(order):
     window = AckWindow()
-    tickets = [window.open(mid, 0.0) for mid in range(12)]
+    tickets = [window.open(mid, 0.0, 1) for mid in range(12)]
     out = [mid for index in order for mid in window.complete(tickets[index])]
     assert out == list(range(12))
