@@ -40,7 +40,7 @@ SUBCOMMANDS: Mapping[str, Entry] = {
     "export": Entry("nearcast.cli.export", "Copy what a channel wants to a folder or a stick."),
     "import": Entry("nearcast.cli.import_", "Take such a copy into a node's store or a mirror."),
     "nodes": Entry("nearcast.cli.nodes", "List, invite and remove nodes."),
-    "devices": Entry("nearcast.cli.devices", "Invite, list and revoke the devices of a tenant."),
+    "devices": Entry("nearcast.cli.devices", "Invite, list and revoke the devices of a tenant; join as one."),
     "route": Entry("nearcast.cli.route", "Explain where a request would go."),
     "simulate": Entry("nearcast.cli.simulate", "Simulate a fleet on virtual time."),
     "doctor": Entry("nearcast.cli.doctor", "Find what is wrong between a node, its broker and its devices."),

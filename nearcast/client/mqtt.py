@@ -76,6 +76,8 @@ class MqttDevice:
     ) -> None:
         host, port, path = parse_url(url)
         self.tenant, _, self.device = path.partition("/")
+        if not self.device:
+            raise MeshError(Code.INVALID_REQUEST, f"{url!r} names no device; write mqtt://host:port/tenant/device.")
         self._state_topic = topics.device_state_topic(self.tenant, self.device)
         self._reply_topic = topics.reply_topic(self.tenant, self.device, topics.require_id(replies, "reply topic"))
         self._desired_topic = topics.device_desired_topic(self.tenant, self.device)

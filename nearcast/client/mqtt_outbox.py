@@ -213,11 +213,13 @@ class Outbox:
     def _overdue(self, kept: _Kept) -> MeshError:
         if not self._window:
             return MeshError(Code.UNAVAILABLE, self._trouble, sent=kept.attempts > 0)
+        if not kept.attempts:
+            return MeshError(Code.DEADLINE, "The deadline passed before it could be sent.", sent=False)
         what = "No answer" if kept.is_request else "The broker did not confirm the message"
         times = "once" if kept.attempts == 1 else f"{kept.attempts} times"
         advice = " Does a node read this tenant's topics on this broker?" if kept.is_request else ""
         text = f"{what} within the deadline; it was sent {times}.{advice}"
-        return MeshError(Code.DEADLINE, text, sent=kept.attempts > 0)
+        return MeshError(Code.DEADLINE, text, sent=True)
 
 
 def _pause_s(reply: Message) -> float | None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from nearcast.client.mqtt import MqttDevice
 from nearcast.client.mqtt_limits import DeviceLimits
 from nearcast.client.mqtt_outbox import End, Outbox, Send
 from nearcast.client.mqtt_shadow import Shadow
@@ -115,6 +116,9 @@ def test_who_never_had_a_broker_is_told_so_and_who_had_one_that_nobody_answered(
     (end,) = outbox.tick(1.0)
     assert (end.error.code, end.error.sent, len(outbox)) == (Code.DEADLINE, True, 0)
     assert "sent once. Does a node read" in end.error.message
+    outbox.put(2.0, b"late", request(), deadline=1.5, is_request=True)
+    (end,) = outbox.tick(2.0)
+    assert (end.error.message, end.error.sent) == ("The deadline passed before it could be sent.", False)
 
 
 def test_a_sample_ends_with_its_puback_and_a_refused_message_at_once():
@@ -251,3 +255,9 @@ def test_only_a_newer_wish_counts(versions):
 def test_a_wish_without_a_version_is_refused(bad):
     with pytest.raises(MeshError):
         Shadow().read(bad)
+
+
+@pytest.mark.parametrize("url", ["mqtt://h:1", "mqtt://h:1/local", "mqtt://h:1/local/"])
+def test_a_url_without_a_device_is_refused_with_the_form_that_it_needs(url):
+    with pytest.raises(MeshError, match="mqtt://host:port/tenant/device"):
+        MqttDevice(url)
