@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -93,6 +94,7 @@ class RequestService:
         self._is_watching = False
         self._suspects = suspects or asyncio.Lock()
         self._careful_until = 0.0
+        self._are_copies_marked = False
         self._running: set[asyncio.Task[None]] = set()
         metrics.watch_pending(lambda: self._pending)
 
@@ -120,8 +122,9 @@ class RequestService:
         elif known := self._ledger.knows(item.key):
             self._release_held(item.key)
             work = self._serve(item, has_room=has_room)
-        elif message.dup and now < self._careful_until:
-            work = self._serve_suspect(item)
+        elif now < self._careful_until and (message.dup or not self._are_copies_marked):
+            self._are_copies_marked |= message.dup
+            work = self._serve_suspect(item, alone=message.dup)
         else:
             work = self._serve_new(item)
         if not known and not has_room:
@@ -174,12 +177,16 @@ class RequestService:
         if row := await self._accepted(item, item.accepted):
             await self._finish(row, item.request, await self._executor.answer(item.request, item.payload))
 
-    async def _serve_suspect(self, item: _Item) -> None:
-        """The node may have crashed over this request before it was stored: next time the ledger must know."""
+    async def _serve_suspect(self, item: _Item, *, alone: bool) -> None:
+        """The node may have crashed over this request before it was stored: next time the ledger must know.
+
+        Where the broker does not mark what it sends again any request may be one: then they are not run alone.
+        """
         self._ledger.expect(item.key)
         item.accepted = self._ledger.accept(item.request, item.payload, attempts=1)
         if row := await self._accepted(item, item.accepted):
-            await self._try_suspect(row, item.request, item.payload)
+            async with self._suspects if alone else nullcontext():
+                await self._try_suspect(row, item.request, item.payload)
 
     async def _serve_volatile(self, item: _Item, *, has_room: bool) -> None:
         """Without a disk the broker keeps the request until the answer is on its way."""
@@ -259,14 +266,14 @@ class RequestService:
             reason = f"The node crashed {unanswered.attempts} times while it ran this request."
             await self._finish(unanswered.id, request, self._executor.quarantined(request), buried=reason)
         elif unanswered.attempts:
-            await self._try_suspect(unanswered.id, request, unanswered.payload)
+            async with self._suspects:  # one at a time, so that a crash has one culprit
+                await self._try_suspect(unanswered.id, request, unanswered.payload)
         else:
             await self._finish(unanswered.id, request, await self._executor.answer(request, unanswered.payload))
 
     async def _try_suspect(self, row: int, request: Request, payload: bytes) -> None:
-        async with self._suspects:  # one at a time, so that a crash has one culprit
-            await _store(lambda: self._ledger.begin(row))
-            await self._finish(row, request, await self._executor.answer(request, payload))
+        await _store(lambda: self._ledger.begin(row))
+        await self._finish(row, request, await self._executor.answer(request, payload))
 
     # -- held acceptances ---------------------------------------------------------------------------------------------
 

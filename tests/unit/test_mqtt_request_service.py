@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 
 from edge_node.mqtt.ledger.records import Admission, Outgoing, Reply
@@ -50,6 +51,7 @@ class Ledger:
 
     def __init__(self, failures=0):
         self.failures = failures
+        self.begun = 0
         self.expected = set()
         self.finished = []
 
@@ -69,6 +71,7 @@ class Ledger:
         return self._resolved(Admission("accept", 1))
 
     def begin(self, row):
+        self.begun += 1
         return self._stored(None)
 
     def answer(self, request, reply, now):
@@ -148,3 +151,16 @@ async def test_what_fails_unexpectedly_is_answered_and_does_not_hold_the_window(
     service.receive(ask(b"bug"), list)  # nothing remembers it as one that runs
     await service.settled()
     assert executor.runs == 2
+
+
+async def test_after_a_crash_nothing_runs_that_is_not_stored_as_long_as_copies_may_come_unmarked():
+    """The request that ended the node comes again, and some brokers do not say so."""
+    ledger = Ledger()
+    service, executor, _ = serve(ledger, durable=True)
+    executor.gate.set()
+    service.recover([], crashed=True)
+    for number, (dup, begun) in enumerate([(False, 1), (False, 2), (True, 3), (False, 3), (True, 4)]):
+        copy = msgspec.structs.replace(ask(dup=dup), correlation=b"%d" % number)
+        service.receive(copy, list)
+        await service.settled()
+        assert (ledger.begun, executor.runs) == (begun, number + 1)
