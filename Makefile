@@ -143,8 +143,8 @@ PROCESSES := $(patsubst %,tests/integration/test_%.py,agent_process certificate_
 test: install-dev $(S3_VENV)/.s3 $(GMQTT)/.gmqtt $(NODE_CLIENT)/.npm $(NODE_DEVICE)/.npm $(MOBILE)/.npm ## run the tests; ARGS="-k name" narrows them
 	@if [ -n "$(ARGS)" ]; then exec $(BIN)/pytest $(ARGS); fi; \
 	logs=$$(mktemp -d); trap 'rm -rf "$$logs"' EXIT; run() { $(BIN)/pytest -p no:cacheprovider "$$@"; }; \
-	run tests/unit tests/property tests/architecture tests/crash tests/e2e >"$$logs/1" 2>&1 & first=$$!; \
-	run $(PROCESSES) $(ABUSE) tests/compat >"$$logs/2" 2>&1 & second=$$!; failed=0; \
+	run tests/unit tests/e2e >"$$logs/1" 2>&1 & first=$$!; \
+	run $(PROCESSES) $(ABUSE) tests/compat tests/property tests/architecture tests/crash >"$$logs/2" 2>&1 & second=$$!; failed=0; \
 	run tests/integration $(foreach path,$(ABUSE) $(PROCESSES),--ignore=$(path)) || failed=$$?; \
 	wait $$second || failed=$$?; wait $$first || failed=$$?; \
 	cat "$$logs/2" "$$logs/1"; exit $$failed

@@ -106,7 +106,7 @@ class Registrar:
                 _log.warning("question_unanswered", asker=name, error=str(error))
 
     def _answer(self, name: str, asked: Message) -> CertificateAnswer:
-        identifier = ""
+        identifier = asked.correlation.decode(errors="replace")  # until the body has been read
         try:
             self._rate.require(name, self._clock.monotonic())
             request = read_request(asked.payload)

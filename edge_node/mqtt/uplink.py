@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 
 from edge_node.mqtt.limits import MqttLimits
@@ -43,6 +44,7 @@ class Uplink:
         self._clock = clock
         self._metrics = metrics
         self.publisher = publisher
+        self._up_at = math.inf
 
     async def run(self) -> None:
         """Connect again and again, until cancelled."""
@@ -56,13 +58,13 @@ class Uplink:
         generator = random.Random()
         limits = self._limits
         while True:
-            since = self._clock.monotonic()
+            self._up_at = math.inf
             try:
                 await self._live()
             except MeshError as error:
                 level = _log.warning if attempt == 0 else _log.debug
                 level("no upstream broker", host=self._settings.host, port=self._settings.port, error=error.message)
-            attempt = 0 if self._clock.monotonic() - since > STABLE_AFTER_S else attempt + 1
+            attempt = 0 if self._clock.monotonic() - self._up_at > STABLE_AFTER_S else attempt + 1
             await asyncio.sleep(
                 full_jitter_s(attempt, generator, base_s=limits.reconnect_base_s, max_s=limits.reconnect_max_s)
             )
@@ -84,6 +86,7 @@ class Uplink:
         try:
             await connection.open()
             self.publisher.attach(connection)
+            self._up_at = self._clock.monotonic()
             self._metrics.upstream(up=True)
             await lost.wait()
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -146,6 +147,7 @@ class MqttWorker:
         self._draining = False
         self._denied: frozenset[str] = frozenset()
         self._online = asyncio.Event()
+        self._up_at = math.inf
         self._epoch: _Epoch | None = None
         self._services: list[asyncio.Task[None]] = []
 
@@ -245,7 +247,7 @@ class MqttWorker:
         attempt = 0
         generator = random.Random()
         while True:
-            since = self._clock.monotonic()
+            self._up_at = math.inf
             try:
                 await self._live()
             except (MeshError, TimeoutError) as error:
@@ -258,7 +260,7 @@ class MqttWorker:
                 self.metrics.connected(up=False)
                 self._publisher.detach()
                 self._management.detach()
-            attempt = 0 if self._clock.monotonic() - since > STABLE_AFTER_S else attempt + 1
+            attempt = 0 if self._clock.monotonic() - self._up_at > STABLE_AFTER_S else attempt + 1
             limits = self._limits
             base_s, max_s = limits.reconnect_base_s, limits.reconnect_max_s
             await asyncio.sleep(full_jitter_s(attempt, generator, base_s=base_s, max_s=max_s))
@@ -291,6 +293,7 @@ class MqttWorker:
         if self._discovery is not None:
             self._discovery.forget()
         self._publisher.attach(connection)
+        self._up_at = self._clock.monotonic()
         self._online.set()
         self.metrics.connected(up=True)
         _log.info("broker connected", host=self._host, port=self._port)
