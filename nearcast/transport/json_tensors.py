@@ -12,7 +12,7 @@ import numpy as np
 from nearcast.errors import Code, MeshError
 from nearcast.handler import InferResponse, ModelMetadata, Parameter
 from nearcast.transport.outputs import Form, Output, read_form, read_place
-from nearcast.transport.shared_memory import Place
+from nearcast.transport.place import Place
 from nearcast.wire.framing import LIMITS, encode_text
 from nearcast.wire.request import TensorRequest
 from nearcast.wire.tensors import Array, datatype_of, elements_of, from_elements, from_raw, size_bytes, to_raw

@@ -12,7 +12,7 @@ from nearcast.errors import Code, MeshError
 from nearcast.handler import InferResponse
 from nearcast.transport.classification import classify
 from nearcast.transport.model_config import number
-from nearcast.transport.shared_memory import Place
+from nearcast.transport.place import Place
 from nearcast.wire.tensors import Array, datatype_of, to_raw
 
 if TYPE_CHECKING:

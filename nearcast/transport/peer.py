@@ -8,6 +8,7 @@ import socket
 import struct
 
 from nearcast.errors import Code, MeshError
+from nearcast.identity.name import URI_PREFIX, parse_uri
 from nearcast.runtime import format_address
 from nearcast.transport.seam import UNIX_PREFIX, Call
 
@@ -37,8 +38,6 @@ def peer_uid(call: Call) -> int | None:
 
 def is_operator(call: Call) -> bool:
     """Whether the peer may control this node: a certificate with the role `operator`, or this process's own user."""
-    from nearcast.identity.name import URI_PREFIX, parse_uri  # brings cryptography, which devices do not need
-
     if call.identity.startswith(URI_PREFIX):
         return parse_uri(call.identity)[0] == "operator"
     return peer_uid(call) in (0, os.geteuid())

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from nearcast.errors import Code, MeshError
 from nearcast.transport.peer import peer_uid
+from nearcast.transport.place import Place
 from nearcast.transport.seam import Call
 
 FOLDER = "/dev/shm"  # noqa: S108 - where shm_open keeps its objects
@@ -51,15 +52,6 @@ class Region:
     size_bytes: int
     owner: int
     descriptor: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where a tensor lies: so many bytes from `offset` within a region."""
-
-    region: str
-    size_bytes: int
-    offset: int = 0
 
 
 class Regions:

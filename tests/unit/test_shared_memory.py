@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from nearcast.errors import Code, MeshError
+from nearcast.transport.place import Place
 from nearcast.transport.seam import Call
-from nearcast.transport.shared_memory import FOLDER, Place, RegionLimits, Regions
+from nearcast.transport.shared_memory import FOLDER, RegionLimits, Regions
 
 ME = Call(method="/", peer=f"unix:{os.geteuid()}")
 ANOTHER = Call(method="/", peer=f"unix:{os.geteuid() + 1}")
