@@ -66,6 +66,7 @@ PACKAGES = (
     "onnxruntime",
     "ai-edge-litert",
     "protobuf",
+    "mqtt5",
     "paho-mqtt",
     "tuf",
 )
@@ -157,7 +158,8 @@ def keep(rows: list[dict[str, Any]], names: list[str], *, quick: bool) -> None:
     taken = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
     kind = "quick" if quick else "full"
     document = {"taken": taken, "kind": kind, "machine": machine(), "rows": rows}
-    (folder / f"{'-'.join(names)}.{kind}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    what = "all" if set(names) == set(NAMES) else "-".join(names)
+    (folder / f"{what}.{kind}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
