@@ -176,6 +176,10 @@ compat: install-dev bench-peers ## run the protocol's conformance suite on three
 crash: install-dev ## cut the power at every step of a real agent (minutes; ARGS=--quick: one minute)
 	@$(BIN)/python -m benchmarks crash $(ARGS)
 
+.PHONY: chaos
+chaos: install-dev ## kill nodes and brokers, cut links, judge every request over MQTT (minutes; ARGS=--quick: half a minute)
+	@$(BIN)/python -m benchmarks chaos $(ARGS)
+
 .PHONY: fuzz
 fuzz: install-dev ## send a million mutated connections to both transports (minutes; ARGS=--quick: half a minute)
 	@$(BIN)/python -m benchmarks fuzz $(ARGS)
