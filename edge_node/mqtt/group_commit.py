@@ -28,7 +28,13 @@ _log = logging.getLogger("nearcast.mqtt")
 
 PATIENCE_S = 0.02
 """A commit that nobody waits for would only delay the next one that somebody does wait for."""
-PRAGMAS = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", "PRAGMA busy_timeout=2000", "PRAGMA foreign_keys=ON")
+PRAGMAS = (
+    "PRAGMA journal_mode=WAL",
+    "PRAGMA synchronous=FULL",
+    "PRAGMA busy_timeout=2000",
+    "PRAGMA foreign_keys=ON",
+    "PRAGMA secure_delete=FAST",  # Debian's default overwrites what is deleted: a quarter more writes in a drain
+)
 
 
 class _UnusableError(Exception):

@@ -93,7 +93,7 @@ class MqttLimits:
     page_bytes_max: int = 1024 * 1024
     live_share: int = 4
     backlog_window: int = 32
-    backlog_per_s: float = 3000.0
+    backlog_per_s: float = 2400.0
     publish_bytes_max: int = 4 * 1024 * 1024
     read_retry_s: float = 0.2
     forget_delay_s: float = 0.1
