@@ -40,6 +40,7 @@ class MqttLimits:
             of a backlog. backlog_window: of the window of a link, so much is for backlogs. backlog_per_s: and so
             many messages of them a second. publish_bytes_max: and so
             many bytes are on their way. read_retry_s: between two tries to read a page.
+            input_page_rows_max: the page of streams, whose messages become batches.
             forget_delay_s: what a link has taken is forgotten so much later, together.
         unstored_max, unstored_bytes_max: answers and refusals that are only in memory and have not left; no Receive
             Maximum bounds requests with QoS 0, and one more is given up.
@@ -89,7 +90,8 @@ class MqttLimits:
     when_full: Literal["drop-oldest", "reject"] = "drop-oldest"
     live_rows_max: int = 1024
     live_bytes_max: int = 4 * 1024 * 1024
-    page_rows_max: int = 128
+    page_rows_max: int = 48
+    input_page_rows_max: int = 128
     page_bytes_max: int = 1024 * 1024
     live_share: int = 4
     backlog_window: int = 32

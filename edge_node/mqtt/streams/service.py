@@ -6,9 +6,9 @@ import asyncio
 import random
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from edge_node.mqtt.backlog import Backlog, Row
+from edge_node.mqtt.backlog import Backlog, BacklogLimits, Row
 from edge_node.mqtt.ledger.records import Input, Intake, StoredInput
 from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.streams.admission import Dropped, admit_input
@@ -96,7 +96,7 @@ class StreamService:
         self._metrics = metrics
         self._generator = random.Random()
         self._loop = asyncio.get_running_loop()
-        self._backlog: Backlog[StoredInput] = Backlog(limits.lanes)
+        self._backlog: Backlog[StoredInput] = Backlog(_lanes(limits))
         self._lanes: dict[str, _Lane] = {}
         self._suspected: set[str] = set()
         self._in_hand = 0
@@ -109,7 +109,7 @@ class StreamService:
 
     def recover(self, left: Mapping[str, int], *, crashed: bool) -> None:
         """Begin with what a former life left: the last row of each stream."""
-        self._backlog = Backlog(self._limits.lanes, left)
+        self._backlog = Backlog(_lanes(self._limits), left)
         if crashed:
             self._suspected = set(left)
         self._pump()
@@ -191,7 +191,7 @@ class StreamService:
 
     async def _read_page(self, after: int) -> None:
         try:
-            page = await self._store.inputs(after, self._limits.page_rows_max)
+            page = await self._store.inputs(after, self._limits.input_page_rows_max)
         except MeshError:
             self._backlog.failed()
             self._loop.call_later(STORE_RETRY_S, self._pump)
@@ -268,7 +268,7 @@ class StreamService:
         """
         assert lane.left_out is not None
         first, last = lane.left_out
-        page = await self._store.inputs(first - 1, self._limits.page_rows_max, key=lane.key)
+        page = await self._store.inputs(first - 1, self._limits.input_page_rows_max, key=lane.key)
         last = lane.left_out[1]  # more may have come meanwhile
         found = [stored for stored in page.rows if stored.id <= last]
         lane.waiting.extend(found)
@@ -280,6 +280,10 @@ class StreamService:
         if task is not None:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+
+def _lanes(limits: MqttLimits) -> BacklogLimits:
+    return replace(limits.lanes, page_rows_max=limits.input_page_rows_max)
 
 
 def _weight(stored: StoredInput) -> int:
