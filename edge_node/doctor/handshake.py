@@ -14,7 +14,6 @@ from edge_node.doctor.findings import DoctorLimits, Finding, Subject
 from nearcast.transport.mqtt.limits import KEEPALIVE_S
 from nearcast.transport.mqtt.tls import TlsFiles, describe_failure
 
-_CONNACK = 2
 _CONNACK_BYTES_MAX = 4096
 _V311_ACCEPTED = b"\x20\x02\x00\x00"
 
