@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
-import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,16 +52,6 @@ class Loaded:
     warm_up: WarmUp
     load_s: float
     setting: Setting
-
-
-def yield_to_serving() -> None:
-    """On Linux a thread has a schedule of its own: this one never takes the processor from what serves.
-
-    Its share stays a full one. With less (nice 10) it was put off, by other processes, while it held the interpreter's
-    lock, and then everybody waited: p99 during a swap on a busy machine went from 6-11 to 14-35 ms.
-    """
-    with suppress(OSError, AttributeError):
-        os.sched_setscheduler(threading.get_native_id(), os.SCHED_BATCH, os.sched_param(0))
 
 
 def load_version(

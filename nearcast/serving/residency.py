@@ -17,9 +17,9 @@ from nearcast.errors import Code, MeshError
 from nearcast.serving.engines import LoadedModel, estimate_memory_bytes
 from nearcast.serving.heap import share_arena, trim_heap
 from nearcast.serving.limits import HostLimits
-from nearcast.serving.loading import Loaded, load_version, yield_to_serving
+from nearcast.serving.loading import Loaded, load_version
 from nearcast.serving.memory import Alarm, Evict, Held, Key, Memory, Reason, Refuse
-from nearcast.serving.precedence import give_way_to_loop
+from nearcast.serving.precedence import give_way_to_loop, yield_to_serving
 from nearcast.serving.profile import Setting
 from nearcast.serving.slots import Slot
 from nearcast.serving.statistics import Statistics

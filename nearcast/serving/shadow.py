@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
-import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +18,9 @@ from nearcast.errors import Code, MeshError
 from nearcast.handler import Tensors
 from nearcast.serving.golden import difference
 from nearcast.serving.limits import HostLimits
+from nearcast.serving.precedence import yield_to_serving
 from nearcast.serving.version import HotVersion
 
-LOWEST_PRIORITY = 19
 ATOL = 1e-4
 """For a version without golden vectors."""
 
@@ -36,7 +34,9 @@ class Pair:
 
     @property
     def comparable(self) -> bool:
-        """Whether a request of one may be run on the other: no state, and engines that take a second caller."""
+        """Whether a request of one may be run on the other: two, both stateless, and engines take a second caller."""
+        if self.trial is self.reference:
+            return False
         versions = (self.trial, self.reference)
         return all(one.manifest.stateful == "none" and one.engine.concurrent for one in versions)
 
@@ -51,7 +51,7 @@ class _Sample:
 
 
 class Shadow:
-    """Samples of one host. Lives on its loop; runs in one thread of the lowest priority, started by the first sample.
+    """Samples of one host. Lives on its loop; runs in one thread, started by the first sample.
 
     Attributes:
         due: the monotonic second from which on another request may be sampled.
@@ -123,7 +123,7 @@ class Shadow:
         except MeshError:
             return  # the other declares other inputs: nothing to compare
         if self._executor is None:
-            self._executor = ThreadPoolExecutor(1, "nearcast-shadow", initializer=_yield_to_others)
+            self._executor = ThreadPoolExecutor(1, "nearcast-shadow", initializer=yield_to_serving)
         loop = asyncio.get_running_loop()
         found = await loop.run_in_executor(self._executor, _differs, other, sample.inputs, sample.outputs, pair.trial)
         if found is not None:
@@ -139,9 +139,3 @@ def _differs(other: HotVersion, inputs: Tensors, outputs: Tensors, trial: HotVer
     except MeshError as error:
         # One of the two fails on what the other answers.
         return None if error.code is Code.UNAVAILABLE or other.is_closed else True
-
-
-def _yield_to_others() -> None:
-    """On Linux a thread has a priority of its own: the scheduler runs this one when no other wants the processor."""
-    with suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)

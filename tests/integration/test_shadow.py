@@ -66,6 +66,18 @@ async def test_a_candidate_is_compared_in_both_directions(tmp_path: Path, scale:
         assert counted(host, 2) == (10, 20, disagreed)
 
 
+async def test_a_version_is_not_compared_with_itself(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    install(store, affine_model(2.0))
+    activate(store, stable=1, last_good=1)
+    async with hosting(store) as host:
+        for _ in range(5):
+            await ask(host, {"x": X})
+            await asyncio.sleep(0.005)
+        assert counted(host, 1) == (5, 0, 0)
+        assert host._shadow._work is None, "there is no second version"
+
+
 async def test_a_new_stable_is_compared_with_what_it_replaced(tmp_path: Path) -> None:
     store = Store(tmp_path)
     install(store, affine_model(2.0))
