@@ -1,6 +1,6 @@
 """How many rows may run together on the loop, learnt from the runs: their p99 stays within what the loop may lag.
 
-Pure. Grows by a quarter, or by one row where that would be too much, and shrinks by a quarter, once per hundred runs.
+Pure. Grows by a quarter (at least one row), or by one row where that would be too much, and shrinks by a quarter, once per hundred runs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TurnRows:
         if self._worst_us > self._limit_us:
             self.rows = max(self._min, self.rows * 3 // 4)
         else:
-            for grown in (self.rows + self.rows // 4, self.rows + 1):
+            for grown in (self.rows + max(1, self.rows // 4), self.rows + 1):
                 if self._worst_us * grown <= self._limit_us * self.rows:
                     self.rows = min(self._max, grown)
                     break

@@ -293,14 +293,15 @@ def test_the_curve_learns_the_cost_of_a_run_and_of_a_row() -> None:
     assert not curve.is_fresh(0.59 + FRESH_S_MIN + 0.01)
 
 
-def test_the_loop_learns_how_many_rows_it_may_run() -> None:
-    turn = TurnRows(4, 1000.0, rows_max=32)
+@pytest.mark.parametrize("known", [1, 2, 3, 4])
+def test_the_loop_learns_how_many_rows_it_may_run(known: int) -> None:
+    turn = TurnRows(known, 1000.0, rows_max=32)
     for _ in range(40 * SAMPLES):
         turn.observe(turn.rows, 100.0 + 60.0 * turn.rows)
     assert 12 <= turn.rows <= 15
     for _ in range(40 * SAMPLES):
-        turn.observe(turn.rows, 240.0 * turn.rows)
-    assert turn.rows == 4, "never below what was known before"
+        turn.observe(turn.rows, 1001.0 * turn.rows / known)
+    assert turn.rows == known, "never below what was known before"
 
 
 # Tensors.
