@@ -1,6 +1,7 @@
 """How many rows may run together on the loop, learnt from the runs: their p99 stays within what the loop may lag.
 
-Pure. Grows by a quarter (at least one row), or by one row where that would be too much, and shrinks by a quarter, once per hundred runs.
+Pure. Grows by a quarter and at least a row, or by one row where a quarter would be too much, and shrinks by a quarter,
+once per hundred runs.
 """
 
 from __future__ import annotations
