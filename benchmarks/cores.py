@@ -29,6 +29,7 @@ from nearcast.store.manifest import Tensor
 from nearcast.store.pointer import Pointer
 from nearcast.transport.grpc import make_server
 from nearcast.transport.oip import MODEL_INFER, oip_methods
+from nearcast.transport.service import InferenceService
 from nearcast.wire.request import TensorRequest
 from nearcast.wire.response import WireResponse
 
@@ -138,7 +139,9 @@ async def main(root: Path, slots: int) -> None:
     # No batches: what is compared is two runs side by side, and batching Magika gains nothing.
     host = ModelHost(Store(root), node="bench", limits=HostLimits(slots=slots, batch_rows_max=1))
     await host.start()
-    server = make_server("ngh2", oip_methods(host, host, server_name="bench", trusted=False), address="127.0.0.1:0")
+    server = make_server(
+        "ngh2", oip_methods(InferenceService(host, host, server_name="bench"), trusted=False), address="127.0.0.1:0"
+    )
     await server.start()
     print(json.dumps({"address": server.address, "pid": os.getpid()}), flush=True)
     await asyncio.Event().wait()

@@ -24,6 +24,7 @@ from nearcast.runtime import keep_pages
 from nearcast.transport.grpc import make_server
 from nearcast.transport.oip import MODEL_INFER, oip_methods
 from nearcast.transport.seam import Call, Methods, Reply
+from nearcast.transport.service import InferenceService
 from nearcast.wire.v1 import oip_pb2 as pb
 
 PATH = "/benchmark.Echo/Echo"
@@ -82,7 +83,7 @@ async def main(arguments: Sequence[str]) -> None:
     else:
         keep_pages()
         model = EchoModel()
-        infer = oip_methods(model, model, server_name="bench", trusted=False).unary[INFER_PATH]
+        infer = oip_methods(InferenceService(model, model, server_name="bench"), trusted=False).unary[INFER_PATH]
         server = make_server(
             "ngh2" if kind == "ngh2" else "grpcio",
             Methods(unary={PATH: echo, INFER_PATH: infer}),

@@ -30,6 +30,7 @@ from nearcast.transport.ngh2_server_state import ServerState
 from nearcast.transport.oip import oip_methods
 from nearcast.transport.rest import RestServer
 from nearcast.transport.seam import Limits, Methods
+from nearcast.transport.service import InferenceService
 from nearcast.wire.response import TensorResponse
 
 LIMITS = Limits(message_size_bytes_max=1 << 20, handshake_timeout_s=2.0, upload_timeout_s=2.0, stall_timeout_s=2.0)
@@ -119,7 +120,7 @@ class Memory(asyncio.Transport):
 
 def make_methods() -> Methods:
     model = Model()
-    return oip_methods(model, model, server_name="fuzz", trusted=False)
+    return oip_methods(InferenceService(model, model, server_name="fuzz"), trusted=False)
 
 
 async def make_factory(kind: str) -> tuple[Callable[[], Talker], list[Conversation]]:
@@ -129,7 +130,7 @@ async def make_factory(kind: str) -> tuple[Callable[[], Talker], list[Conversati
         state = ServerState(methods=make_methods(), limits=LIMITS)
         return lambda: ServerConnection(state, loop), record_http2()
     model = Model()
-    server = RestServer(model, model, address="127.0.0.1:0", server_name="fuzz", limits=LIMITS)
+    server = RestServer(InferenceService(model, model, server_name="fuzz"), address="127.0.0.1:0", limits=LIMITS)
     await server.start()
     runner = cast("Any", server)._runner
     return cast("Callable[[], Talker]", runner.server), record_rest()
@@ -222,7 +223,7 @@ async def serve() -> None:
     crashes.hear(loop)
     model = Model()
     h2 = Ngh2Server(make_methods(), address="127.0.0.1:0", limits=LIMITS)
-    rest = RestServer(model, model, address="127.0.0.1:0", server_name="fuzz", limits=LIMITS)
+    rest = RestServer(InferenceService(model, model, server_name="fuzz"), address="127.0.0.1:0", limits=LIMITS)
     await h2.start()
     await rest.start()
     print(json.dumps({"h2": h2.address, "rest": rest.address}), flush=True)

@@ -24,6 +24,7 @@ from nearcast.load import NodeReport, VersionReport
 from nearcast.transport.grpc import make_server
 from nearcast.transport.mesh import join_methods, mesh_methods
 from nearcast.transport.oip import oip_methods
+from nearcast.transport.service import InferenceService
 from nearcast.wire.response import TensorResponse
 from simulations.scenario import MODEL, VERSION, NodeSpec, Scenario
 from simulations.workload import Luck, draw_workload
@@ -166,7 +167,9 @@ async def main(folder: Path, scenario: Scenario, seed: int, name: str, port: int
     """Serve until the process is ended."""
     spec = next(node for node in scenario.nodes if node.name == name)
     model = SleepingModel(spec, draw_workload(scenario, seed).luck[name])
-    methods = join_methods(oip_methods(model, model, server_name=name, trusted=True), mesh_methods(model.report))
+    methods = join_methods(
+        oip_methods(InferenceService(model, model, server_name=name), trusted=True), mesh_methods(model.report)
+    )
     identity = load_identity(folder / name)
     server = make_server("ngh2", methods, address="127.0.0.1:0", identity=identity, require_client=True)
     await server.start()

@@ -25,6 +25,7 @@ from nearcast.store.manifest import Tensor
 from nearcast.store.pointer import Pointer
 from nearcast.transport.grpc import make_server
 from nearcast.transport.oip import oip_methods
+from nearcast.transport.service import InferenceService
 from nearcast.wire.request import TensorRequest
 
 NAME = "paced"
@@ -120,7 +121,9 @@ async def serve(root: str, limits: HostLimits) -> None:
     """The real host behind the real transport, on loopback."""
     host = ModelHost(Store(Path(root)), node="bench", limits=limits)
     await host.start()
-    server = make_server("ngh2", oip_methods(host, host, server_name="bench", trusted=False), address="127.0.0.1:0")
+    server = make_server(
+        "ngh2", oip_methods(InferenceService(host, host, server_name="bench"), trusted=False), address="127.0.0.1:0"
+    )
     await server.start()
     print(json.dumps({"address": server.address, "pid": os.getpid()}), flush=True)
     await asyncio.Event().wait()

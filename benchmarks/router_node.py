@@ -24,6 +24,7 @@ from nearcast.transport.grpc import make_server
 from nearcast.transport.mesh import join_methods, mesh_methods
 from nearcast.transport.oip import MODEL_INFER, oip_methods
 from nearcast.transport.seam import Call, Methods, Reply, UnaryMethod
+from nearcast.transport.service import InferenceService
 from nearcast.wire.request import WireRequest
 from nearcast.wire.response import TensorResponse
 from nearcast.wire.status import served_to_trailers
@@ -85,13 +86,15 @@ async def main() -> None:
     identity = load_identity(Path(sys.argv[1]))
     model = EchoModel()
     keep_pages()
-    offered = quick(oip_methods(model, model, server_name=NODE, trusted=False))
+    offered = quick(oip_methods(InferenceService(model, model, server_name=NODE), trusted=False))
     client = make_server("ngh2", offered, address="127.0.0.1:0")
 
     def report_now() -> NodeReport:
         return replace(report(), client_address=client.address)
 
-    methods = join_methods(quick(oip_methods(model, model, server_name=NODE, trusted=True)), mesh_methods(report_now))
+    methods = join_methods(
+        quick(oip_methods(InferenceService(model, model, server_name=NODE), trusted=True)), mesh_methods(report_now)
+    )
     mesh = make_server("ngh2", methods, address="127.0.0.1:0", identity=identity, require_client=True)
     await client.start()
     await mesh.start()

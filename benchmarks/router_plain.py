@@ -14,6 +14,7 @@ from nearcast.runtime import keep_pages
 from nearcast.transport.grpc import make_channel, make_server
 from nearcast.transport.oip import oip_methods
 from nearcast.transport.remote import RemoteNode
+from nearcast.transport.service import InferenceService
 from router.policy import Policy, PolicyConfig
 from router.router import Router
 
@@ -27,7 +28,7 @@ async def main() -> None:
     router.attach(NODE, RemoteNode(make_channel("ngh2", sys.argv[1]), NODE), "peer")
     loop = asyncio.get_running_loop()
     router.policy.on_report(loop.time(), NODE, report())
-    methods = oip_methods(router, router, server_name="bench", trusted=False)
+    methods = oip_methods(InferenceService(router, router, server_name="bench"), trusted=False)
     server = make_server("ngh2", methods, address="127.0.0.1:0")
     await server.start()
     print(json.dumps({"address": server.address, "pid": os.getpid()}), flush=True)

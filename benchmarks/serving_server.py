@@ -30,6 +30,7 @@ from nearcast.transport.grpc import make_server
 from nearcast.transport.oip import MODEL_INFER, oip_methods
 from nearcast.transport.rest import RestServer
 from nearcast.transport.seam import Call, Methods
+from nearcast.transport.service import InferenceService
 
 LOOP_S, ROUNDS = 0.8, 5
 BATCH_ROWS, PAUSE_S = 16, 0.0003
@@ -84,8 +85,8 @@ async def serve(store: Store, kind: str, limits: HostLimits) -> None:
     """The real host behind the real transports, on loopback."""
     host = ModelHost(store, node="bench", limits=limits)
     await host.start()
-    methods = oip_methods(host, host, server_name="bench", trusted=False)
-    rest = RestServer(host, host, address="127.0.0.1:0", server_name="bench")
+    methods = oip_methods(InferenceService(host, host, server_name="bench"), trusted=False)
+    rest = RestServer(InferenceService(host, host, server_name="bench"), address="127.0.0.1:0")
     await rest.start()
     if kind == "aio":
         plain = grpc.aio.server(options=[("grpc.max_receive_message_length", -1)])

@@ -26,6 +26,7 @@ from nearcast.transport.oip import oip_methods
 from nearcast.transport.reflection import reflection_methods
 from nearcast.transport.rest import RestServer
 from nearcast.transport.seam import Methods, Server
+from nearcast.transport.service import InferenceService
 from nearcast.transport.statistics import Statistics
 from router.child import Child
 from router.config import RouterConfig
@@ -164,11 +165,10 @@ class RouterApp:
             config=self._config.lease,
             registry=self._telemetry.registry,
         )
+        service = InferenceService(router, router, server_name="nearcast", statistics=counts, report=router.catalogue)
         methods = join_methods(
             lease_methods(lessor.grant),
-            oip_methods(
-                router, router, server_name="nearcast", trusted=False, statistics=counts, report=router.catalogue
-            ),
+            oip_methods(service, trusted=False),
             health_methods(router.is_ready),
         )
         if listen.grpc:
@@ -176,11 +176,11 @@ class RouterApp:
             await self._serve("grpc", listen.grpc, offered, shown, require_client=False)
         if listen.http:
             tls = None if shown is None else server_tls(shown, require_client=False, alpn=("http/1.1",))
-            await self._serve_rest(listen.http, tls, counts)
+            await self._serve_rest(listen.http, tls, service)
         if listen.mesh and self.identity is not None:
             # Holds no models: what is forwarded here is sent elsewhere, but a router can be asked how it is.
             mesh = join_methods(
-                oip_methods(router, router, server_name="nearcast", trusted=True, statistics=counts),
+                oip_methods(InferenceService(router, router, server_name="nearcast", statistics=counts), trusted=True),
                 mesh_methods(router.report_self),
             )
             await self._serve("mesh", listen.mesh, self._members.guard(mesh), self.identity, require_client=True)
@@ -200,11 +200,8 @@ class RouterApp:
         self.addresses[name] = server.address
         self._listeners.append(server)
 
-    async def _serve_rest(self, address: str, tls: ssl.SSLContext | None, counts: Statistics) -> None:
-        server = RestServer(
-            self.router, self.router, address=address, server_name="nearcast", tls=tls, statistics=counts,
-            report=self.router.catalogue,
-        )  # fmt: skip
+    async def _serve_rest(self, address: str, tls: ssl.SSLContext | None, service: InferenceService) -> None:
+        server = RestServer(service, address=address, tls=tls)
         await server.start()
         self.addresses["http"] = server.address
         self._listeners.append(server)

@@ -30,6 +30,7 @@ from nearcast.transport.oip import oip_methods
 from nearcast.transport.reflection import reflection_methods
 from nearcast.transport.rest import RestServer
 from nearcast.transport.seam import UNIX_PREFIX, Server
+from nearcast.transport.service import InferenceService
 from nearcast.transport.shared_memory import Regions
 from router.child import Child
 from router.control import ControlLink, find_control
@@ -240,18 +241,18 @@ class ServingNode:
         regions = Regions()
         self._closers.callback(regions.close)
         lessor = Lessor(router, self._reports, config=self.config.lease, registry=self._telemetry.registry)
+        service = InferenceService(
+            router,
+            router,
+            server_name=self.name,
+            counting=self.host,
+            repository=self.host,
+            report=router.catalogue,
+            regions=regions,
+        )
         methods = join_methods(
             lease_methods(lessor.grant),
-            oip_methods(
-                router,
-                router,
-                server_name=self.name,
-                trusted=False,
-                counting=self.host,
-                repository=self.host,
-                report=router.catalogue,
-                regions=regions,
-            ),
+            oip_methods(service, trusted=False),
             health_methods(router.is_ready),
         )
         methods = join_methods(methods, reflection_methods(methods))
@@ -259,23 +260,13 @@ class ServingNode:
         if listen.local:
             await self._open("local", make_server(listen.transport, methods, address=listen.local))
         tls = None if shown is None else server_tls(shown, require_client=False, alpn=("http/1.1",))
-        rest = RestServer(
-            router,
-            router,
-            address=listen.http,
-            server_name=self.name,
-            tls=tls,
-            counting=self.host,
-            repository=self.host,
-            report=router.catalogue,
-            regions=regions,
-        )
-        await self._open("http", rest)
+        await self._open("http", RestServer(service, address=listen.http, tls=tls))
 
     async def _listen_for_mesh(self, identity: Identity) -> None:
         """For other nodes: requests that are decided already, and the question how this node is."""
         listen, report = self.config.listen, self._report
-        inference = oip_methods(self.router, self.host, server_name=self.name, trusted=True, report=report)
+        service = InferenceService(self.router, self.host, server_name=self.name, report=report)
+        inference = oip_methods(service, trusted=True)
         methods = self._members.guard(join_methods(inference, mesh_methods(report)))
         server = make_server(listen.transport, methods, address=listen.mesh, identity=identity, require_client=True)
         await self._open("mesh", server)

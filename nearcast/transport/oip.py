@@ -6,17 +6,14 @@ from collections.abc import AsyncIterator, Sequence
 
 from google.protobuf.message import DecodeError, Message
 
-from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import Code, MeshError
-from nearcast.handler import Counting, InferenceHandler, ModelDirectory, ModelRepository, RequestContext
+from nearcast.handler import RequestContext
 from nearcast.transport.context import read_context
 from nearcast.transport.latest import Frame, LatestStream
 from nearcast.transport.oip_extended import encode_extended, read_extended
 from nearcast.transport.oip_models import NOT_OFFERED, QUESTIONS, Answer, refuse
 from nearcast.transport.seam import Call, Methods, PassMethod, Reply, Responder, Taken, UnaryMethod
-from nearcast.transport.service import InferenceService, Report
-from nearcast.transport.shared_memory import Regions
-from nearcast.transport.statistics import Statistics
+from nearcast.transport.service import InferenceService
 from nearcast.transport.stream_answers import encode_error
 from nearcast.wire.framing import encode_prefix
 from nearcast.wire.message import encode_parameters
@@ -35,45 +32,14 @@ _FINAL = encode_parameters({"triton_final_response": True})
 """What says in a stream that a request gets no further answers: every model gives exactly one."""
 
 
-def oip_methods(
-    handler: InferenceHandler,
-    directory: ModelDirectory,
-    *,
-    server_name: str,
-    trusted: bool,
-    counting: Counting | None = None,
-    statistics: Statistics | None = None,
-    repository: ModelRepository | None = None,
-    report: Report | None = None,
-    regions: Regions | None = None,
-    clock: Clock = SYSTEM_CLOCK,
-) -> Methods:
+def oip_methods(service: InferenceService, *, trusted: bool) -> Methods:
     """The protocol's methods for a server.
 
     Args:
-        handler: answers inference.
-        directory: answers questions about models.
-        server_name: what ServerMetadata says.
+        service: answers; listeners may share one.
         trusted: True on a mesh listener (mTLS): peers must be mesh nodes, and `nc-hop`, `nc-version`, `nc-tenant`
             count. Elsewhere these are dropped.
-        counting: see `InferenceService`; so are those below.
-        statistics: what passes.
-        repository: what an operator may load and unload.
-        report: what RepositoryIndex lists.
-        regions: shared memory.
-        clock: for deadlines.
     """
-    service = InferenceService(
-        handler,
-        directory,
-        server_name=server_name,
-        counting=counting,
-        statistics=statistics,
-        repository=repository,
-        report=report,
-        regions=regions,
-        clock=clock,
-    )
     unary: dict[str, UnaryMethod] = {
         SERVICE + name: _unary(service, kind, answer) for name, (kind, answer) in QUESTIONS.items()
     }

@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import CATALOGUE, Code, MeshError
-from nearcast.handler import Counting, InferenceHandler, ModelDirectory, ModelRepository
 from nearcast.identity import peer_uri
 from nearcast.runtime import format_address, listen_error, parse_address, require_tls
 from nearcast.telemetry import get_logger
@@ -28,9 +26,7 @@ from nearcast.transport.peer import peer_name
 from nearcast.transport.rest_guard import RestGuard
 from nearcast.transport.rest_models import ROUTES, Route, answer
 from nearcast.transport.seam import DEFAULT_LIMITS, UNIX_PREFIX, Call, Limits
-from nearcast.transport.service import InferenceService, Report
-from nearcast.transport.shared_memory import Regions
-from nearcast.transport.statistics import Statistics
+from nearcast.transport.service import InferenceService
 from nearcast.wire import status
 
 if TYPE_CHECKING:
@@ -64,35 +60,17 @@ class RestServer:
 
     def __init__(
         self,
-        handler: InferenceHandler,
-        directory: ModelDirectory,
+        service: InferenceService,
         *,
         address: str,
-        server_name: str,
         limits: Limits = DEFAULT_LIMITS,
         tls: ssl.SSLContext | None = None,
-        counting: Counting | None = None,
-        statistics: Statistics | None = None,
-        repository: ModelRepository | None = None,
-        report: Report | None = None,
-        regions: Regions | None = None,
-        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self.address = address
+        self._service = service
+        self._clock = service.clock
         self._limits = limits
         self._tls = tls
-        self._clock = clock
-        self._service = InferenceService(
-            handler,
-            directory,
-            server_name=server_name,
-            counting=counting,
-            statistics=statistics,
-            repository=repository,
-            report=report,
-            regions=regions,
-            clock=clock,
-        )
         self._in_flight = 0
         self._draining = False
         self._idle = asyncio.Event()

@@ -22,6 +22,7 @@ from typing import Any
 
 from nearcast.identity import CertificateAuthority, Identity, load_identity, make_csr
 from nearcast.transport.seam import Call, Limits, Methods, Reply
+from nearcast.transport.service import InferenceService
 
 MEBIBYTE = 1 << 20
 LIMITS = Limits(
@@ -93,7 +94,7 @@ async def serve(folder: Path, changes: dict[str, float]) -> None:
 
     limits = dataclasses.replace(LIMITS, **changes)
     model = AddModel()
-    oip = oip_methods(model, model, server_name="abused", trusted=False)
+    oip = oip_methods(InferenceService(model, model, server_name="abused"), trusted=False)
     own = {"echo": echo, "big": big, "hang": hang, "tasks": tasks}
     methods = Methods(
         unary={**oip.unary, **{f"/t.T/{name}": method for name, method in own.items()}},
@@ -101,7 +102,7 @@ async def serve(folder: Path, changes: dict[str, float]) -> None:
     )
     plain = make_server("ngh2", methods, address="127.0.0.1:0", limits=limits)
     secure = make_server("ngh2", methods, address="127.0.0.1:0", limits=limits, identity=load_identity(folder))
-    rest = RestServer(model, model, address="127.0.0.1:0", server_name="abused", limits=limits)
+    rest = RestServer(InferenceService(model, model, server_name="abused"), address="127.0.0.1:0", limits=limits)
     for server in (plain, secure, rest):
         await server.start()
     print(json.dumps({"h2": plain.address, "tls": secure.address, "rest": rest.address}), flush=True)

@@ -18,6 +18,7 @@ from nearcast.identity import Identity, server_tls
 from nearcast.transport.grpc import make_server
 from nearcast.transport.oip import oip_methods
 from nearcast.transport.rest import RestServer
+from nearcast.transport.service import InferenceService
 
 WAYS = ("ngh2", "grpcio", "rest")
 
@@ -36,8 +37,8 @@ def make_listener(way: str, handler: InferenceHandler, directory: ModelDirectory
     identity: Identity | None = more.pop("identity", None)
     if way == "rest":
         tls = None if identity is None else server_tls(identity, require_client=False, alpn=["http/1.1"])
-        return RestServer(handler, directory, address=address, server_name="test-1", tls=tls, **more)
-    methods = oip_methods(handler, directory, server_name="test-1", trusted=False, **more)
+        return RestServer(InferenceService(handler, directory, server_name="test-1", **more), address=address, tls=tls)
+    methods = oip_methods(InferenceService(handler, directory, server_name="test-1", **more), trusted=False)
     return make_server(way, methods, address=address, identity=identity)
 
 

@@ -17,6 +17,7 @@ from nearcast.transport.grpc import make_server
 from nearcast.transport.mesh import join_methods, mesh_methods
 from nearcast.transport.oip import oip_methods
 from nearcast.transport.seam import Server
+from nearcast.transport.service import InferenceService
 from nearcast.wire.response import TensorResponse
 
 
@@ -99,7 +100,7 @@ def make_node_server(
     host: TinyHost, identity: Identity | None, kind: str = "ngh2", address: str = "127.0.0.1:0"
 ) -> Server:
     """The listener of a tiny host: a mesh listener with an identity, a client listener without."""
-    methods = oip_methods(host, host, server_name=host.name, trusted=identity is not None)
+    methods = oip_methods(InferenceService(host, host, server_name=host.name), trusted=identity is not None)
     if identity is not None:
         methods = join_methods(methods, mesh_methods(host.report))
     return make_server(kind, methods, address=address, identity=identity, require_client=identity is not None)  # type: ignore[arg-type]

@@ -24,6 +24,7 @@ from nearcast.transport.grpc import make_channel, make_server
 from nearcast.transport.mesh import join_methods, mesh_methods
 from nearcast.transport.oip import oip_methods
 from nearcast.transport.remote import RemoteNode
+from nearcast.transport.service import InferenceService
 from nearcast.wire.request import TensorRequest
 from router.config import ProbeConfig
 from router.policy import Policy, PolicyConfig
@@ -93,7 +94,9 @@ async def mesh(identities: dict[str, Identity], tmp_path: Path) -> AsyncIterator
     async with contextlib.AsyncExitStack() as stack:
         core = await start_host(tmp_path, "core", "large", 3.0)
         stack.push_async_callback(core.close)
-        offered = join_methods(oip_methods(core, core, server_name="core", trusted=True), mesh_methods(core.report))
+        offered = join_methods(
+            oip_methods(InferenceService(core, core, server_name="core"), trusted=True), mesh_methods(core.report)
+        )
         server = make_server("ngh2", offered, address="127.0.0.1:0", identity=identities["core"], require_client=True)
         await server.start()
         stack.push_async_callback(server.drain, 0.2)
@@ -108,7 +111,9 @@ async def mesh(identities: dict[str, Identity], tmp_path: Path) -> AsyncIterator
         stack.push_async_callback(targets.close)
         targets.update([NodeView(name="core", role="cloud", address=server.address)])
         listener = make_server(
-            "ngh2", oip_methods(router, router, server_name="near", trusted=False), address="127.0.0.1:0"
+            "ngh2",
+            oip_methods(InferenceService(router, router, server_name="near"), trusted=False),
+            address="127.0.0.1:0",
         )
         await listener.start()
         stack.push_async_callback(listener.drain, 0.2)

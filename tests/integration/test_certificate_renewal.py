@@ -32,6 +32,7 @@ from nearcast.identity.files import write_file
 from nearcast.transport.grpc import KINDS, Kind, make_channel, make_server
 from nearcast.transport.rest import RestServer
 from nearcast.transport.seam import Call, Channel, Methods, Reply, Server
+from nearcast.transport.service import InferenceService
 from router.control import ControlLink
 from router.policy import Policy
 from router.policy.config import PolicyConfig
@@ -305,7 +306,7 @@ async def test_the_rest_listener_shows_the_new_certificate(controller: Controlle
     cloud = controller.enrol("cloud-1", "cloud")
     router = Router(Policy(PolicyConfig(), 1), node="cloud-1")
     tls = server_tls(cloud, require_client=False, alpn=("http/1.1",))
-    server = RestServer(router, router, address="127.0.0.1:0", server_name="t", tls=tls)
+    server = RestServer(InferenceService(router, router, server_name="t"), address="127.0.0.1:0", tls=tls)
     await server.start()
     host, port = server.address.split(":")
     for _ in range(2):

@@ -25,6 +25,7 @@ from nearcast.transport.mesh import join_methods
 from nearcast.transport.oip import oip_methods
 from nearcast.transport.reflection import reflection_methods
 from nearcast.transport.seam import Call, Methods, Reply, Server
+from nearcast.transport.service import InferenceService
 from nearcast.wire.request import TensorRequest
 from nearcast.wire.v1 import oip_pb2 as pb
 from tests.integration.add_model import AddModel
@@ -46,7 +47,7 @@ async def collect(messages: AsyncIterator[bytes], call: Call) -> AsyncIterator[R
 
 def offered(model: AddModel) -> Methods:
     methods = join_methods(
-        oip_methods(model, model, server_name="test-1", trusted=False),
+        oip_methods(InferenceService(model, model, server_name="test-1"), trusted=False),
         health_methods(model.is_ready),
         Methods(stream={"/t.T/count": count, "/t.T/collect": collect}),
     )

@@ -23,6 +23,7 @@ from nearcast.store import Store
 from nearcast.transport.grpc import make_channel, make_server
 from nearcast.transport.oip import MODEL_INFER, MODEL_STREAM_INFER, oip_methods
 from nearcast.transport.rest import RestServer
+from nearcast.transport.service import InferenceService
 from nearcast.transport.stream_answers import decode_answer
 from nearcast.wire.request import TensorRequest
 from tests.tiny_models import activate, affine_model, install
@@ -84,8 +85,10 @@ async def node(folder: Path, *, fields: dict[str, Any] | None = None, **limits: 
 @contextlib.asynccontextmanager
 async def listening(host: ModelHost) -> AsyncIterator[tuple[str, str]]:
     """Addresses of a gRPC and a REST listener."""
-    grpc_server = make_server("ngh2", oip_methods(host, host, server_name="t", trusted=False), address="127.0.0.1:0")
-    rest_server = RestServer(host, host, address="127.0.0.1:0", server_name="t")
+    grpc_server = make_server(
+        "ngh2", oip_methods(InferenceService(host, host, server_name="t"), trusted=False), address="127.0.0.1:0"
+    )
+    rest_server = RestServer(InferenceService(host, host, server_name="t"), address="127.0.0.1:0")
     await grpc_server.start()
     await rest_server.start()
     try:

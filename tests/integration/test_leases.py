@@ -24,6 +24,7 @@ from nearcast.transport.mesh import join_methods
 from nearcast.transport.oip import oip_methods
 from nearcast.transport.reflection import reflection_methods
 from nearcast.transport.remote import RemoteNode
+from nearcast.transport.service import InferenceService
 from nearcast.wire.lease import LeaseQuestion
 from router.lease import Announced, LeaseConfig
 from router.lessor import Lessor
@@ -57,7 +58,7 @@ class Fleet:
     async def start(self) -> None:
         for name, host in self.hosts.items():
             identity = None if self.folder is None else load_identity(self.folder / name)
-            methods = oip_methods(host, host, server_name=name, trusted=False)
+            methods = oip_methods(InferenceService(host, host, server_name=name), trusted=False)
             server = self.servers[name] = make_server("ngh2", methods, address="127.0.0.1:0", identity=identity)
             await server.start()
             host.client_address = server.address
@@ -66,7 +67,8 @@ class Fleet:
             self.router.attach(name, self.nodes[-1], "peer")
         self.hear()
         methods = join_methods(
-            oip_methods(self.router, self.router, server_name="r", trusted=False), lease_methods(self.lessor.grant)
+            oip_methods(InferenceService(self.router, self.router, server_name="r"), trusted=False),
+            lease_methods(self.lessor.grant),
         )
         methods = join_methods(methods, reflection_methods(methods))
         identity = None if self.folder is None else load_identity(self.folder / "r")

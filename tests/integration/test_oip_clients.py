@@ -16,6 +16,7 @@ from nearcast.transport.grpc import KINDS, make_channel, make_server
 from nearcast.transport.mesh import join_methods, mesh_methods
 from nearcast.transport.oip import oip_methods
 from nearcast.transport.remote import RemoteNode
+from nearcast.transport.service import InferenceService
 from nearcast.wire.request import TensorRequest
 from nearcast.wire.v1 import oip_pb2 as pb
 from tests.integration.add_model import AddModel
@@ -38,7 +39,9 @@ async def model():
 
 @pytest.fixture
 async def server(kind, model):
-    server = make_server(kind, oip_methods(model, model, server_name="test-1", trusted=False), address="127.0.0.1:0")
+    server = make_server(
+        kind, oip_methods(InferenceService(model, model, server_name="test-1"), trusted=False), address="127.0.0.1:0"
+    )
     await server.start()
     yield server
     model.release.set()
@@ -215,7 +218,9 @@ def certify(authority: CertificateAuthority, folder: Path, role: str) -> Identit
 async def test_mesh_listener_honours_nodes_only(kind, model, tmp_path):
     authority = CertificateAuthority.create(tmp_path / "ca")
     edge, router, operator = (certify(authority, tmp_path / role, role) for role in ("edge", "router", "operator"))
-    methods = join_methods(oip_methods(model, model, server_name="test-1", trusted=True), mesh_methods(model.report))
+    methods = join_methods(
+        oip_methods(InferenceService(model, model, server_name="test-1"), trusted=True), mesh_methods(model.report)
+    )
     server = make_server(kind, methods, address="127.0.0.1:0", identity=edge, require_client=True)
     await server.start()
     trusted = RemoteNode(make_channel(kind, server.address, identity=router))

@@ -21,6 +21,7 @@ from nearcast.transport.grpc import make_channel, make_server
 from nearcast.transport.oip import MODEL_INFER, oip_methods
 from nearcast.transport.remote import RemoteNode
 from nearcast.transport.seam import Server
+from nearcast.transport.service import InferenceService
 from nearcast.wire.request import TensorRequest
 from router.policy import Policy, PolicyConfig
 from router.router import Router
@@ -82,7 +83,7 @@ def request(count: int = SMALL, **options: Any) -> TensorRequest:
 async def hop() -> AsyncIterator[Hop]:
     router = Router(Policy(PolicyConfig(), seed=1), node="r")
     await router.start()
-    methods = oip_methods(router, router, server_name="r", trusted=False)
+    methods = oip_methods(InferenceService(router, router, server_name="r"), trusted=False)
     server = make_server("ngh2", methods, address="127.0.0.1:0")
     await server.start()
     client = RemoteNode(make_channel("ngh2", server.address))

@@ -22,6 +22,7 @@ from nearcast.transport.grpc import make_channel, make_server
 from nearcast.transport.oip import oip_methods
 from nearcast.transport.report_feed import ReportFeed
 from nearcast.transport.seam import Methods, Server
+from nearcast.transport.service import InferenceService
 from nearcast.wire.request import TensorRequest
 from router.config import ProbeConfig
 from router.policy import Policy, PolicyConfig
@@ -61,7 +62,7 @@ class Watched:
         self.host = TinyHost(name, delay_s=0.001)
         self.draining = False
         self.asked = 0
-        inference = oip_methods(self.host, self.host, server_name=name, trusted=True)
+        inference = oip_methods(InferenceService(self.host, self.host, server_name=name), trusted=True)
         offered = mesh.mesh_methods(self.report)
         unary = {mesh.REPORT: self._count(offered.unary[mesh.REPORT])}
         reports = Methods(unary=unary, stream=offered.stream if streams else {})

@@ -14,6 +14,7 @@ from nearcast.errors import Code, MeshError
 from nearcast.identity import CertificateAuthority, Identity, client_tls, load_identity, make_csr, server_tls
 from nearcast.transport.rest import RestServer
 from nearcast.transport.seam import Limits
+from nearcast.transport.service import InferenceService
 from tests.integration.add_model import AddModel
 
 LIMITS = Limits(message_size_bytes_max=1024 * 1024, concurrent_streams_max=2)
@@ -28,7 +29,7 @@ async def model():
 
 @pytest.fixture
 async def server(model):
-    server = RestServer(model, model, address="127.0.0.1:0", limits=LIMITS, server_name="test-1")
+    server = RestServer(InferenceService(model, model, server_name="test-1"), address="127.0.0.1:0", limits=LIMITS)
     await server.start()
     yield server
     model.release.set()
@@ -315,12 +316,12 @@ async def test_drain_finishes_what_is_in_flight(client, server, model):
 
 async def test_addresses(model):
     with pytest.raises(MeshError) as caught:
-        await RestServer(model, model, address="0.0.0.0:0", server_name="x").start()
+        await RestServer(InferenceService(model, model, server_name="x"), address="0.0.0.0:0").start()
     assert caught.value.code is Code.INVALID_REQUEST
-    first = RestServer(model, model, address="127.0.0.1:0", server_name="x")
+    first = RestServer(InferenceService(model, model, server_name="x"), address="127.0.0.1:0")
     await first.start()
     with pytest.raises(MeshError) as caught:
-        await RestServer(model, model, address=first.address, server_name="x").start()
+        await RestServer(InferenceService(model, model, server_name="x"), address=first.address).start()
     assert caught.value.code is Code.UNAVAILABLE
     assert first.address in caught.value.message
     await first.drain(1.0)
@@ -330,7 +331,7 @@ async def test_certificate_of_the_client_is_its_principal(model, tmp_path):
     authority = CertificateAuthority.create(tmp_path / "ca")
     edge, operator = (certify(authority, tmp_path / role, role) for role in ("edge", "operator"))
     tls = server_tls(edge, require_client=False, alpn=["http/1.1"])
-    server = RestServer(model, model, address="127.0.0.1:0", tls=tls, server_name="x")
+    server = RestServer(InferenceService(model, model, server_name="x"), address="127.0.0.1:0", tls=tls)
     await server.start()
     try:
         for identity, principal in ((operator, operator.uri), (None, "")):

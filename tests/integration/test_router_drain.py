@@ -19,6 +19,7 @@ from nearcast.load import NodeReport
 from nearcast.transport.grpc import make_server
 from nearcast.transport.mesh import join_methods, mesh_methods
 from nearcast.transport.oip import oip_methods
+from nearcast.transport.service import InferenceService
 from router.app import RouterApp
 from router.config import ListenConfig, ProbeConfig, RouterConfig, TargetConfig
 
@@ -53,7 +54,8 @@ class LeavingNode:
         self.host = router_node.TinyHost(name, delay_s=0.004)
         self._draining = False
         methods = join_methods(
-            oip_methods(self.host, self.host, server_name=name, trusted=True), mesh_methods(self.report)
+            oip_methods(InferenceService(self.host, self.host, server_name=name), trusted=True),
+            mesh_methods(self.report),
         )
         identity = load_identity(folder)
         self.server = make_server("ngh2", methods, address="127.0.0.1:0", identity=identity, require_client=True)

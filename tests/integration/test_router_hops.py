@@ -17,6 +17,7 @@ from nearcast.transport.grpc import make_channel, make_server
 from nearcast.transport.oip import MODEL_INFER, oip_methods
 from nearcast.transport.remote import RemoteNode
 from nearcast.transport.seam import Channel
+from nearcast.transport.service import InferenceService
 from nearcast.wire.request import TensorRequest
 from nearcast.wire.response import TensorResponse
 from router.policy import Policy, PolicyConfig
@@ -66,7 +67,9 @@ class Bench:
     async def add(self, model: Model, *, one_way_s: float = 0.0, service_ms: float = 1.0) -> None:
         """A node at some distance, which says how long it takes."""
         server = make_server(
-            "ngh2", oip_methods(model, model, server_name=model.name, trusted=False), address="127.0.0.1:0"
+            "ngh2",
+            oip_methods(InferenceService(model, model, server_name=model.name), trusted=False),
+            address="127.0.0.1:0",
         )
         await server.start()
         self._stack.push_async_callback(server.drain, 0.1)
@@ -87,7 +90,7 @@ class Bench:
 
     async def listen(self) -> Channel:
         """Open the front; a client's channel to it."""
-        methods = oip_methods(self.router, self.router, server_name="r", trusted=False)
+        methods = oip_methods(InferenceService(self.router, self.router, server_name="r"), trusted=False)
         server = make_server("ngh2", methods, address="127.0.0.1:0")
         await server.start()
         self._stack.push_async_callback(server.drain, 0.1)

@@ -30,6 +30,7 @@ from nearcast.transport.health import health_methods
 from nearcast.transport.mesh import join_methods
 from nearcast.transport.oip import oip_methods
 from nearcast.transport.rest import RestServer
+from nearcast.transport.service import InferenceService
 from nearcast.transport.statistics import Statistics
 from nearcast.wire.response import TensorResponse
 from tests.compat.contract import ADD, IDENTITY, SEQUENCE, SLOW
@@ -140,8 +141,10 @@ async def serve(store: Store) -> None:
     host = ContractHost(store, node="compat", limits=HostLimits(slots=1))
     await host.start()
     shared = {"server_name": "compat", "counting": host, "repository": host, "statistics": Statistics()}
-    rest = RestServer(host, host, address="127.0.0.1:0", **shared)
-    methods = join_methods(oip_methods(host, host, trusted=False, **shared), health_methods(host.is_ready))
+    rest = RestServer(InferenceService(host, host, **shared), address="127.0.0.1:0")
+    methods = join_methods(
+        oip_methods(InferenceService(host, host, **shared), trusted=False), health_methods(host.is_ready)
+    )
     servers = {kind: make_server(kind, methods, address="127.0.0.1:0") for kind in KINDS}
     for server in (rest, *servers.values()):
         await server.start()
