@@ -248,7 +248,9 @@ class Router:
             raise self._unknown(model)
         wanted = self.splits.alias(model, version) or version if version not in known[model] else version
         wanted = wanted or self.splits.split(model).stable
-        names = self.policy.holders(model, wanted) or self.policy.holders(model)
+        # Who loads a model knows its tensors too: a question that comes meanwhile is no reason to refuse.
+        policy = self.policy
+        names = policy.holders(model, wanted) or policy.holders(model) or policy.claimants(model)
         nodes = [self._nodes[name] for name in sorted(names, key=lambda n: n != self.node) if name in self._nodes]
         error = MeshError(Code.UNAVAILABLE, f"No node that holds {model!r} can be asked now; try again.")
         for node in nodes:

@@ -121,6 +121,12 @@ class Policy:
         lists = index.versions.values() if not version else [index.versions.get(version)]
         return tuple(v.target.name for held in lists if held for v in held.versions if v.residency == "hot" or v.load_s)
 
+    def claimants(self, model: str) -> tuple[str, ...]:
+        """Names of the targets that tell of a model in whatever state: also while they load it."""
+        index = self._fleet.models.get(model)
+        held = index.versions.values() if index is not None else ()
+        return tuple(dict.fromkeys(version.target.name for table in held for version in table.versions))
+
     def utilisation(self, name: str) -> float:
         """Requests believed to be on a target, per slot; infinite for one that is not known."""
         target = self._fleet.targets.get(name)

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 from nearcast.errors import Code, MeshError
 from nearcast.handler import RequestContext
 from nearcast.identity import CertificateAuthority, Identity, load_identity, make_csr
+from nearcast.load import VersionReport
 from nearcast.store import Store
 from nearcast.store.pointer import Pointer
 from nearcast.wire.request import TensorRequest
@@ -333,6 +335,15 @@ async def test_the_directory_of_models(bench: Bench) -> None:
         await router.metadata("cats", "")
     with pytest.raises(MeshError, match="known models: digits"):
         await router.infer(TensorRequest(model="cats", inputs={}), context())
+
+
+async def test_a_model_is_described_while_it_is_loaded() -> None:
+    host = TinyHost("a")
+    router = Router(Policy(PolicyConfig()), local=host, node="a")
+    loading = VersionReport(model="digits", version="1", residency="loading")
+    router.policy.on_report(router.now(), "a", replace(host.report(), versions=(loading,)))
+    assert (await router.metadata("digits", "")).inputs[0].name == "x"
+    assert not await router.is_ready("digits")
 
 
 async def test_a_node_under_another_name_is_not_believed(bench: Bench) -> None:
