@@ -13,12 +13,13 @@ import numpy as np
 from benchmarks.chaos_devices import TENANT, TTL_S, answer_of
 from benchmarks.chaos_history import History, body_of
 from benchmarks.chaos_node import MODEL, STREAM, TALLY_WIDTH
+from nearcast.backoff import ReconnectLimits
 from nearcast.client.mqtt import MqttDevice
 from nearcast.client.mqtt_limits import DeviceLimits
 from nearcast.errors import MeshError
 from nearcast.transport.mqtt.content_types import OCTETS
 
-LIMITS = DeviceLimits(reconnect_s_max=0.5, silence_s=1.0, silence_s_max=2.0)
+LIMITS = DeviceLimits(reconnect=ReconnectLimits(max_s=0.5), silence_s=1.0, silence_s_max=2.0)
 SAMPLES_AT_ONCE_MAX = 20
 
 

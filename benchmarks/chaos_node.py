@@ -24,6 +24,7 @@ from benchmarks.chaos_history import Event
 from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.streams.definition import StreamDefinition
 from edge_node.mqtt.worker import Durability, MqttWorker
+from nearcast.backoff import ReconnectLimits
 from nearcast.handler import InferRequest, InferResponse, ModelMetadata, RequestContext, Served, Tensors, TensorSpec
 from nearcast.telemetry import TelemetryConfig, start
 from nearcast.wire.response import TensorResponse
@@ -188,7 +189,7 @@ def make_worker(settings: NodeSettings, witness: Witness) -> MqttWorker:
         host="127.0.0.1",
         port=settings.port,
         inbox=settings.ledger,
-        limits=MqttLimits(reconnect_base_s=0.05, reconnect_max_s=0.3, will_delay_s=0),
+        limits=MqttLimits(reconnect=ReconnectLimits(base_s=0.05, max_s=0.3), will_delay_s=0),
         streams=STREAMS,
         durability=settings.durability,
         boot=f"boot of {os.getpid()}" if settings.reboots else None,

@@ -16,6 +16,7 @@ from edge_node.broker.provisioning import ProvisioningLimits
 from edge_node.broker.tenant_broker import TenantBroker
 from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.worker import MqttWorker
+from nearcast.backoff import ReconnectLimits
 from nearcast.client.provisioning import join
 from nearcast.errors import Code, MeshError
 from nearcast.handler import InferRequest, InferResponse, ModelMetadata, RequestContext, Served, TensorSpec
@@ -28,7 +29,7 @@ PAIRS = tuple(itertools.product(TENANTS, DEVICES))
 READER = "dash"
 WAIT_S = 10.0
 LIMITS = ProvisioningLimits(watch_interval_s=0.02, restart_interval_s=0.0)
-FAST = MqttLimits(reconnect_base_s=0.02, reconnect_max_s=0.1, will_delay_s=0)
+FAST = MqttLimits(reconnect=ReconnectLimits(base_s=0.02, max_s=0.1), will_delay_s=0)
 
 
 class Doubler:

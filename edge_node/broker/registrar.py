@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import random
+from collections.abc import Callable
 
 from edge_node.broker.access import REGISTRAR
 from edge_node.broker.provisioning import ProvisioningLimits, QuestionRate
 from edge_node.broker.tenant import TenantAuthority
-from nearcast.backoff import full_jitter_s
+from nearcast.backoff import ReconnectLimits
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import CATALOGUE, MeshError
 from nearcast.telemetry import get_logger
@@ -21,10 +21,10 @@ from nearcast.transport.mqtt.provisioning import (
     read_request,
     requester,
 )
+from nearcast.transport.mqtt.reconnect import stay_connected
 from nearcast.transport.mqtt.tls import TlsFiles
 
-RECONNECT_BASE_S = 0.1
-RECONNECT_MAX_S = 5.0
+RECONNECT = ReconnectLimits(base_s=0.1, max_s=5.0)
 OK = 200
 _log = get_logger("nearcast.broker")
 
@@ -51,18 +51,7 @@ class Registrar:
 
     async def run(self) -> None:
         """Listen until cancelled."""
-        attempt, generator = 0, random.Random()
-        while True:
-            try:
-                await self._listen()
-                attempt = 0
-            except (MeshError, TimeoutError) as error:
-                _log.debug("registrar_waits", error=str(error))
-            finally:
-                self.listening.clear()
-                self._connection = None
-            attempt += 1
-            await asyncio.sleep(full_jitter_s(attempt, generator, base_s=RECONNECT_BASE_S, max_s=RECONNECT_MAX_S))
+        await stay_connected(self._listen, name=f"registrar {self._authority.place.tenant}", limits=RECONNECT)
 
     def forget_presence(self, device: str) -> None:
         """Clear what a device without rights left for those who come later. Nothing happens without a connection."""
@@ -71,7 +60,7 @@ class Registrar:
             for topic in ("state", "up/reported"):
                 self._connection.publish(Message(topic=f"{prefix}{topic}", retain=True))
 
-    async def _listen(self) -> None:
+    async def _listen(self, up: Callable[[], None]) -> None:
         waiting: asyncio.Queue[Message] = asyncio.Queue(self._limits.questions_waiting_max)
         lost = asyncio.Event()
 
@@ -86,11 +75,14 @@ class Registrar:
             await connection.subscribe(certificate_filter(self._authority.place.tenant))
             self._connection = connection
             self.listening.set()
+            up()
             async with asyncio.TaskGroup() as group:
                 answering = group.create_task(self._answer_all(connection, waiting))
                 await lost.wait()
                 answering.cancel()
         finally:
+            self.listening.clear()
+            self._connection = None
             await connection.close(flush_timeout_s=0.2)
 
     async def _answer_all(self, connection: Connection, waiting: asyncio.Queue[Message]) -> None:

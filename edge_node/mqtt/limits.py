@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from edge_node.mqtt.backlog import BacklogLimits
+from nearcast.backoff import ReconnectLimits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +59,7 @@ class MqttLimits:
             deadline they give up.
         sequences_max: sequences of hidden-state models remembered, least recently used first forgotten.
         stall_s: a broker that confirms none of our messages for so long is left for a new connection.
-        reconnect_base_s, reconnect_max_s: full jitter over an exponential. Its devices wait for the node, and it is
-            alone: a fraction of their longest wait.
+        reconnect: the node's devices wait for it, and it is alone: a fraction of their longest wait.
     """
 
     payload_bytes_max: int = 8 * 1024 * 1024
@@ -119,8 +119,7 @@ class MqttLimits:
     outlast_max_s: float = 2.0
     answer_margin_s: float = 0.2
     sequences_max: int = 10_000
-    reconnect_base_s: float = 0.2
-    reconnect_max_s: float = 3.0
+    reconnect: ReconnectLimits = field(default_factory=lambda: ReconnectLimits(max_s=3.0))
     connect_timeout_s: float = 5.0
     stall_s: float = 10.0
     keepalive_s: int = 30

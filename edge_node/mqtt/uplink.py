@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import math
-import random
+from collections.abc import Callable
 
-from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.metrics import MqttMetrics
 from edge_node.mqtt.publisher import Publisher
-from nearcast.backoff import full_jitter_s
-from nearcast.clock import Clock
-from nearcast.errors import MeshError
+from nearcast.backoff import ReconnectLimits
 from nearcast.telemetry import get_logger
 from nearcast.transport.mqtt.connection import Connection, ConnectionSettings
+from nearcast.transport.mqtt.reconnect import stay_connected
 
-STABLE_AFTER_S = 5.0
 _log = get_logger("nearcast.mqtt")
 
 
@@ -26,7 +22,6 @@ class Uplink:
         settings: where it is, and who we are there.
         publisher: of the link `upstream`.
         limits: how often to try.
-        clock: monotonic time.
         metrics: told when the broker comes and goes.
     """
 
@@ -35,41 +30,23 @@ class Uplink:
         settings: ConnectionSettings,
         publisher: Publisher,
         *,
-        limits: MqttLimits,
-        clock: Clock,
+        limits: ReconnectLimits,
         metrics: MqttMetrics,
     ) -> None:
         self._settings = settings
         self._limits = limits
-        self._clock = clock
         self._metrics = metrics
         self.publisher = publisher
-        self._up_at = math.inf
 
     async def run(self) -> None:
         """Connect again and again, until cancelled."""
+        settings = self._settings
         try:
-            await self._stay_connected()
+            await stay_connected(self._live, name=f"{settings.host}:{settings.port}", limits=self._limits)
         finally:
             self.publisher.close()
 
-    async def _stay_connected(self) -> None:
-        attempt = 0
-        generator = random.Random()
-        limits = self._limits
-        while True:
-            self._up_at = math.inf
-            try:
-                await self._live()
-            except MeshError as error:
-                level = _log.warning if attempt == 0 else _log.debug
-                level("no upstream broker", host=self._settings.host, port=self._settings.port, error=error.message)
-            attempt = 0 if self._clock.monotonic() - self._up_at > STABLE_AFTER_S else attempt + 1
-            await asyncio.sleep(
-                full_jitter_s(attempt, generator, base_s=limits.reconnect_base_s, max_s=limits.reconnect_max_s)
-            )
-
-    async def _live(self) -> None:
+    async def _live(self, up: Callable[[], None]) -> None:
         """One connection, from the CONNECT to the loss."""
         lost = asyncio.Event()
 
@@ -86,7 +63,7 @@ class Uplink:
         try:
             await connection.open()
             self.publisher.attach(connection)
-            self._up_at = self._clock.monotonic()
+            up()
             self._metrics.upstream(up=True)
             await lost.wait()
         finally:

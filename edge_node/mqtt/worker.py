@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +27,6 @@ from edge_node.mqtt.streams.metrics import StreamMetrics
 from edge_node.mqtt.streams.service import StreamService
 from edge_node.mqtt.streams.volatile import VolatileInputs
 from edge_node.mqtt.uplink import Uplink
-from nearcast.backoff import full_jitter_s
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import MeshError
 from nearcast.handler import InferenceHandler, ModelDirectory
@@ -37,12 +34,11 @@ from nearcast.telemetry import get_logger
 from nearcast.transport.mqtt import topics
 from nearcast.transport.mqtt.connection import Connection, ConnectionSettings
 from nearcast.transport.mqtt.message import Message
+from nearcast.transport.mqtt.reconnect import stay_connected
 from nearcast.transport.mqtt.tls import TlsFiles
 
 TEND_INTERVAL_S = 5.0
 WATCH_INTERVAL_S = 1.0
-STABLE_AFTER_S = 5.0
-"""A connection that lived this long was no flap: the next reconnect starts with the shortest wait again."""
 HEAD_BYTES_MAX = 256 * 1024
 """Topic and properties, beside the payload, of a packet that is read at all; what is refused needs room as well."""
 STATUS_DENIED = 403
@@ -147,7 +143,6 @@ class MqttWorker:
         self._draining = False
         self._denied: frozenset[str] = frozenset()
         self._online = asyncio.Event()
-        self._up_at = math.inf
         self._epoch: _Epoch | None = None
         self._services: list[asyncio.Task[None]] = []
 
@@ -172,7 +167,8 @@ class MqttWorker:
         if recovered.requests or recovered.outbox["device"]:
             _log.info("recovered", requests=len(recovered.requests), topics=len(recovered.outbox["device"]))
         create = asyncio.get_running_loop().create_task
-        self._services = [create(self._stay_connected()), create(self._tend()), create(self._management.watch())]
+        staying = stay_connected(self._live, name=f"{self._host}:{self._port}", limits=self._limits.reconnect)
+        self._services = [create(staying), create(self._tend()), create(self._management.watch())]
         self._services.append(create(self._watch_window()))
         if self._uplink is not None:
             self._services.append(create(self._uplink.run()))
@@ -235,7 +231,7 @@ class MqttWorker:
     def _make_uplink(self, upstream: ConnectionSettings) -> Uplink:
         limits, clock, metrics = self._limits, self._clock, self.metrics
         publisher = Publisher(self._inbox, limits, clock, on_drop=metrics.dropped, link="upstream")
-        return Uplink(upstream, publisher, limits=limits, clock=clock, metrics=metrics)
+        return Uplink(upstream, publisher, limits=limits.reconnect, metrics=metrics)
 
     def _count_drops(self, committed: Committed) -> None:
         for reason, count in committed.reasons.items():
@@ -243,32 +239,20 @@ class MqttWorker:
 
     # -- the connection -----------------------------------------------------------------------------------------------
 
-    async def _stay_connected(self) -> None:
-        attempt = 0
-        generator = random.Random()
-        while True:
-            self._up_at = math.inf
-            try:
-                await self._live()
-            except (MeshError, TimeoutError) as error:
-                level = _log.warning if attempt == 0 else _log.debug
-                level("no broker", host=self._host, port=self._port, error=str(error))
-            except Exception:  # noqa: BLE001  # a node that does not try again is deaf for ever
-                _log.exception("a connection failed unexpectedly", host=self._host, port=self._port)
-            finally:
-                self._online.clear()
-                self.metrics.connected(up=False)
-                self._publisher.detach()
-                self._management.detach()
-            attempt = 0 if self._clock.monotonic() - self._up_at > STABLE_AFTER_S else attempt + 1
-            limits = self._limits
-            base_s, max_s = limits.reconnect_base_s, limits.reconnect_max_s
-            await asyncio.sleep(full_jitter_s(attempt, generator, base_s=base_s, max_s=max_s))
-
-    async def _live(self) -> None:
+    async def _live(self, up: Callable[[], None]) -> None:
         """One epoch: from the CONNECT to the loss."""
         epoch = _Epoch()
+        try:
+            await self._connect(epoch)
+            up()
+            await epoch.lost.wait()
+        finally:
+            self._online.clear()
+            self.metrics.connected(up=False)
+            self._publisher.detach()
+            self._management.detach()
 
+    async def _connect(self, epoch: _Epoch) -> None:
         def lost(reason: str) -> None:
             _log.warning("broker lost", reason=reason)
             epoch.lost.set()
@@ -293,11 +277,9 @@ class MqttWorker:
         if self._discovery is not None:
             self._discovery.forget()
         self._publisher.attach(connection)
-        self._up_at = self._clock.monotonic()
         self._online.set()
         self.metrics.connected(up=True)
         _log.info("broker connected", host=self._host, port=self._port)
-        await epoch.lost.wait()
 
     def _settings(self) -> ConnectionSettings:
         limits = self._limits

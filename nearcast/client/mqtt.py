@@ -107,7 +107,7 @@ class MqttDevice:
         self.link = DeviceLink(
             settings,
             {self._reply_topic: False} | ({} if apply is None else {self._desired_topic: True}),
-            limits=self._limits,
+            limits=self._limits.reconnect,
             generator=generator,
             on_up=self._go_on,
             on_down=self._hold,

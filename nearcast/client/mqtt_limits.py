@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from nearcast.backoff import ReconnectLimits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,8 +18,7 @@ class DeviceLimits:
         streams_max: streams that are numbered.
         silence_s, silence_s_max: a request that the broker has confirmed and nobody has answered is sent again after
             the first of these, plus full jitter over an exponential that ends at the second.
-        reconnect_base_s, reconnect_s_max: full jitter over an exponential.
-        stable_s: a connection that lived this long was no flap: the next reconnect begins with the shortest wait.
+        reconnect: how soon a lost connection is made again.
         session_expiry_s: how long the broker keeps replies for a device that is away.
         will_delay_s: how long a device may be away before the others are told.
     """
@@ -28,8 +29,6 @@ class DeviceLimits:
     streams_max: int = 256
     silence_s: float = 1.0
     silence_s_max: float = 4.0
-    reconnect_base_s: float = 0.2
-    reconnect_s_max: float = 10.0
-    stable_s: float = 5.0
+    reconnect: ReconnectLimits = field(default_factory=ReconnectLimits)
     session_expiry_s: int = 300
     will_delay_s: int = 10

@@ -5,19 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
-from math import inf
 from random import Random
 
 import msgspec
 
-from nearcast.backoff import full_jitter_s
-from nearcast.client.mqtt_limits import DeviceLimits
+from nearcast.backoff import ReconnectLimits
 from nearcast.errors import Code, MeshError
-from nearcast.telemetry import get_logger
 from nearcast.transport.mqtt.connection import Connection, ConnectionSettings
 from nearcast.transport.mqtt.message import Message
-
-_log = get_logger("nearcast.device")
+from nearcast.transport.mqtt.reconnect import stay_connected
 
 
 class DeviceLink:
@@ -26,7 +22,7 @@ class DeviceLink:
     Args:
         settings: where and how. Their will is also what is said at the end of `run`.
         filters: what to subscribe, and whether the messages that the topics hold are wanted.
-        limits: bounds.
+        limits: how soon to connect again.
         generator: for the jitter.
         on_up: called for each connection, once it is subscribed.
         on_down: called with a sentence when there is none.
@@ -38,7 +34,7 @@ class DeviceLink:
         settings: ConnectionSettings,
         filters: Mapping[str, bool],
         *,
-        limits: DeviceLimits,
+        limits: ReconnectLimits,
         generator: Random,
         on_up: Callable[[Connection], None],
         on_down: Callable[[str], None],
@@ -57,7 +53,6 @@ class DeviceLink:
         """Whether messages can arrive now."""
         self._turn = asyncio.Event()
         self._trouble = ""
-        self._up_at = inf
         self.failures = 0
         """Connections that were lost or not had, so far."""
 
@@ -74,25 +69,21 @@ class DeviceLink:
 
     async def run(self) -> None:
         """Connect, and again after each loss, until cancelled."""
-        attempt, limits = 0, self._limits
-        now = asyncio.get_running_loop().time
-        while True:
-            self._up_at = inf
-            try:
-                await self._live()
-            except (MeshError, TimeoutError) as error:
-                trouble = error.message if isinstance(error, MeshError) else "The broker did not answer in time."
-                level = _log.warning if attempt == 0 else _log.debug  # one line for each outage
-                level("broker_lost", host=self._settings.host, port=self._settings.port, error=trouble)
-                self.failures += 1
-                self._trouble = trouble
-                self._tell()
-                self._on_down(trouble)
-            attempt = 0 if now() - self._up_at > limits.stable_s else attempt + 1
-            base_s, max_s = limits.reconnect_base_s, limits.reconnect_s_max
-            await asyncio.sleep(full_jitter_s(attempt, self._generator, base_s=base_s, max_s=max_s))
+        await stay_connected(
+            self._live,
+            name=f"{self._settings.host}:{self._settings.port}",
+            limits=self._limits,
+            generator=self._generator,
+            on_trouble=self._fail,
+        )
 
-    async def _live(self) -> None:
+    def _fail(self, trouble: str) -> None:
+        self.failures += 1
+        self._trouble = trouble
+        self._tell()
+        self._on_down(trouble)
+
+    async def _live(self, up: Callable[[], None]) -> None:
         """One connection: from the CONNECT to the loss, which it raises."""
         lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -111,7 +102,8 @@ class DeviceLink:
             # before the first request, or the reply has nowhere to go.
             for topic, is_retained_wanted in self._filters.items():
                 await connection.subscribe(topic, retained=is_retained_wanted)
-            self.is_up, self._up_at = True, asyncio.get_running_loop().time()
+            self.is_up = True
+            up()
             self._tell()
             self._on_up(connection)
             raise MeshError(Code.UNAVAILABLE, await lost)

@@ -17,6 +17,7 @@ from edge_node.broker import Broker
 from edge_node.broker.tenant_broker import TenantBroker
 from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.worker import MqttWorker
+from nearcast.backoff import ReconnectLimits
 from nearcast.cli import main as cli
 from nearcast.client.mqtt import MqttDevice
 from nearcast.client.mqtt_limits import DeviceLimits
@@ -26,8 +27,9 @@ from nearcast.transport.mqtt.connection import Connection, ConnectionSettings
 from nearcast.transport.mqtt.message import Message
 from tests.integration.mqtt_parts import Doubler, until
 
-NODE_LIMITS = MqttLimits(reconnect_base_s=0.02, reconnect_max_s=0.1, will_delay_s=0)
-LIMITS = DeviceLimits(reconnect_base_s=0.02, reconnect_s_max=0.1, silence_s=0.2, silence_s_max=0.4, will_delay_s=0)
+QUICK = ReconnectLimits(base_s=0.02, max_s=0.1)
+NODE_LIMITS = MqttLimits(reconnect=QUICK, will_delay_s=0)
+LIMITS = DeviceLimits(reconnect=QUICK, silence_s=0.2, silence_s_max=0.4, will_delay_s=0)
 X = np.array([[1.0, 2.0]], dtype=np.float32)
 
 pytestmark = pytest.mark.skipif(

@@ -23,6 +23,7 @@ from edge_node.mqtt.ledger.records import Reply
 from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.management import PRESENCE_EXPIRY_S, Management
 from edge_node.mqtt.worker import MqttWorker
+from nearcast.backoff import ReconnectLimits
 from nearcast.cli import main
 from nearcast.clock import ManualClock
 from nearcast.clock_store import ClockFloor
@@ -30,7 +31,7 @@ from nearcast.load import VersionReport
 from tests.integration.mqtt_parts import WAIT_S, Device, Doubler, user_of
 
 OCTETS = "application/octet-stream"
-FAST = MqttLimits(reconnect_base_s=0.05, reconnect_max_s=0.1, will_delay_s=0)
+FAST = MqttLimits(reconnect=ReconnectLimits(base_s=0.05, max_s=0.1), will_delay_s=0)
 
 
 def _said(message):

@@ -18,6 +18,7 @@ from edge_node.broker import Broker
 from edge_node.broker.process import mosquitto_path
 from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.worker import MqttWorker
+from nearcast.backoff import ReconnectLimits
 from nearcast.errors import Code, MeshError
 
 PARTS = Path(__file__).with_name("mqtt_parts.py")
@@ -30,7 +31,7 @@ _spec.loader.exec_module(parts)
 Device, Doubler, until, user_of = parts.Device, parts.Doubler, parts.until, parts.user_of
 
 X = np.array([[1.0, 2.0]], dtype=np.float32).tobytes()
-FAST = {"reconnect_base_s": 0.05, "reconnect_max_s": 0.2, "will_delay_s": 0}
+FAST = {"reconnect": ReconnectLimits(base_s=0.05, max_s=0.2), "will_delay_s": 0}
 
 
 @pytest.fixture

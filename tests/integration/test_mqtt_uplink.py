@@ -17,12 +17,13 @@ from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.metrics import MqttMetrics
 from edge_node.mqtt.publisher import Publisher
 from edge_node.mqtt.uplink import Uplink
+from nearcast.backoff import ReconnectLimits
 from nearcast.clock import SYSTEM_CLOCK
 from nearcast.transport.mqtt.connection import Connection, ConnectionSettings
 
 LIMITS = MqttLimits(
-    live_rows_max=4, page_rows_max=8, backlog_window=4, reconnect_base_s=0.02, reconnect_max_s=0.05, refusals_max=2,
-    refusal_retry_base_s=0.001, outbox_bytes_max=100_000,
+    live_rows_max=4, page_rows_max=8, backlog_window=4, refusals_max=2,
+    reconnect=ReconnectLimits(base_s=0.02, max_s=0.05), refusal_retry_base_s=0.001, outbox_bytes_max=100_000,
 )  # fmt: skip
 
 
@@ -34,7 +35,7 @@ class Node:
         self.metrics = MqttMetrics()
         publisher = Publisher(self.ledger, limits, SYSTEM_CLOCK, on_drop=self.metrics.dropped, link="upstream")
         settings = ConnectionSettings(host="127.0.0.1", port=port, client_id="node")
-        self.uplink = Uplink(settings, publisher, limits=limits, clock=SYSTEM_CLOCK, metrics=self.metrics)
+        self.uplink = Uplink(settings, publisher, limits=limits.reconnect, metrics=self.metrics)
         self.seq = 0
 
     async def emit(self, *streams, size=1):

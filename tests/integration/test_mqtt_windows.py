@@ -12,9 +12,10 @@ from edge_node.broker import Broker
 from edge_node.broker.process import mosquitto_path
 from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.worker import MqttWorker, _Epoch
+from nearcast.backoff import ReconnectLimits
 from tests.integration.mqtt_parts import Device, Doubler, until, user_of
 
-FAST = MqttLimits(reconnect_base_s=0.02, reconnect_max_s=0.05, will_delay_s=0)
+FAST = MqttLimits(reconnect=ReconnectLimits(base_s=0.02, max_s=0.05), will_delay_s=0)
 
 
 @asynccontextmanager

@@ -23,6 +23,7 @@ from paho.mqtt import client as paho
 from edge_node.broker import Broker, find_broker
 from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.worker import MqttWorker
+from nearcast.backoff import ReconnectLimits
 from nearcast.handler import Served
 from nearcast.wire.request import TensorRequest
 from nearcast.wire.response import WireResponse
@@ -36,7 +37,7 @@ sys.modules["mqtt_parts"] = parts
 _spec.loader.exec_module(parts)
 Device, Doubler, until, user_of = parts.Device, parts.Doubler, parts.until, parts.user_of
 
-FAST = MqttLimits(reconnect_base_s=0.05, reconnect_max_s=0.2, will_delay_s=0)
+FAST = MqttLimits(reconnect=ReconnectLimits(base_s=0.05, max_s=0.2), will_delay_s=0)
 X = np.array([[1.0, 2.0]], dtype=np.float32)
 
 
@@ -247,7 +248,7 @@ async def test_hidden_state_is_per_device_and_in_order(broker, tmp_path):
 
 
 async def test_bad_requests_get_one_clear_status_each(broker, tmp_path):
-    limits = MqttLimits(payload_bytes_max=1000, image_bytes_max=500, reconnect_base_s=0.05)
+    limits = MqttLimits(payload_bytes_max=1000, image_bytes_max=500, reconnect=ReconnectLimits(base_s=0.05, max_s=3.0))
     own = "nc/v1/local/d1/down/reply/test"
     handler = Doubler()
     async with serving(broker, tmp_path, handler, limits=limits):
@@ -297,7 +298,7 @@ async def test_bad_requests_get_one_clear_status_each(broker, tmp_path):
 
 async def test_what_is_too_late_is_not_run(broker, tmp_path):
     handler = Doubler(delay_s=0.3)
-    limits = MqttLimits(in_flight_max=1, reconnect_base_s=0.05)
+    limits = MqttLimits(in_flight_max=1, reconnect=ReconnectLimits(base_s=0.05, max_s=3.0))
     async with serving(broker, tmp_path, handler, limits=limits):
         with Device(broker.port, "d1") as device:
             device.ask(X.tobytes(), correlation=b"a")
@@ -312,7 +313,7 @@ async def test_what_is_too_late_is_not_run(broker, tmp_path):
 
 async def test_a_full_queue_refuses_with_a_hint(broker, tmp_path):
     handler = Doubler(delay_s=0.2)
-    limits = MqttLimits(pending_max=3, in_flight_max=1, reconnect_base_s=0.05)
+    limits = MqttLimits(pending_max=3, in_flight_max=1, reconnect=ReconnectLimits(base_s=0.05, max_s=3.0))
     async with serving(broker, tmp_path, handler, limits=limits) as worker:
         with Device(broker.port, "d1") as device:
             asked = [device.ask(X.tobytes()) for _ in range(10)]
@@ -416,7 +417,7 @@ async def test_a_killed_worker_answers_after_its_restart(broker, tmp_path):
 
 
 async def test_a_request_that_crashes_the_node_is_quarantined(broker, tmp_path):
-    limits = MqttLimits(attempts_max=2, reconnect_base_s=0.05)
+    limits = MqttLimits(attempts_max=2, reconnect=ReconnectLimits(base_s=0.05, max_s=3.0))
     journal = tmp_path / "inbox.journal"
     with Device(broker.port, "d1") as device:
         for life in range(3):

@@ -16,6 +16,7 @@ from edge_node.broker import Broker
 from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.streams.definition import StreamDefinition
 from edge_node.mqtt.worker import MqttWorker
+from nearcast.backoff import ReconnectLimits
 from nearcast.cli.demo.samples import load_clips
 from nearcast.client.mqtt import MqttDevice
 from nearcast.serving import ModelHost
@@ -89,7 +90,7 @@ async def node(broker, store, folder, **options):
         port=broker.port,
         inbox=folder / "ledger.sqlite",
         streams=STREAMS,
-        limits=MqttLimits(reconnect_base_s=0.05, reconnect_max_s=0.2),
+        limits=MqttLimits(reconnect=ReconnectLimits(base_s=0.05, max_s=0.2)),
         **options,
     )
     await worker.start()

@@ -8,9 +8,10 @@ import pytest
 from edge_node.mqtt.ack_window import AckWindow
 from edge_node.mqtt.idempotency import Known, decide
 from edge_node.mqtt.lanes import Lanes, Recent
-from nearcast.backoff import full_jitter_s
-from nearcast.errors import MeshError
+from nearcast.backoff import ReconnectLimits, Reconnects, full_jitter_s
+from nearcast.errors import Code, MeshError
 from nearcast.transport.mqtt.connection import parse_url
+from nearcast.transport.mqtt.reconnect import stay_connected
 
 
 @pytest.mark.parametrize(
@@ -79,6 +80,37 @@ def test_waits_grow_to_their_bound_and_are_spread():
         assert all(0 < wait <= bound for wait in found)
         assert max(found) > 0.9 * bound
         assert min(found) < 0.1 * bound
+
+
+def test_only_a_connection_that_lasted_makes_the_next_wait_short_again():
+    reconnects = Reconnects(ReconnectLimits(base_s=1.0, max_s=8.0, stable_s=5.0), Random(1))
+    attempts = []
+    for lived_s in (0.0, 4.9, 0.0, 5.1, 0.0):
+        assert 0.0 < reconnects.wait_s(lived_s) <= min(8.0, 2.0**reconnects.attempt)
+        attempts.append(reconnects.attempt)
+    assert attempts == [1, 2, 3, 0, 1]
+
+
+async def test_who_stays_connected_tries_again_whatever_happens():
+    failures = iter([MeshError(Code.UNAVAILABLE, "gone"), TimeoutError(), ValueError("odd"), None])
+    troubles, done = [], asyncio.Event()
+
+    async def live(up):
+        up()
+        failure = next(failures)
+        if failure is None:
+            done.set()
+            await asyncio.Event().wait()
+        raise failure
+
+    quick = ReconnectLimits(base_s=1e-6, max_s=1e-6)
+    staying = asyncio.create_task(stay_connected(live, name="b", limits=quick, on_trouble=troubles.append))
+    await done.wait()
+    staying.cancel()
+    await asyncio.gather(staying, return_exceptions=True)
+    assert staying.cancelled()
+    assert troubles[0] == "gone"
+    assert len(troubles) == 3
 
 
 def test_broker_urls():
