@@ -249,8 +249,8 @@ class Router:
         wanted = self.splits.alias(model, version) or version if version not in known[model] else version
         wanted = wanted or self.splits.split(model).stable
         # Who loads a model knows its tensors too: a question that comes meanwhile is no reason to refuse.
-        policy = self.policy
-        names = policy.holders(model, wanted) or policy.holders(model) or policy.claimants(model)
+        held = self.policy.holders
+        names = held(model, wanted) or held(model) or held(model, loading=True)
         nodes = [self._nodes[name] for name in sorted(names, key=lambda n: n != self.node) if name in self._nodes]
         error = MeshError(Code.UNAVAILABLE, f"No node that holds {model!r} can be asked now; try again.")
         for node in nodes:

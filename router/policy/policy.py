@@ -113,19 +113,14 @@ class Policy:
         index = self._fleet.models.get(model)
         return index.newest if index is not None else ""
 
-    def holders(self, model: str, version: str = "") -> tuple[str, ...]:
-        """Names of the targets that hold a version hot or load it on demand ("" = any version)."""
+    def holders(self, model: str, version: str = "", *, loading: bool = False) -> tuple[str, ...]:
+        """Names of the targets that hold a version hot or load it on demand ("" = any version; or `loading` it now)."""
         index = self._fleet.models.get(model)
         if index is None:
             return ()
         lists = index.versions.values() if not version else [index.versions.get(version)]
-        return tuple(v.target.name for held in lists if held for v in held.versions if v.residency == "hot" or v.load_s)
-
-    def claimants(self, model: str) -> tuple[str, ...]:
-        """Names of the targets that tell of a model in whatever state: also while they load it."""
-        index = self._fleet.models.get(model)
-        held = index.versions.values() if index is not None else ()
-        return tuple(dict.fromkeys(version.target.name for table in held for version in table.versions))
+        held = [v for table in lists if table for v in table.versions]
+        return tuple(v.target.name for v in held if loading or v.residency == "hot" or v.load_s)
 
     def utilisation(self, name: str) -> float:
         """Requests believed to be on a target, per slot; infinite for one that is not known."""
