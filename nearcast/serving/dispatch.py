@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +18,7 @@ from nearcast.serving.joining import join, split
 from nearcast.serving.pipeline.model import PipelinedModel
 from nearcast.serving.signature import Signature
 from nearcast.serving.statistics import Statistics
+from nearcast.serving.workers import Workers
 
 _LOG = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Dispatch:
         config: BatchingConfig,
         *,
         statistics: Statistics,
-        executor: Executor,
+        workers: Workers,
         clock: Clock,
     ) -> None:
         self.batcher = Batcher(config)
@@ -61,7 +61,7 @@ class Dispatch:
         self._signature = signature
         self._statistics = statistics
         self._joins = config.rows_max > 1
-        self._executor = executor
+        self._workers = workers
         self._clock = clock
         self._ids = itertools.count()
         self._open: dict[int, Waiting] = {}
@@ -158,18 +158,19 @@ class Dispatch:
 
     def _start(self, ids: tuple[int, ...]) -> None:
         batch = [self._open[request_id] for request_id in ids]
-        job = asyncio.get_running_loop().run_in_executor(self._executor, self.run_batch, batch)
-        job.add_done_callback(lambda done: self._finish(ids, batch, done))
+        self._workers.run(partial(self.run_batch, batch), partial(self._finish, ids, batch))
 
-    def _finish(self, ids: tuple[int, ...], batch: list[Waiting], job: asyncio.Future[list[Timed | MeshError]]) -> None:
+    def _finish(
+        self, ids: tuple[int, ...], batch: list[Waiting], outcome: list[Timed | MeshError] | BaseException
+    ) -> None:
         answers: list[Timed | MeshError]
-        if job.cancelled():
+        if isinstance(outcome, asyncio.CancelledError):
             answers = [unloaded(self._title) for _ in batch]
-        elif (error := job.exception()) is not None:
-            _LOG.error("%s failed", self._title, exc_info=error)
+        elif isinstance(outcome, BaseException):
+            _LOG.error("%s failed", self._title, exc_info=outcome)
             answers = [MeshError(Code.INTERNAL, f"Model {self._title} failed; the log says why.") for _ in batch]
         else:
-            answers = job.result()
+            answers = outcome
             self.count(batch, answers)
         for request_id in ids:
             self._end(request_id)

@@ -25,6 +25,7 @@ from nearcast.serving.slots import Slot
 from nearcast.serving.statistics import Statistics
 from nearcast.serving.tuner import Tuner
 from nearcast.serving.version import HotVersion
+from nearcast.serving.workers import Workers
 from nearcast.store import Manifest, Pointer, Store, is_model_name
 
 _LOG = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class Residency:
             bytes_max=limits.memory_bytes_max, protect_s=limits.memory_protect_s, reloads_max=limits.reloads_max
         )
         share_arena()
-        self._executor = ThreadPoolExecutor(limits.slots, "nearcast-run", initializer=give_way_to_loop)
+        self._workers = Workers(limits.slots, "nearcast-run", give_way_to_loop)
         self._loader = ThreadPoolExecutor(limits.loads_concurrent_max, "nearcast-load", initializer=yield_to_serving)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._granted: dict[Key, int] = {}
@@ -124,7 +125,7 @@ class Residency:
                 self._retire(slot, version, keep_sequences=False)
         while self._tasks:
             await asyncio.wait(self._tasks)
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._workers.close()
         self._loader.shutdown(wait=False, cancel_futures=True)
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -237,7 +238,7 @@ class Residency:
             loaded,
             statistics=self._remember(slot.name, release),
             limits=self._limits,
-            executor=self._executor,
+            workers=self._workers,
             clock=self._clock,
         )
         slot.since[release] = slot.hot[release].used_at = self._clock.monotonic()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from concurrent.futures import Executor
 
 import msgspec
 
@@ -23,6 +22,7 @@ from nearcast.serving.signature import Signature
 from nearcast.serving.statistics import Statistics
 from nearcast.serving.turn import Turn
 from nearcast.serving.turn_rows import TurnRows
+from nearcast.serving.workers import Workers
 
 
 class HotVersion:
@@ -38,7 +38,7 @@ class HotVersion:
     """
 
     def __init__(
-        self, loaded: Loaded, *, statistics: Statistics, limits: HostLimits, executor: Executor, clock: Clock
+        self, loaded: Loaded, *, statistics: Statistics, limits: HostLimits, workers: Workers, clock: Clock
     ) -> None:
         self.manifest = loaded.manifest
         self.engine = loaded.engine
@@ -84,7 +84,7 @@ class HotVersion:
                 late_quantile=self.signature.late_quantile(limits.late_quantile),
             ),
             statistics=statistics,
-            executor=executor,
+            workers=workers,
             clock=clock,
         )
         self.sequences = Sequences(
