@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
+BOOTS_MAX = 4
+"""Boots of its device that a stream remembers."""
 State: TypeAlias = Literal["pending", "done"]
 Verdict: TypeAlias = Literal["accept", "pending", "replay", "conflict", "full"]
 
@@ -34,33 +36,38 @@ def decide(known: Known | None, digest: bytes, *, has_room: bool) -> Verdict:
     return "replay" if known.state == "done" else "pending"
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
-    """How far a stream is: the device's boot and its number in it. "" and None where the device does not count."""
+class Position(NamedTuple):
+    """How far a stream is in one boot of its device."""
 
-    boot: str = ""
-    seq: int | None = None
+    boot: str
+    seq: int
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A message that moves a stream on to `position`; the device skipped `lost` numbers before it."""
+    """A message that moves a stream on to `positions`; the device skipped `lost` numbers before it."""
 
-    position: Position
+    positions: tuple[Position, ...]
     lost: int = 0
 
 
-def follow(last: Position, boot: str, seq: int | None) -> Step | None:
+def follow(known: tuple[Position, ...], boot: str, seq: int | None) -> Step | None:
     """Judge a stream's message by how far the stream is; None if it came before.
 
     A message without a number is taken as it comes and moves nothing. A new boot starts a sequence of its own, and what
-    was lost before its first number is not known.
+    was lost before its first number is not known. What is left of a former boot may come later: a broker that does not
+    know that it was taken sends it again, and before what followed it. `known` are the positions in the boots that are
+    remembered, the newest boot first.
     """
     if seq is None:
-        return Step(last)
-    if last.seq is None or boot != last.boot:
-        return Step(Position(boot, seq))
-    return None if seq <= last.seq else Step(Position(boot, seq), seq - last.seq - 1)
+        return Step(known)
+    last = next((position for position in known if position.boot == boot), None)
+    moved = Position(boot, seq)
+    if last is None:
+        return Step((moved, *known)[:BOOTS_MAX])
+    if seq <= last.seq:
+        return None
+    return Step(tuple(moved if position is last else position for position in known), seq - last.seq - 1)
 
 
 def digest_of(fields: Iterable[tuple[str, str]], payload: bytes) -> bytes:

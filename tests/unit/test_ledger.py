@@ -223,6 +223,7 @@ async def test_a_stream_moves_on_in_one_transaction(tmp_path):
     assert (await ledger.inputs(4, 2)).through == 5
     assert await ledger.stream_state("local", "mic", "audio") == b"s1"
     assert (await ledger.take(input_of(1, boot="b2"), b"1")).verdict == "duplicate"
+    assert (await ledger.take(input_of(6), b"6")).verdict == "duplicate", "a broker sends it again after the reboot"
     await ledger.close()
 
 
@@ -354,6 +355,30 @@ async def test_an_event_that_a_link_refused_can_be_sent_again_on_that_link(tmp_p
     await ledger.close()
 
 
+async def test_a_letter_that_cannot_be_sent_again_stays_one(tmp_path):
+    path = tmp_path / "inbox.sqlite"
+    ledger = make(tmp_path, links=("device", "upstream"))
+    await ledger.open(0.0)
+    await ledger.take(input_of(1), b"x")
+    (event,) = await ledger.advance(1, 1.0, events=[event_of(b"one")])
+    await ledger.refuse(event.id, "upstream", "not allowed", 2.0)
+    await ledger.close()
+    mark_for_replay(path, [1])
+    for fields in ({}, {"links": ("device", "upstream"), "outbox_bytes_max": 10, "when_full": "reject"}):
+        ledger = make(tmp_path, **fields)
+        await ledger.open(3.0)
+        assert (await ledger.revive(3.0, 30.0)).outgoing == []
+        assert await ledger.tell_drops(3.0) == (), "nothing was dropped"
+        await ledger.close()
+        assert [each.replay for each in list_letters(path)] == [True]
+    ledger = make(tmp_path, links=("device", "upstream"))
+    await ledger.open(4.0)
+    (again,) = (await ledger.revive(4.0, 30.0)).outgoing
+    assert (again.message, again.links) == (event.message, 2)
+    assert list_letters(path) == []
+    await ledger.close()
+
+
 async def test_a_stream_reads_its_own_rows_without_those_of_the_others(tmp_path):
     ledger = make(tmp_path)
     await ledger.open(0.0)
@@ -376,6 +401,35 @@ async def test_a_file_of_an_earlier_format_is_named_as_one(tmp_path):
         connection.execute("CREATE TABLE inbox (id INTEGER PRIMARY KEY, finished REAL, size INTEGER, state TEXT)")
     ledger = make(tmp_path)
     with pytest.raises(MeshError, match="earlier format"):
+        await ledger.open(0.0)
+    await ledger.close()
+
+
+async def test_a_file_of_the_last_format_is_read_on(tmp_path):
+    ledger = make(tmp_path)
+    await ledger.open(0.0)
+    await ledger.take(input_of(3), b"x")
+    await ledger.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "inbox.sqlite")) as connection:
+        for statement in (
+            "ALTER TABLE streams DROP COLUMN boots",
+            "ALTER TABLE streams ADD COLUMN boot TEXT NOT NULL DEFAULT ''",
+            "ALTER TABLE streams ADD COLUMN seq INTEGER",
+            "UPDATE streams SET boot = 'b1', seq = 3",
+            "PRAGMA user_version = 1",
+        ):
+            connection.execute(statement)
+        connection.commit()
+    for _ in range(2):
+        ledger = make(tmp_path)
+        await ledger.open(0.0)
+        assert (await ledger.take(input_of(3), b"x")).verdict == "duplicate"
+        assert (await ledger.take(input_of(stream="new"), b"x")).verdict == "accept"
+        await ledger.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "inbox.sqlite")) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    ledger = make(tmp_path)
+    with pytest.raises(MeshError, match="format 99"):
         await ledger.open(0.0)
     await ledger.close()
 

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 
 from edge_node.mqtt.ack_window import AckWindow
-from edge_node.mqtt.idempotency import Known, decide
+from edge_node.mqtt.idempotency import BOOTS_MAX, Known, Position, Step, decide, follow
 from edge_node.mqtt.lanes import Lanes, Recent
 from nearcast.backoff import ReconnectLimits, Reconnects, full_jitter_s
 from nearcast.errors import Code, MeshError
@@ -28,6 +28,24 @@ from nearcast.transport.mqtt.reconnect import stay_connected
 )
 def test_the_decision_table(known, has_room, verdict):
     assert decide(known, b"d", has_room=has_room) == verdict
+
+
+def test_a_stream_knows_what_came_in_its_last_boots():
+    known = ()
+    for boot in ("a", "b", "c"):
+        step = follow(known, boot, 5)
+        assert step is not None
+        known = step.positions
+    assert follow(known, "a", 5) is None
+    assert follow(known, "b", 4) is None
+    assert follow(known, "b", 8) == Step((Position("c", 5), Position("b", 8), Position("a", 5)), lost=2)
+    assert follow(known, "", None) == Step(known)
+    for number in range(BOOTS_MAX):
+        step = follow(known, f"new-{number}", 1)
+        assert step is not None
+        known = step.positions
+    assert len(known) == BOOTS_MAX
+    assert follow(known, "a", 5) is not None, "who reboots that often is forgotten"
 
 
 def test_acknowledgements_keep_the_order_of_arrival():

@@ -40,7 +40,7 @@ from edge_node.mqtt.ledger.records import (
     Unanswered,
 )
 from edge_node.mqtt.ledger.requests import Key, Requests
-from edge_node.mqtt.ledger.schema import SCHEMA, VERSION
+from edge_node.mqtt.ledger.schema import SCHEMA, UPGRADES, VERSION
 from edge_node.mqtt.ledger.streams import Streams
 from edge_node.mqtt.limits import MqttLimits
 from nearcast.clock import SYSTEM_CLOCK, Clock
@@ -99,10 +99,12 @@ class Ledger:
 
     def _recover(self, connection: sqlite3.Connection, now: float) -> Recovered:
         found = connection.execute("PRAGMA user_version").fetchone()[0]
-        if found not in (0, VERSION):
+        if found > VERSION:
             raise MeshError(Code.UNAVAILABLE, f"The ledger has format {found}; this release reads {VERSION}.")
         if not connection.execute("SELECT 1 FROM pragma_table_info('inbox') WHERE name = 'begun'").fetchone():
             raise MeshError(Code.UNAVAILABLE, "The ledger has an earlier format; move its file away to begin anew.")
+        for statement in UPGRADES.get(found, ()):
+            connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {VERSION}")
         connection.execute("INSERT OR IGNORE INTO boots (name) VALUES (?)", (self._boot,))
         (boot,) = connection.execute("SELECT number FROM boots WHERE name = ?", (self._boot,)).fetchone()
@@ -287,6 +289,8 @@ class Ledger:
     def revive(self, now: float, ttl_s: float) -> asyncio.Future[Revived]:
         """Take the dead letters that are marked for another try back as new rows, to be executed or sent.
 
+        One for a link that this node does not have, or for which there is no room, stays what it is, and marked.
+
         Args:
             now: monotonic; the requests arrive now.
             ttl_s: and have this long.
@@ -294,8 +298,8 @@ class Ledger:
         return self._commits.submit(lambda c: self._revive(c, now, ttl_s))
 
     def _revive(self, connection: sqlite3.Connection, now: float, ttl_s: float) -> Revived:
-        requests, inputs, outgoing = [], [], []
-        for letter, head, payload in self._letters.take_marked(connection):
+        requests, inputs, outgoing, revived = [], [], [], []
+        for letter, head, payload in self._letters.marked(connection, self._links):
             if letter.kind == "request":
                 request = msgspec.msgpack.decode(head, type=Request)
                 request = msgspec.structs.replace(request, arrived=now, deadline=now + ttl_s)
@@ -310,8 +314,13 @@ class Ledger:
             elif head:
                 event = msgspec.structs.replace(msgspec.msgpack.decode(head, type=Event), payload=payload)
                 link: Link = "upstream" if letter.name == "upstream" else "device"
-                outgoing.append(self._outbox.add(connection, event, now, links=LINK_BITS[link]))
-        return Revived(requests, inputs, [each for each in outgoing if each is not None])
+                sent = self._outbox.offer(connection, event, now, links=LINK_BITS[link])
+                if sent is None:
+                    continue  # it waits for room, as a letter
+                outgoing.append(sent)
+            revived.append(letter.id)
+        self._letters.remove(connection, revived)
+        return Revived(requests, inputs, outgoing)
 
     # -- upkeep -------------------------------------------------------------------------------------------------------
 

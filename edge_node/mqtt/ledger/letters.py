@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from edge_node.mqtt.ledger.outbox import Outbox
-from edge_node.mqtt.ledger.records import Event, Kind, Letter, Outgoing
+from edge_node.mqtt.ledger.records import LINK_BITS, Event, Kind, Letter, Link, Outgoing
 from edge_node.mqtt.limits import MqttLimits
 from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError
@@ -67,13 +67,19 @@ class Letters:
         announced = self._outbox.add(connection, event, now)
         return () if announced is None else (announced,)
 
-    def take_marked(self, connection: sqlite3.Connection) -> list[tuple[Letter, bytes, bytes]]:
-        """Remove and return the letters that are to be tried again: letter, head, payload."""
+    def marked(self, connection: sqlite3.Connection, links: Sequence[Link]) -> list[tuple[Letter, bytes, bytes]]:
+        """The letters that are to be tried again and can be on a node with these links: letter, head, payload."""
+        absent = msgspec.json.encode([link for link in LINK_BITS if link not in links]).decode()
         found = connection.execute(
-            "SELECT h.*, l.head, l.payload FROM letters l JOIN letter_heads h USING (id) WHERE l.replay ORDER BY id"
-        ).fetchall()
-        connection.execute("DELETE FROM letters WHERE replay")
-        return [(_letter(row), row[-2], row[-1]) for row in found]
+            "SELECT h.*, l.head, l.payload FROM letters l JOIN letter_heads h USING (id) WHERE l.replay"
+            " AND NOT (l.kind = 'outgoing' AND l.name IN (SELECT value FROM json_each(?))) ORDER BY id",
+            (absent,),
+        )
+        return [(_letter(row), row[-2], row[-1]) for row in found.fetchall()]
+
+    def remove(self, connection: sqlite3.Connection, rows: Iterable[int]) -> None:
+        """Letters are something else again."""
+        connection.executemany("DELETE FROM letters WHERE id = ?", [(row,) for row in rows])
 
     def _bound(self, connection: sqlite3.Connection) -> None:
         limits = self._limits

@@ -80,15 +80,18 @@ class Outbox:
         message = reply_message(reply, dedup=dedup)
         return self._changes.add(Outgoing(added, message, reply.expires, links, len(reply.payload) + ROW_BYTES))
 
-    def add(
-        self, connection: sqlite3.Connection, event: Event, now: float, *, links: int | None = None
-    ) -> Outgoing | None:
-        """Order that an event be sent, on every link if none is named; None if there is no room for it."""
-        links = self._all if links is None else links & self._all
+    def add(self, connection: sqlite3.Connection, event: Event, now: float) -> Outgoing | None:
+        """Order that an event be sent on every link; None if there is no room for it, which is counted as its loss."""
+        added = self.offer(connection, event, now, links=self._all)
+        if added is None:
+            self._changes.drop("outbox_full", 1)
+        return added
+
+    def offer(self, connection: sqlite3.Connection, event: Event, now: float, *, links: int) -> Outgoing | None:
+        """Order that an event be sent on `links`; None if there is no room for it."""
         head = msgspec.msgpack.encode(_Head(event.content_type, event.user))
         size_bytes = len(head) + len(event.payload) + len(event.topic) + ROW_BYTES
         if not self._make_room(connection, size_bytes):
-            self._changes.drop("outbox_full", 1)
             return None
         expires = now + event.ttl_s
         added = connection.execute(

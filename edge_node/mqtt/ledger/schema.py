@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-VERSION = 1
+from collections.abc import Mapping, Sequence
+
+VERSION = 2
 """`PRAGMA user_version` of a file with these tables."""
 
 SCHEMA = """
@@ -24,9 +26,8 @@ CREATE INDEX IF NOT EXISTS inbox_by_age ON inbox (finished, id, size) WHERE stat
 CREATE TABLE IF NOT EXISTS streams (
     id INTEGER PRIMARY KEY,
     tenant TEXT NOT NULL, device TEXT NOT NULL, name TEXT NOT NULL,
-    boot TEXT NOT NULL DEFAULT '', seq INTEGER,
     touched INTEGER NOT NULL DEFAULT 0,
-    state BLOB,
+    state BLOB, boots TEXT NOT NULL DEFAULT '[]',
     UNIQUE (tenant, device, name)
 );
 CREATE TABLE IF NOT EXISTS inputs (
@@ -55,3 +56,11 @@ CREATE TABLE IF NOT EXISTS letters (
 CREATE VIEW IF NOT EXISTS letter_heads AS
     SELECT id, at, kind, tenant, device, name, reason, attempts, size, replay FROM letters;
 """
+
+UPGRADES: Mapping[int, Sequence[str]] = {
+    1: (
+        "ALTER TABLE streams ADD COLUMN boots TEXT NOT NULL DEFAULT '[]'",
+        "UPDATE streams SET boots = json_array(json_array(boot, seq)) WHERE seq IS NOT NULL",
+    )
+}
+"""What makes a file of an earlier version one of the next."""

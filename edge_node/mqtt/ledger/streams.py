@@ -21,6 +21,8 @@ DROP_ROWS = 256
 DROP_SHARE = 64
 """The oldest messages go until one part in so many is free."""
 
+_positions = msgspec.json.Decoder(tuple[Position, ...])
+
 
 class Streams:
     """Rows of inputs, each until its events are committed; one row per stream with its position and state."""
@@ -68,8 +70,8 @@ class Streams:
         self._is_broken = self._is_broken and not again
         if self._is_broken:
             raise MeshError(Code.UNAVAILABLE, "A message before this one could not be stored.")
-        stream, position = self._stream(connection, item)
-        step = follow(position, item.boot, item.seq)
+        stream, positions = self._stream(connection, item)
+        step = follow(positions, item.boot, item.seq)
         if step is None:
             return Intake("duplicate")
         head = msgspec.msgpack.encode(item)
@@ -79,14 +81,14 @@ class Streams:
             return Intake("full")
         row = self._insert(connection, stream, head, payload, size_bytes)
         connection.execute(
-            "UPDATE streams SET boot = ?, seq = ?, touched = ? WHERE id = ?",
-            (step.position.boot, step.position.seq, row, stream),
+            "UPDATE streams SET boots = ?, touched = ? WHERE id = ?",
+            (msgspec.json.encode(step.positions).decode(), row, stream),
         )
         return Intake("accept", row, step.lost)
 
     def put_back(self, connection: sqlite3.Connection, item: Input, payload: bytes) -> int:
         """Store a message that was a dead letter, behind what its stream has; it counts in no sequence."""
-        stream, _position = self._stream(connection, item)
+        stream, _positions = self._stream(connection, item)
         head = msgspec.msgpack.encode(item)
         return self._insert(connection, stream, head, payload, len(head) + len(payload) + ROW_BYTES)
 
@@ -129,13 +131,13 @@ class Streams:
         self._drop(connection, gone, "inputs_old")
         return len(gone)
 
-    def _stream(self, connection: sqlite3.Connection, item: Input) -> tuple[int, Position]:
+    def _stream(self, connection: sqlite3.Connection, item: Input) -> tuple[int, tuple[Position, ...]]:
         key = (item.tenant, item.device, item.stream)
         found = connection.execute(
-            "SELECT id, boot, seq FROM streams WHERE tenant = ? AND device = ? AND name = ?", key
+            "SELECT id, boots FROM streams WHERE tenant = ? AND device = ? AND name = ?", key
         ).fetchone()
         if found is not None:
-            return found[0], Position(found[1], found[2])
+            return found[0], _positions.decode(found[1])
         (count,) = connection.execute("SELECT count(*) FROM streams").fetchone()
         if count >= self._limits.streams_max:
             connection.execute(
@@ -144,7 +146,7 @@ class Streams:
             )
         row = connection.execute("INSERT INTO streams (tenant, device, name) VALUES (?, ?, ?)", key).lastrowid
         assert row is not None
-        return row, Position()
+        return row, ()
 
     def page(self, connection: sqlite3.Connection, after: int, limit: int, key: str = "") -> Page[StoredInput]:
         """At most `limit` waiting rows behind the row `after`, within `page_bytes_max`; one at least.

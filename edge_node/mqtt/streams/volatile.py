@@ -30,7 +30,7 @@ _log = get_logger("nearcast.mqtt")
 
 @dataclass(slots=True)
 class _Stream:
-    position: Position
+    positions: tuple[Position, ...] = ()
     state: bytes | None = None
 
 
@@ -67,14 +67,14 @@ class VolatileInputs:
     def take(self, item: Input, payload: bytes, *, again: bool = False) -> asyncio.Future[Intake]:
         """Keep a message, unless it came before or there is no room. A duplicate names the row that it repeats."""
         stream = self._stream(item.key)
-        step = follow(stream.position, item.boot, item.seq)
+        step = follow(stream.positions, item.boot, item.seq)
         if step is None:
             assert item.seq is not None
             return self._resolved(Intake("duplicate", self._numbered.get((item.key, item.boot, item.seq), 0)))
         size_bytes = len(payload) + ROW_BYTES
         if self._size_bytes + size_bytes > self._limits.pending_bytes_max:
             return self._resolved(Intake("full"))
-        stream.position = step.position
+        stream.positions = step.positions
         row = self._last = next(self._ids)
         self._rows[row] = StoredInput(row, item, payload)
         self._size_bytes += size_bytes
@@ -126,7 +126,7 @@ class VolatileInputs:
         return self._resolved(None if known is None else known.state)
 
     def _stream(self, key: str) -> _Stream:
-        stream = self._streams.setdefault(key, _Stream(Position()))
+        stream = self._streams.setdefault(key, _Stream())
         self._streams.move_to_end(key)
         if len(self._streams) > self._limits.streams_max:
             self._streams.popitem(last=False)
