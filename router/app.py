@@ -42,6 +42,7 @@ from router.router import Router
 from router.splits import StoreSplits
 from router.target import configured_views
 from router.targets import ChannelFactory, TargetSet
+from router.traces import TracedHandler, make_traces
 
 _log = get_logger(__name__)
 DRAIN_S = 5.0
@@ -75,6 +76,8 @@ class RouterApp:
         )
         if config.shadows:
             self.router.shadow(config.shadows, config.shadow)
+        self._traces = make_traces(config.traces, node=self.name, role="router")
+        self._handler = self.router if self._traces is None else TracedHandler(self.router, self._traces)
         self.targets = TargetSet(self.router, ChannelFactory(config.transport, self.identity), config=config.probe)
         self._reader: DirectoryReader | None = None
         self._members = Members()
@@ -90,6 +93,8 @@ class RouterApp:
         self._data.mkdir(parents=True, exist_ok=True)
         if self._decision_log is not None:
             self._closers.callback(self._decision_log.close)
+        if self._traces is not None:
+            self._closers.push_async_callback(self._traces.close)
         await self.router.start()
         self._closers.push_async_callback(self.router.close)
         self._closers.push_async_callback(self.targets.close)
@@ -165,7 +170,9 @@ class RouterApp:
             config=self._config.lease,
             registry=self._telemetry.registry,
         )
-        service = InferenceService(router, router, server_name="nearcast", statistics=counts, report=router.catalogue)
+        service = InferenceService(
+            self._handler, router, server_name="nearcast", statistics=counts, report=router.catalogue
+        )
         methods = join_methods(
             lease_methods(lessor.grant),
             oip_methods(service, trusted=False),

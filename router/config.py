@@ -12,6 +12,7 @@ from router.lease import LeaseConfig
 from router.policy import PolicyConfig
 from router.router import RouterLimits
 from router.shadow import ShadowConfig, ShadowLimits
+from router.traces import TracesConfig
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}\Z")]
@@ -132,6 +133,7 @@ class RouterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     shadows: tuple[ShadowConfig, ...] = ()
     shadow: ShadowLimits = ShadowLimits()
     telemetry: TelemetryConfig = TelemetryConfig()
+    traces: TracesConfig = TracesConfig()
 
     def __post_init__(self) -> None:
         names = [target.name for target in self.targets]

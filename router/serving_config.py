@@ -13,6 +13,7 @@ from router.decision_log import DecisionLogConfig
 from router.lease import LeaseConfig
 from router.policy import PolicyConfig
 from router.shadow import ShadowConfig, ShadowLimits
+from router.traces import TracesConfig
 
 
 class ListenConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -135,6 +136,7 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     shadows: tuple[ShadowConfig, ...] = ()
     shadow: ShadowLimits = ShadowLimits()
     telemetry: TelemetryConfig = TelemetryConfig()
+    traces: TracesConfig = TracesConfig()
     seed: int = 0
     decisions: DecisionLogConfig = DecisionLogConfig()
     drain_s: Annotated[float, msgspec.Meta(gt=0)] = 2.5

@@ -15,7 +15,7 @@ from typing import Literal
 from nearcast.clock import SYSTEM_CLOCK
 from nearcast.config import ConfigError
 from nearcast.errors import Code, MeshError
-from nearcast.identity import Identity, join, load_identity, read_token, server_tls
+from nearcast.identity import Identity, load_identity, read_token, server_tls
 from nearcast.load import NodeReport, Tier
 from nearcast.runtime import Shutdown, announce, run_in_daemon
 from nearcast.serving import ModelHost
@@ -39,11 +39,11 @@ from router.directory import Announcer, DirectoryReader
 from router.explain import explain_route
 from router.lease import Announced
 from router.lessor import Lessor
-from router.renewal import Renewal
 from router.router import Router
 from router.serving_config import ServingConfig
 from router.splits import StoreSplits
 from router.targets import ChannelFactory, TargetSet
+from router.traces import TracedHandler, make_traces
 
 AGENT_NICE = 10
 _log = get_logger("nearcast.node")
@@ -73,6 +73,8 @@ async def load_or_join(folder: Path, token: str, role: str) -> Identity | None:
     if (folder / "node.pem").exists():
         identity = load_identity(folder)
     elif token:
+        from nearcast.identity import join
+
         identity = await run_in_daemon(lambda: join(read_token(token), folder), name="join")
     else:
         return None
@@ -139,6 +141,8 @@ class ServingNode:
         )
         if config.shadows:
             self.router.shadow(config.shadows, config.shadow)
+        self._traces = make_traces(config.traces, node=self.name, role=role)
+        self.handler = self.router if self._traces is None else TracedHandler(self.router, self._traces)
         self._members = Members()
         self._targets: TargetSet | None = None
         self._directory: DirectoryReader | None = None
@@ -170,6 +174,8 @@ class ServingNode:
             raise ConfigError(f"`data_dir`: {self.data_dir} cannot be made: {error.strerror}.") from error
         if self._decision_log is not None:
             closers.callback(self._decision_log.close)
+        if self._traces is not None:
+            closers.push_async_callback(self._traces.close)
         await self.host.start()
         closers.push_async_callback(self.host.close)
         self.host.on_refresh = self.router.observe_local
@@ -183,6 +189,8 @@ class ServingNode:
             closers.push_async_callback(self._link.close)
             if self._find_targets:
                 await self._follow_nodes(self._link, self.identity)
+            from router.renewal import Renewal
+
             renewal = Renewal(self.identity, registry=self._telemetry.registry)
             renewal.start()
             closers.push_async_callback(renewal.close)
@@ -242,7 +250,7 @@ class ServingNode:
         self._closers.callback(regions.close)
         lessor = Lessor(router, self._reports, config=self.config.lease, registry=self._telemetry.registry)
         service = InferenceService(
-            router,
+            self.handler,
             router,
             server_name=self.name,
             counting=self.host,
@@ -265,7 +273,7 @@ class ServingNode:
     async def _listen_for_mesh(self, identity: Identity) -> None:
         """For other nodes: requests that are decided already, and the question how this node is."""
         listen, report = self.config.listen, self._report
-        service = InferenceService(self.router, self.host, server_name=self.name, report=report)
+        service = InferenceService(self.handler, self.host, server_name=self.name, report=report)
         inference = oip_methods(service, trusted=True)
         methods = self._members.guard(join_methods(inference, mesh_methods(report)))
         server = make_server(listen.transport, methods, address=listen.mesh, identity=identity, require_client=True)

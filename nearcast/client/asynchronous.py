@@ -19,6 +19,7 @@ from nearcast.client.leases import LeasedNodes
 from nearcast.client.limits import ClientLimits
 from nearcast.client.nodes import NamedNodes, Nodes
 from nearcast.client.streams import Frames, LatestFrames, in_order
+from nearcast.client.trace import current_trace
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import Code, MeshError
 from nearcast.handler import InferResponse, ModelMetadata, Parameter, RequestContext, Tensors
@@ -27,7 +28,7 @@ from nearcast.transport.grpc import make_channel
 from nearcast.transport.seam import Channel
 from nearcast.wire.message import NO_PARAMETERS
 from nearcast.wire.request import TensorRequest
-from nearcast.wire.status import IDEMPOTENCY_KEY, PRIORITY, require_metadata_value
+from nearcast.wire.status import IDEMPOTENCY_KEY, PRIORITY, TRACE, require_metadata_value
 from nearcast.wire.tensors import dtype_of
 from router.policy import Policy, PolicyConfig, RequestFacts
 from router.router import Router
@@ -277,6 +278,7 @@ class AsyncClient:
                 deadline=None if wish.deadline_ms is None else started + wish.deadline_ms / 1e3,
                 priority=wish.priority,
                 idempotency_key=wish.idempotency_key,
+                trace=current_trace(),
             )
             if not self._nodes.knows(started, wish.model):
                 await self._nodes.learn(wish.model, request.size_bytes, context.deadline, wish.priority)
@@ -340,6 +342,8 @@ class AsyncClient:
         metadata = [(PRIORITY, str(wish.priority))] if wish.priority else []
         if key := wish.idempotency_key:
             metadata.append((IDEMPOTENCY_KEY, require_metadata_value(IDEMPOTENCY_KEY, key)))
+        if trace := current_trace():
+            metadata.append((TRACE, trace))
         facts = RequestFacts(
             model=wish.model,
             remaining_s=remaining_s,
