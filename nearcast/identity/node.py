@@ -7,14 +7,14 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from weakref import WeakKeyDictionary
-
-from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 
 from nearcast.errors import Code, MeshError
 from nearcast.identity.name import URI_PREFIX, make_uri, parse_uri
+
+if TYPE_CHECKING:
+    from cryptography import x509
 
 CERTIFICATE_FILE: Final = "node.pem"
 KEY_FILE: Final = "node.key"
@@ -112,6 +112,8 @@ def load_identity(folder: Path) -> Identity:
     Raises:
         MeshError: UNAUTHENTICATED if there is none, a file is damaged, or others can read the key.
     """
+    from cryptography.hazmat.primitives import serialization
+
     identity_files = [folder / name for name in (CERTIFICATE_FILE, KEY_FILE, CA_FILE)]
     certificate_path, key_path, ca_path = identity_files
     if missing := [path.name for path in identity_files if not path.is_file()]:
@@ -139,6 +141,8 @@ def read_certificate(path: Path) -> x509.Certificate:
     Raises:
         MeshError: UNAUTHENTICATED if it cannot be read.
     """
+    from cryptography import x509
+
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -151,6 +155,8 @@ def certificate_identity(certificate: x509.Certificate) -> tuple[str, str]:
     Raises:
         MeshError: UNAUTHENTICATED unless it names exactly one identity of this mesh.
     """
+    from cryptography import x509
+
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except (x509.ExtensionNotFound, ValueError) as error:

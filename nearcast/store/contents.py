@@ -11,10 +11,13 @@ import os
 import stat
 from copy import copy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nearcast.errors import Code, MeshError
 from nearcast.store.manifest import Manifest
-from nearcast.store.sealing import TenantKeys, open_file
+
+if TYPE_CHECKING:
+    from nearcast.store.sealing import TenantKeys
 
 _NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO}
 
@@ -49,11 +52,17 @@ class Contents:
                 it is sealed and the key is not here; UNAVAILABLE if the disk does not give it.
         """
         if path not in self._plain:
-            sealed = self._read_verified(path)
-            if self.manifest.encryption is not None and self._keys is None:
-                self._keys = TenantKeys.load(self._tenant_keys)
-            self._plain[path] = open_file(self.manifest, path, sealed, self._keys or TenantKeys())
+            data = self._read_verified(path)
+            self._plain[path] = data if self.manifest.encryption is None else self._open(path, data)
         return self._plain[path]
+
+    def _open(self, path: str, sealed: bytes) -> bytes:
+        # Here, because cryptography is 10 MB that a node without sealed versions need not hold.
+        from nearcast.store.sealing import TenantKeys, open_file
+
+        if self._keys is None:
+            self._keys = TenantKeys.load(self._tenant_keys)
+        return open_file(self.manifest, path, sealed, self._keys)
 
     def _read_verified(self, path: str) -> bytes:
         entry = self.manifest.file(path)

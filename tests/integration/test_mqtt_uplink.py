@@ -168,7 +168,7 @@ async def test_an_event_that_a_broker_never_takes_becomes_a_dead_letter_that_can
 
 
 def test_a_configured_upstream_is_used_for_the_tenants_named():
-    from edge_node.app import upstream_of
+    from edge_node.devices import upstream_of
 
     config = EdgeConfig(mqtt=MqttConfig(upstream=UpstreamConfig(url="mqtts://up:1", ca="ca.pem", tenants=("t1",))))
     settings = upstream_of(config, "n1", "t1")
