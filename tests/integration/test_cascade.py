@@ -31,6 +31,7 @@ from router.policy import Policy, PolicyConfig
 from router.router import Router
 from router.shadow import ShadowConfig, ShadowLimits
 from router.targets import ChannelFactory, NodeView, TargetSet
+from tests.own_time import own_time
 from tests.tiny_models import activate, affine_model, install
 
 SURE, TORN = 0.9, 0.2
@@ -150,17 +151,17 @@ async def test_a_client_that_names_a_version_gets_that_one(mesh: Mesh) -> None:
 async def test_without_time_for_the_larger_model_the_answer_in_hand_is_given(mesh: Mesh) -> None:
     mesh.router.policy.on_probe(time.monotonic(), "core", 0.5)
     mesh.router.policy.on_probe(time.monotonic(), "core", 0.5)
-    answer = await mesh.ask(TORN, deadline_s=0.1)
+    answer = await mesh.ask(TORN, deadline_s=0.4)
     assert (answer.model, answer.served.escalate) == ("small", "large")
     assert mesh.router.statistics.escalations["kept_late"] == 1
 
 
 async def test_a_larger_model_that_hangs_costs_the_deadline_and_no_answer(mesh: Mesh) -> None:
     mesh.gate.clear()
-    began = time.monotonic()
-    answer = await mesh.ask(TORN, deadline_s=0.3)
+    began = own_time()
+    answer = await mesh.ask(TORN, deadline_s=0.5)
     assert (answer.model, answer.served.escalate) == ("small", "large")
-    assert time.monotonic() - began < 0.3
+    assert own_time() - began < 0.5
     assert mesh.router.statistics.escalations["kept_failed"] == 1
     await until(lambda: mesh.router.policy.outstanding == 0)
 
@@ -187,14 +188,14 @@ async def test_a_shadow_compares_and_changes_nothing(mesh: Mesh) -> None:
 
 
 async def test_a_shadow_that_hangs_or_fails_is_nobodys_business(mesh: Mesh) -> None:
-    limits = ShadowLimits(in_flight_max=2, timeout_ms=100)
+    limits = ShadowLimits(in_flight_max=2, timeout_ms=400)
     mesh.router.shadow([ShadowConfig(model="small", to_model="large", share=1.0)], limits)
     mesh.gate.clear()
     latencies = []
     for _ in range(10):
-        began = time.monotonic()
+        began = own_time()
         assert (await mesh.ask(SURE)).model == "small"
-        latencies.append(time.monotonic() - began)
+        latencies.append(own_time() - began)
     assert sorted(latencies)[5] < 0.05
     await until(lambda: shadowed(mesh).get("failed", 0) == 2)
     assert shadowed(mesh)["dropped_full"] == 8

@@ -39,11 +39,11 @@ async def serving(**limits: float) -> AsyncIterator[Ngh2Server]:
 
 @pytest.mark.parametrize("answers", [True, False])
 async def test_a_peer_that_does_not_answer_pings_is_dropped(answers: bool) -> None:
-    async with serving(keepalive_s=0.1, keepalive_timeout_s=0.2) as server:
+    async with serving(keepalive_s=0.1, keepalive_timeout_s=0.5) as server:
         one = await Raw.open(split_address(server.address))
         await one.send(call(1, b"/t.T/peer", b"30"))
-        began = time.monotonic()
-        while time.monotonic() - began < 0.8 and not await one.is_closed(0.02):
+        ends_at = time.monotonic() + (0.9 if answers else 20)
+        while time.monotonic() < ends_at and not await one.is_closed(0.02):
             if answers and (at := one.received.find(b"\0\0\x08\6\0\0\0\0\0")) >= 0:
                 await one.send(frame(PING, ACK, 0, one.received[at + 9 : at + 17]))
                 one.received = b""
@@ -60,13 +60,12 @@ async def test_no_call_fails_when_connections_grow_old() -> None:
             async def ask(seconds: bytes) -> bytes:
                 return b"".join((await channel.unary("/t.T/peer", (seconds,), deadline=time.monotonic() + 10)).body)
 
-            long = asyncio.create_task(ask(b"1.8"))
+            long = asyncio.create_task(ask(b"0.6"))
             seen: list[bytes] = []
-            ends_at = time.monotonic() + 2.0
-            while time.monotonic() < ends_at:
+            while not long.done() or len(set(seen)) < 2:
                 seen += await asyncio.gather(*(ask(b"0.01") for _ in range(4)))
             assert await long == seen[0], "what was in flight was finished where it began"
-            assert len(set(seen)) > 1, "the client came back on another connection"
             await channel.close()
 
-        await asyncio.gather(*(go_on(kind) for kind in KINDS))
+        async with asyncio.timeout(20):  # until each client has come back on another connection
+            await asyncio.gather(*(go_on(kind) for kind in KINDS))

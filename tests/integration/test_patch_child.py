@@ -22,6 +22,7 @@ from nearcast.store.manifest import File
 from tests.integration.agent_parts import MODEL, Publisher, make_config, running, serving, settled, status_of, until
 from tests.integration.delta_parts import publish_delta, push_weights, weights, write_index
 from tests.integration.test_agent_process import AgentProcess
+from tests.own_time import own_time
 from tests.tiny_models import write_version
 
 RSS_BYTES_MAX = 60e6
@@ -140,7 +141,7 @@ def test_stopped_it_is_no_failure(bench: Workbench, hook: Path) -> None:
 
     def stop() -> None:
         await_note(note)
-        began.append(time.monotonic())
+        began.append(own_time())
         bench.stop.set()
 
     stopper = threading.Thread(target=stop)
@@ -150,7 +151,7 @@ def test_stopped_it_is_no_failure(bench: Workbench, hook: Path) -> None:
     stopper.join()
     assert caught.value.code is Code.CANCELLED
     assert not isinstance(caught.value, DeltaError)
-    assert time.monotonic() - began[0] < 1.0
+    assert own_time() - began[0] < 1.0
     assert not is_alive(await_note(note))
 
 
@@ -201,10 +202,10 @@ async def test_a_newer_intent_ends_a_long_apply_at_once(tmp_path: Path, hook: Pa
             await until(lambda: note.exists() and note.read_text(), "it is patching")
             assert status_of(agent).state == "PATCH"
             publisher.roll(3)
-            began = time.monotonic()
+            began = own_time()
             await agent.check()
             await until(lambda: status_of(agent).goal == 3 and not is_alive(int(note.read_text())), "it is ended")
-            assert time.monotonic() - began < 1.0
+            assert own_time() - began < 1.0
             await settled(agent, stable=3)
             assert status_of(agent).quarantined == ()
 
