@@ -271,7 +271,8 @@ async def test_compressed_request_and_garbage_compression(client):
 
 
 async def test_deadlines(client, model):
-    _, headers = await post(client, "/v2/models/slow/infer", 504, json={"inputs": []}, headers={"nc-deadline-ms": "200"})
+    soon = {"nc-deadline-ms": "200"}
+    _, headers = await post(client, "/v2/models/slow/infer", 504, json={"inputs": []}, headers=soon)
     assert headers["nc-code"] == "DEADLINE"
     assert model.cancelled.is_set()
     await post(client, "/v2/models/slow/infer", 504, json={"inputs": [], "parameters": {"timeout": 30_000}})
