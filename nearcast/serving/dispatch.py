@@ -25,7 +25,10 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class Waiting:
-    """A request until it is over. `step` runs instead of the engine; `left` is called once nothing of it can run."""
+    """A request until it is over. `step` runs instead of the engine; `left` is called once nothing of it can run.
+
+    The run that it takes part in says how long it spent on tensors: `before_s` the engine, and `after_s`.
+    """
 
     inputs: Tensors
     rows: int
@@ -33,6 +36,8 @@ class Waiting:
     answer: asyncio.Future[Timed]
     step: Callable[[], Timed] | None = None
     left: Callable[[], None] | None = None
+    before_s: float = 0.0
+    after_s: float = 0.0
 
 
 class Dispatch:
@@ -182,17 +187,25 @@ class Dispatch:
 
     def count(self, batch: Sequence[Waiting], answers: Sequence[Timed | MeshError]) -> None:
         """Count the runs: answers that began at the same instant come from the same one."""
-        runs: dict[float, tuple[int, float]] = {}
+        runs: dict[float, tuple[Waiting, int, int, float]] = {}
         for waiting, answer in zip(batch, answers, strict=True):
             if not isinstance(answer, MeshError) and waiting.step is None:
                 _, started, ended = answer
-                runs[started] = (runs[started][0] + waiting.rows if started in runs else waiting.rows, ended)
-        for started, (rows, ended) in runs.items():
-            self._statistics.ran(rows, started, ended)
+                _, rows, requests, _ = runs.get(started) or (waiting, 0, 0, ended)
+                runs[started] = waiting, rows + waiting.rows, requests + (not waiting.answer.done()), ended
+        for started, (waiting, rows, requests, ended) in runs.items():
+            self._statistics.ran(
+                rows, started, ended, requests=requests, before_s=waiting.before_s, after_s=waiting.after_s
+            )
 
     def run_batch(self, batch: list[Waiting]) -> list[Timed | MeshError]:
         """Run some requests, joined if they may be: each gets its own answer or error. In a thread or on the loop."""
         now = self._clock.monotonic()
+        if len(batch) == 1 and self._pipeline is None:
+            (alone,) = batch
+            return [
+                self._run_alone(alone, alone.inputs) if alone.deadline is None or alone.deadline > now else expired()
+            ]
         answers: dict[int, Timed | MeshError] = {}
         live = [index for index, waiting in enumerate(batch) if waiting.deadline is None or waiting.deadline > now]
         parts: list[Tensors] = [waiting.inputs for waiting in batch]
