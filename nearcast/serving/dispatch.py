@@ -214,7 +214,7 @@ class Dispatch:
             live = [index for index in live if index not in answers]
         if len(live) > 1 and self._joins:
             try:
-                joined = self._run_joined([parts[index] for index in live], [batch[index].rows for index in live], now)
+                joined = self._run_joined([batch[index] for index in live], [parts[index] for index in live], now)
                 answers |= zip(live, joined, strict=True)
             except (MeshError, ValueError, TypeError, MemoryError):
                 # One request may have failed all of them: each gets a run of its own.
@@ -232,9 +232,11 @@ class Dispatch:
         for index in live:
             waiting = batch[index]
             if waiting.step is None:
+                began = self._clock.monotonic()
                 try:
                     parts[index] = pipeline.prepare(waiting.inputs, partial(self._require_time, waiting))
                     self._require_time(waiting)
+                    waiting.before_s = self._clock.monotonic() - began
                 except MeshError as error:
                     wrong[index] = error
         return wrong
@@ -243,15 +245,19 @@ class Dispatch:
         if waiting.answer.done() or (waiting.deadline is not None and waiting.deadline <= self._clock.monotonic()):
             raise expired()
 
-    def _run_joined(self, parts: Sequence[Tensors], rows: Sequence[int], taken: float) -> list[Timed]:
+    def _run_joined(self, batch: Sequence[Waiting], parts: Sequence[Tensors], taken: float) -> list[Timed]:
         joined = join(parts, self._axes)
-        started = self._clock.monotonic() if self._pipeline is None else taken
+        before_s = self._clock.monotonic() - taken
         outputs = self._runner.run(joined)
         ended = self._clock.monotonic()
-        return [(part, started, ended) for part in split(outputs, rows, self._signature.output_axes)]
+        apart = split(outputs, [waiting.rows for waiting in batch], self._signature.output_axes)
+        after_s = self._clock.monotonic() - ended
+        for waiting in batch:
+            waiting.before_s, waiting.after_s = before_s, after_s
+        return [(part, taken, ended) for part in apart]
 
     def _run_alone(self, waiting: Waiting, inputs: Tensors) -> Timed | MeshError:
-        started = self._clock.monotonic()
+        started = self._clock.monotonic() - waiting.before_s
         try:
             if waiting.step is not None:
                 return waiting.step()

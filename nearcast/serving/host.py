@@ -145,6 +145,7 @@ class ModelHost:
             names = request.requested_outputs()
             if names:
                 version.signature.require_outputs(names)
+            read = self._now()
             timed = await self._run(version, request, context, inputs)
         except MeshError as error:
             statistics.fail(error.code, int((self._now() - arrived) * 1e6))
@@ -163,6 +164,7 @@ class ModelHost:
         queue_us = int((started - arrived) * 1e6)
         compute_us = int((ended - started) * 1e6)
         statistics.answer(queue_us, compute_us)
+        statistics.read_s += read - arrived
         statistics.last = ended
         if slot.pair is not None and arrived >= self._shadow.due:
             self._shadow.take(slot.pair, version, inputs, outputs)

@@ -75,14 +75,20 @@ def slower_than(sparse: Mapping[str, int], limit_us: float) -> int:
 class Statistics:
     """One version since it was first loaded. `compute` is model time, `total` from arrival to answer, both in µs.
 
-    `runs` counts what the engine ran by rows: how often, and microseconds in all. `last` is the monotonic instant of
-    the last answer. `refusals` counts by reason what the queue turned away. `compared` and `disagreed` count
-    shadowed inputs, `shadows_dropped` those that the node had no time for.
+    `queue_us` and `compute_us` are what answers say: the first holds `read_s`, in which tensors are read from their
+    messages, and the second `before_s`, in which they are decoded and joined. `after_s` follows: joined answers are
+    taken apart. `input_us`, `infer_us`, `output_us` and `wait_us` tell them from each other.
+
+    `runs` counts what the engine ran by rows: how often, and seconds in all before, in and after it. `last` is the
+    monotonic instant of the last answer. `refusals` counts by reason what the queue turned away. `compared` and
+    `disagreed` count shadowed inputs, `shadows_dropped` those that the node had no time for.
     """
 
     __slots__ = (
         "_snapshot",
+        "after_s",
         "batches",
+        "before_s",
         "cache_hit_us",
         "cache_hits",
         "cache_miss_us",
@@ -95,6 +101,7 @@ class Statistics:
         "fail_us",
         "last",
         "queue_us",
+        "read_s",
         "refusals",
         "requests",
         "rows",
@@ -110,7 +117,10 @@ class Statistics:
         self.codes: dict[Code, int] = {}
         self.batches: dict[str, int] = {}
         self.refusals: dict[str, int] = {}
-        self.runs: dict[int, list[int]] = {}
+        self.runs: dict[int, list[float]] = {}
+        self.read_s = 0.0
+        self.before_s = 0.0
+        self.after_s = 0.0
         self.last = 0.0
         self.fail_us = 0
         self.cache_hits = 0
@@ -152,14 +162,37 @@ class Statistics:
         """The queue turned a request away."""
         self.refusals[why] = self.refusals.get(why, 0) + 1
 
-    def ran(self, rows: int, started: float, ended: float) -> None:
-        """The engine ran once, for so many rows of however many requests, between two instants in seconds."""
+    def ran(
+        self,
+        rows: int,
+        started: float,
+        ended: float,
+        *,
+        requests: int = 1,
+        before_s: float = 0.0,
+        after_s: float = 0.0,
+    ) -> None:
+        """The engine ran once.
+
+        Args:
+            rows: of the run.
+            started: in seconds; what came before the engine lies within.
+            ended: in seconds.
+            requests: to be answered with it.
+            before_s: what decoding and joining tensors took.
+            after_s: what taking the answers apart took.
+        """
         run = self.runs.get(rows)
         if run is None:
             # One size beyond the bound counts as the largest: a client may send any number of rows.
-            run = self.runs.setdefault(rows if len(self.runs) < RUN_SIZES_MAX else max(self.runs), [0, 0])
+            run = self.runs.setdefault(rows if len(self.runs) < RUN_SIZES_MAX else max(self.runs), [0, 0.0, 0.0, 0.0])
         run[0] += 1
-        run[1] += int((ended - started) * 1e6)
+        run[2] += ended - started - before_s
+        if before_s or after_s:
+            run[1] += before_s
+            run[3] += after_s
+            self.before_s += requests * before_s
+            self.after_s += requests * after_s
 
     def hit(self, lookup_us: int) -> None:
         """The response cache had the answer; `answer` is still to be called."""
@@ -187,11 +220,16 @@ class Statistics:
             last_inference_ms=int((self.last + wall_offset_s) * 1e3) if self.last else 0,
             rows=self.inferences,
             runs=self.executions,
-            runs_by_rows={rows: (count, us * 1000) for rows, (count, us) in sorted(self.runs.items())},
-            success=(answered, self.total_us * 1000),
+            runs_by_rows={
+                rows: (int(run[0]), int(run[1] * 1e9), int(run[2] * 1e9), int(run[3] * 1e9))
+                for rows, run in sorted(self.runs.items())
+            },
+            success=(answered, self.success_us * 1000),
             fail=(failed, self.fail_us * 1000),
-            queue=(answered, self.queue_us * 1000),
-            compute=(answered, self.compute_us * 1000),
+            queue=(answered, self.wait_us * 1000),
+            compute_input=(answered, self.input_us * 1000),
+            compute=(answered, self.infer_us * 1000),
+            compute_output=(answered, self.output_us * 1000),
             cache_hit=(self.cache_hits, self.cache_hit_us * 1000),
             cache_miss=(self.cache_misses, self.cache_miss_us * 1000),
             memory_bytes=memory_bytes,
@@ -200,12 +238,37 @@ class Statistics:
     @property
     def inferences(self) -> int:
         """Rows that the engine answered."""
-        return sum(rows * run[0] for rows, run in self.runs.items())
+        return int(sum(rows * run[0] for rows, run in self.runs.items()))
 
     @property
     def executions(self) -> int:
         """Runs of the engine."""
-        return sum(run[0] for run in self.runs.values())
+        return int(sum(run[0] for run in self.runs.values()))
+
+    @property
+    def success_us(self) -> int:
+        """From arrival to answer: what follows added up, but for parts of microseconds."""
+        return self.total_us + self.output_us
+
+    @property
+    def wait_us(self) -> int:
+        """Waiting for the engine."""
+        return max(0, self.queue_us - int(self.read_s * 1e6))
+
+    @property
+    def input_us(self) -> int:
+        """Reading, decoding and joining tensors."""
+        return int((self.read_s + self.before_s) * 1e6)
+
+    @property
+    def infer_us(self) -> int:
+        """In the engine."""
+        return max(0, self.compute_us - int(self.before_s * 1e6))
+
+    @property
+    def output_us(self) -> int:
+        """Taking the answers of joined requests apart."""
+        return int(self.after_s * 1e6)
 
     @property
     def errors(self) -> int:

@@ -56,10 +56,7 @@ def encode_config(metadata: ModelMetadata) -> pb.ModelConfig:
 
 
 def encode_statistics(counts: VersionCounts) -> pb.ModelStatistics:
-    """What one version did.
-
-    Engines take tensors as they came and give them as they are: `compute_input` and `compute_output` take no time.
-    """
+    """What one version did."""
     return pb.ModelStatistics(
         name=counts.model,
         version=counts.version,
@@ -70,20 +67,20 @@ def encode_statistics(counts: VersionCounts) -> pb.ModelStatistics:
             success=_duration(counts.success),
             fail=_duration(counts.fail),
             queue=_duration(counts.queue),
-            compute_input=_duration((counts.compute[0], 0)),
+            compute_input=_duration(counts.compute_input),
             compute_infer=_duration(counts.compute),
-            compute_output=_duration((counts.compute[0], 0)),
+            compute_output=_duration(counts.compute_output),
             cache_hit=_duration(counts.cache_hit),
             cache_miss=_duration(counts.cache_miss),
         ),
         batch_stats=[
             pb.InferBatchStatistics(
                 batch_size=rows,
-                compute_input=_duration((run[0], 0)),
-                compute_infer=_duration(run),
-                compute_output=_duration((run[0], 0)),
+                compute_input=_duration((runs, before_ns)),
+                compute_infer=_duration((runs, infer_ns)),
+                compute_output=_duration((runs, after_ns)),
             )
-            for rows, run in counts.runs_by_rows.items()
+            for rows, (runs, before_ns, infer_ns, after_ns) in counts.runs_by_rows.items()
         ],
         memory_usage=[pb.MemoryUsage(type="CPU", byte_size=counts.memory_bytes)] if counts.memory_bytes else [],
     )

@@ -69,6 +69,11 @@ async def test_crowded_turns_share_runs_and_each_request_gets_its_own(tmp_path: 
         assert max(sizes) <= LIMITS.batch_rows_max
         assert len(sizes) < 32 + 3 * 20, "after the first burst the turns are crowded"
         assert host._residency.statistics["recurrent", 1].batches["turn"] >= 3
+        (counts,) = host.counts("recurrent")
+        assert all(took_ns > 0 for _, took_ns in (counts.compute_input, counts.compute, counts.compute_output))
+        parts_ns = (counts.queue[1], counts.compute_input[1], counts.compute[1], counts.compute_output[1])
+        # Answers name whole microseconds.
+        assert abs(counts.success[1] - sum(parts_ns)) <= 2000 * counts.success[0]
 
 
 @pytest.mark.parametrize("rows_max", [8, 1])

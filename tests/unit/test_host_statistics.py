@@ -79,7 +79,8 @@ def test_the_names_of_triton_dashboards_are_all_there() -> None:
     statistics = Statistics()
     statistics.answer(20, 30)
     statistics.answer(0, 5000)
-    statistics.ran(4, 1.0, 1.00503)
+    statistics.read_s += 8e-6
+    statistics.ran(4, 1.0, 1.00503, requests=2, before_s=1e-5, after_s=3e-6)
     statistics.hit(3)
     statistics.miss(2)
     for code in (Code.INTERNAL, Code.OVERLOADED, Code.DEADLINE, Code.CANCELLED, Code.INVALID_REQUEST):
@@ -98,11 +99,11 @@ def test_the_names_of_triton_dashboards_are_all_there() -> None:
         f"nv_inference_count{{{of}}} 4.0",
         f"nv_inference_exec_count{{{of}}} 1.0",
         f"nv_inference_pending_request_count{{{of}}} 7.0",
-        f"nv_inference_request_duration_us{{{of}}} 5050.0",
-        f"nv_inference_queue_duration_us{{{of}}} 20.0",
-        f"nv_inference_compute_input_duration_us{{{of}}} 0.0",
-        f"nv_inference_compute_infer_duration_us{{{of}}} 5030.0",
-        f"nv_inference_compute_output_duration_us{{{of}}} 0.0",
+        f"nv_inference_request_duration_us{{{of}}} 5056.0",
+        f"nv_inference_queue_duration_us{{{of}}} 12.0",
+        f"nv_inference_compute_input_duration_us{{{of}}} 28.0",
+        f"nv_inference_compute_infer_duration_us{{{of}}} 5010.0",
+        f"nv_inference_compute_output_duration_us{{{of}}} 6.0",
         f"nv_cache_num_hits_per_model{{{of}}} 1.0",
         f"nv_cache_num_misses_per_model{{{of}}} 1.0",
         f"nv_cache_hit_duration_per_model{{{of}}} 3.0",
@@ -121,5 +122,5 @@ def test_runs_are_counted_by_their_rows_within_a_bound() -> None:
     counts = statistics.counts("digits", "2", wall_offset_s=0.0, memory_bytes=5)
     assert counts.runs == RUN_SIZES_MAX + 100
     assert len(counts.runs_by_rows) == RUN_SIZES_MAX
-    assert counts.runs_by_rows[3] == (2, 3_000_000)
+    assert counts.runs_by_rows[3] == (2, 0, 3_000_000, 0)
     assert counts.memory_bytes == 5
