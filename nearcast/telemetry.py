@@ -10,16 +10,19 @@ import logging
 import ssl
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal, cast
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import msgspec
 import structlog
 
-from nearcast.runtime import format_address, listen_error, parse_address, require_tls
+from nearcast.runtime.http_listener import HttpListener
 
 if TYPE_CHECKING:
     from aiohttp import web
+
+Answering: TypeAlias = "Callable[[web.Request], Awaitable[web.Response]]"
+"""What answers a GET beside the metrics."""
 
 _QUIET = ("aiohttp.access", "asyncio", "tuf", "urllib3", "grpc")
 """Libraries whose chatter below WARNING is no event of the mesh."""
@@ -49,50 +52,46 @@ class Telemetry:
         self.registry = CollectorRegistry(auto_describe=True)
         for collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR):
             self.registry.register(collector)
-        self._runner: web.AppRunner | None = None
+        self._listener: HttpListener | None = None
 
     async def serve_metrics(
-        self, address: str, *, tls: ssl.SSLContext | None = None, routes: Iterable[web.RouteDef] = ()
+        self, address: str, *, tls: ssl.SSLContext | None = None, routes: Mapping[str, Answering] | None = None
     ) -> str:
         """Serve `GET /metrics` and return the address, with the port that the system chose.
 
-        `routes` are what a part answers beside it, such as `nearcast route explain`.
+        `routes` are what a part answers beside it, by path, such as `nearcast route explain`.
 
         Raises:
             MeshError: if the address is taken, or reachable from other machines without certificates.
         """
-        from aiohttp import web
 
-        require_tls(address, tls is not None)
-        host, port = parse_address(address)
-        app = web.Application()
-        app.router.add_get("/metrics", self._answer())
-        app.add_routes(routes)
-        runner = web.AppRunner(app, access_log=None)
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, host, port, ssl_context=tls).start()
-        except OSError as error:
-            await runner.cleanup()
-            raise listen_error(error, address) from error
-        self._runner = runner
-        return format_address(*runner.addresses[0][:2])
+        async def make_runner() -> web.AppRunner:
+            from aiohttp import web
+
+            app = web.Application()
+            for path, answer in {"/metrics": self._answer, **(routes or {})}.items():
+                app.router.add_get(path, answer)
+            runner = web.AppRunner(app, access_log=None)
+            await runner.setup()
+            return runner
+
+        listener = HttpListener(address, make_runner, tls=tls)
+        await listener.start()
+        self._listener = listener
+        return listener.address
 
     async def close(self) -> None:
         """Stop serving metrics."""
-        if self._runner is not None:
-            await self._runner.cleanup()
-            self._runner = None
+        if self._listener is not None:
+            await self._listener.close()
+            self._listener = None
 
-    def _answer(self) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def _answer(self, request: web.Request) -> web.Response:
         from aiohttp import web
         from prometheus_client.exposition import choose_encoder
 
-        async def answer(request: web.Request) -> web.Response:
-            encode, content_type = choose_encoder(request.headers.get("Accept", ""))
-            return web.Response(body=encode(self.registry), headers={"Content-Type": content_type})
-
-        return answer
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        return web.Response(body=encode(self.registry), headers={"Content-Type": content_type})
 
 
 class Repetition(logging.Filter):

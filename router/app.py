@@ -33,7 +33,7 @@ from router.config import RouterConfig
 from router.control import ControlLink, find_control
 from router.decision_log import make_policy
 from router.directory import Announcer, DirectoryReader
-from router.explain import explain_route
+from router.explain import explain_routes
 from router.lease import Announced
 from router.lessor import Lessor
 from router.reload import merge
@@ -193,7 +193,7 @@ class RouterApp:
             await self._serve("mesh", listen.mesh, self._members.guard(mesh), self.identity, require_client=True)
         if listen.metrics:
             self.addresses["metrics"] = await self._telemetry.serve_metrics(
-                listen.metrics, routes=(explain_route(router),)
+                listen.metrics, routes=explain_routes(router)
             )
             self._closers.push_async_callback(self._telemetry.close)
 

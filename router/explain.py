@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 
 from nearcast.errors import CATALOGUE, Code, MeshError
+from nearcast.telemetry import Answering
 from router.policy import Reject, RequestFacts
 from router.policy.reasons import REASONS
 from router.router import Router
@@ -17,18 +18,19 @@ if TYPE_CHECKING:
 PATH = "/v2/nearcast/route"
 
 
-def explain_route(router: Router) -> web.RouteDef:
-    """The route that answers for `router`."""
-    from aiohttp import web
+def explain_routes(router: Router) -> dict[str, Answering]:
+    """What answers for `router`, by path."""
 
     async def answer(request: web.Request) -> web.Response:
+        from aiohttp import web
+
         try:
             body, status = explain(router, dict(request.query)), 200
         except MeshError as error:
             body, status = {"error": error.message, "code": error.code.value}, CATALOGUE[error.code].http
         return web.Response(body=msgspec.json.encode(body), status=status, content_type="application/json")
 
-    return web.get(PATH, answer)
+    return {PATH: answer}
 
 
 class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

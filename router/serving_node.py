@@ -36,7 +36,7 @@ from router.child import Child
 from router.control import ControlLink, find_control
 from router.decision_log import make_policy
 from router.directory import Announcer, DirectoryReader
-from router.explain import explain_route
+from router.explain import explain_routes
 from router.lease import Announced
 from router.lessor import Lessor
 from router.router import Router
@@ -200,8 +200,7 @@ class ServingNode:
             await self._listen_for_mesh(self.identity)
             self._start_agent()
         if self.config.listen.metrics:
-            route = explain_route(self.router)
-            place = await self._telemetry.serve_metrics(self.config.listen.metrics, routes=(route,))
+            place = await self._telemetry.serve_metrics(self.config.listen.metrics, routes=explain_routes(self.router))
             self.addresses["metrics"] = place
             closers.push_async_callback(self._telemetry.close)
 

@@ -9,14 +9,13 @@ import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from nearcast.errors import CATALOGUE, Code, MeshError
 from nearcast.identity import peer_uri
-from nearcast.runtime import format_address, listen_error, parse_address, require_tls
+from nearcast.runtime.http_listener import HttpListener
 from nearcast.telemetry import get_logger
 from nearcast.transport.context import read_context
 from nearcast.transport.json_tensors import decode_raw_request, decode_request, encode_response
@@ -25,7 +24,7 @@ from nearcast.transport.outputs import form_outputs
 from nearcast.transport.peer import peer_name
 from nearcast.transport.rest_guard import RestGuard
 from nearcast.transport.rest_models import ROUTES, Route, answer
-from nearcast.transport.seam import DEFAULT_LIMITS, UNIX_PREFIX, Call, Limits
+from nearcast.transport.seam import DEFAULT_LIMITS, Call, Limits
 from nearcast.transport.service import InferenceService
 from nearcast.wire import status
 
@@ -66,27 +65,33 @@ class RestServer:
         limits: Limits = DEFAULT_LIMITS,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        self.address = address
         self._service = service
         self._clock = service.clock
         self._limits = limits
-        self._tls = tls
         self._in_flight = 0
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._guard = RestGuard(within_descriptors(limits), body_timeout_s=REST_LIMITS.body_timeout_s)
-        self._runner: web.AppRunner | None = None
+        self._listener = HttpListener(address, self._make_runner, tls=tls)
+
+    @property
+    def address(self) -> str:
+        """Where it listens; the real port after `start`."""
+        return self._listener.address
 
     async def start(self) -> None:
-        """Bind and listen; `address` then holds the real port.
+        """Bind and listen.
 
         Raises:
             MeshError: UNAVAILABLE if the address is in use; INVALID_REQUEST if it is reachable without TLS.
         """
+        require_free(self.address)
+        await self._listener.start()
+
+    async def _make_runner(self) -> web.AppRunner:
         from aiohttp import web
 
-        require_tls(self.address, self._tls is not None)
         middlewares = [_answer_errors, self._guard.middleware]
         app = web.Application(client_max_size=self._limits.message_size_bytes_max, middlewares=middlewares)
         self._add_routes(app)
@@ -97,38 +102,17 @@ class RestServer:
         await runner.setup()
         assert runner.server is not None
         self._guard.watch(runner.server)
-        host, port = parse_address(self.address)
-        site: web.BaseSite
-        path = Path(host.removeprefix(UNIX_PREFIX)) if host.startswith(UNIX_PREFIX) else None
-        if path is not None:
-            site = web.UnixSite(runner, path, ssl_context=self._tls)
-        else:
-            site = web.TCPSite(runner, host, port, ssl_context=self._tls)
-        try:
-            require_free(self.address)
-            await site.start()
-            if path is not None:
-                path.chmod(0o600)
-        except OSError as error:
-            await runner.cleanup()
-            raise listen_error(error, self.address) from error
-        if path is None:
-            self.address = format_address(*runner.addresses[0][:2])
-        self._runner = runner
+        return runner
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new connections, finish requests in flight for up to `timeout_s`, close."""
-        runner, self._runner = self._runner, None
-        if runner is None:
-            return
         self._draining = True
         self._guard.close()
-        for site in list(runner.sites):
-            await site.stop()
+        await self._listener.stop()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
-        await runner.cleanup()
+        await self._listener.close()
 
     def _add_routes(self, app: web.Application) -> None:
         app.router.add_get("/v2/health/ready", self._ready)

@@ -15,7 +15,7 @@ from nearcast.cli.route import command
 from nearcast.clock import SYSTEM_CLOCK
 from nearcast.errors import Code, MeshError
 from nearcast.load import NodeReport, VersionReport
-from router.explain import explain, explain_route
+from router.explain import explain, explain_routes
 from router.policy import Policy, PolicyConfig
 from router.router import Router
 
@@ -36,7 +36,8 @@ def router() -> Router:
 @pytest.fixture
 async def url(router: Router) -> AsyncIterator[str]:
     app = web.Application()
-    app.add_routes([explain_route(router)])
+    for path, answer in explain_routes(router).items():
+        app.router.add_get(path, answer)
     runner = web.AppRunner(app)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
