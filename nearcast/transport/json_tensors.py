@@ -11,6 +11,7 @@ import numpy as np
 
 from nearcast.errors import Code, MeshError
 from nearcast.handler import InferResponse, ModelMetadata, Parameter
+from nearcast.transport.json_elements import read_elements
 from nearcast.transport.outputs import Form, Output, read_form, read_place
 from nearcast.transport.place import Place
 from nearcast.wire.framing import LIMITS, encode_text
@@ -22,6 +23,7 @@ JSON_SIZE_BYTES_MAX = 16 * 1024 * 1024
 _NOT_MODEL_PARAMETERS = frozenset({"binary_data_output"})
 
 Axis = Annotated[int, msgspec.Meta(ge=0)]
+Parameters = Annotated[dict[str, bool | int | float | str], msgspec.Meta(max_length=LIMITS.parameters_max)]
 Shape = Annotated[tuple[Axis, ...], msgspec.Meta(max_length=LIMITS.rank_max)]
 
 
@@ -31,15 +33,15 @@ class JsonTensor(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     datatype: str
     shape: Shape
-    data: Any = msgspec.UNSET
-    parameters: dict[str, Any] = {}
+    data: msgspec.Raw = msgspec.Raw(b"")
+    parameters: Parameters = {}
 
 
 class JsonOutput(msgspec.Struct, frozen=True, kw_only=True):
     """An output that the client asks for."""
 
     name: str
-    parameters: dict[str, Any] = {}
+    parameters: Parameters = {}
 
 
 class JsonRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,7 +50,7 @@ class JsonRequest(msgspec.Struct, frozen=True, kw_only=True):
     inputs: Annotated[tuple[JsonTensor, ...], msgspec.Meta(max_length=1024)]
     outputs: Annotated[tuple[JsonOutput, ...], msgspec.Meta(max_length=1024)] = ()
     id: str = ""
-    parameters: Annotated[dict[str, bool | int | float | str], msgspec.Meta(max_length=LIMITS.parameters_max)] = {}
+    parameters: Parameters = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,19 +176,17 @@ def _read(tensor: JsonTensor, body: bytes, position: int, fetch: Callable[[Place
     if place is not None:
         if fetch is None:
             raise MeshError(Code.UNSUPPORTED, f"Tensor '{tensor.name}' is in shared memory, which is not offered here.")
-        data = fetch(place)
-        return from_raw(tensor.name, tensor.datatype, tensor.shape, data, 0, len(data)), position
-    size = tensor.parameters.get("binary_data_size")
+        fetched = fetch(place)
+        return from_raw(tensor.name, tensor.datatype, tensor.shape, fetched, 0, len(fetched)), position
+    size, data = tensor.parameters.get("binary_data_size"), bytes(tensor.data)
     if size is None:
-        if tensor.data is msgspec.UNSET:
+        if not data:
             raise MeshError(Code.INVALID_REQUEST, f"Tensor '{tensor.name}' has neither data nor binary_data_size.")
-        elements = flatten(tensor.name, tensor.data, tensor.shape)
+        elements = read_elements(tensor.name, tensor.datatype, data, tensor.shape)
         if tensor.datatype == "BYTES":
-            if not all(isinstance(element, str) for element in elements):
-                raise MeshError(Code.INVALID_REQUEST, f"The elements of BYTES tensor '{tensor.name}' must be strings.")
             elements = [encode_text(element) for element in elements]
         return from_elements(tensor.name, tensor.datatype, tensor.shape, elements), position
-    if tensor.data is not msgspec.UNSET:
+    if data:
         raise MeshError(Code.INVALID_REQUEST, f"Tensor '{tensor.name}' has both data and binary_data_size.")
     if type(size) is not int or not 0 <= size <= len(body) - position:
         raise MeshError(
@@ -195,26 +195,6 @@ def _read(tensor: JsonTensor, body: bytes, position: int, fetch: Callable[[Place
         )
     stop = position + size
     return from_raw(tensor.name, tensor.datatype, tensor.shape, body, position, stop), stop
-
-
-def flatten(name: str, data: Any, shape: Sequence[int]) -> list[Any]:
-    """Elements of flat data, or of data nested exactly as the shape says.
-
-    Raises:
-        MeshError: INVALID_REQUEST if it is neither.
-    """
-    if not isinstance(data, list):
-        raise MeshError(Code.INVALID_REQUEST, f"The data of tensor '{name}' must be an array.")
-    if not data or not isinstance(data[0], list):
-        return data
-    level = [data]
-    for size in shape:
-        if not all(isinstance(node, list) and len(node) == size for node in level):
-            raise MeshError(
-                Code.INVALID_REQUEST, f"The nesting of tensor '{name}' does not fit its shape {list(shape)}."
-            )
-        level = [child for node in level for child in node]
-    return level
 
 
 def json_elements(name: str, array: Array) -> list[Any]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from nearcast.errors import Code, MeshError
 from nearcast.handler import InferRequest, InferResponse, Parameter, Served, Tensors, TensorSpec
-from nearcast.transport.json_tensors import flatten
+from nearcast.transport.json_elements import flatten
 from nearcast.transport.mqtt.payload_spec import DIMENSIONS_MAX, Asked, fit_shape
 from nearcast.wire.framing import LIMITS, encode_text
 from nearcast.wire.request import TensorRequest

@@ -10,10 +10,11 @@ import msgspec
 from nearcast.errors import Code, MeshError
 from nearcast.handler import InferRequest, InferResponse, Parameter, Served
 from nearcast.transport import json_tensors
-from nearcast.transport.json_tensors import JsonTensor, Wanted, flatten, json_elements
+from nearcast.transport.json_elements import read_elements
+from nearcast.transport.json_tensors import JsonTensor, Parameters, Wanted, json_elements
 from nearcast.transport.mqtt.payload_spec import Asked
 from nearcast.transport.outputs import as_they_are, refuse_forms
-from nearcast.wire.framing import LIMITS, encode_text
+from nearcast.wire.framing import encode_text
 from nearcast.wire.request import TensorRequest
 from nearcast.wire.response import TensorResponse
 from nearcast.wire.tensors import Array, datatype_of, from_elements
@@ -26,7 +27,7 @@ class _Answer(msgspec.Struct, frozen=True):
     model_name: str = ""
     model_version: str = ""
     id: str = ""
-    parameters: Annotated[dict[str, bool | int | float | str], msgspec.Meta(max_length=LIMITS.parameters_max)] = {}
+    parameters: Parameters = {}
 
 
 _ANSWERS = msgspec.json.Decoder(_Answer)
@@ -115,9 +116,7 @@ def decode_reply(payload: bytes, served: Served) -> InferResponse:
 
 
 def _read(tensor: JsonTensor) -> Array:
-    elements = flatten(tensor.name, tensor.data, tensor.shape)
+    elements = read_elements(tensor.name, tensor.datatype, bytes(tensor.data), tensor.shape)
     if tensor.datatype == "BYTES":
-        if not all(isinstance(element, str) for element in elements):
-            raise MeshError(Code.INVALID_REQUEST, f"The elements of BYTES tensor '{tensor.name}' must be strings.")
         elements = [encode_text(element) for element in elements]
     return from_elements(tensor.name, tensor.datatype, tensor.shape, elements)
