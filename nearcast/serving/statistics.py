@@ -28,6 +28,11 @@ def bucket_of(duration_us: int) -> int:
     return index if index < _BUCKETS else _BUCKETS - 1
 
 
+_QUICK_US = 4096
+_QUICK = bytes(map(bucket_of, range(_QUICK_US)))
+"""The buckets of short durations, which are looked up in half the time."""
+
+
 def bucket_start_us(index: int) -> int:
     """Smallest duration of a bucket."""
     if index < 2 * _SUB:
@@ -139,13 +144,13 @@ class Statistics:
 
     def answer(self, queue_us: int, compute_us: int) -> None:
         """A request was answered."""
+        total_us = queue_us + compute_us
         self.requests += 1
         self.queue_us += queue_us
         self.compute_us += compute_us
-        total_us = queue_us + compute_us
         self.total_us += total_us
-        self.compute[bucket_of(compute_us)] += 1
-        self.total[bucket_of(total_us)] += 1
+        self.compute[_QUICK[compute_us] if 0 <= compute_us < _QUICK_US else bucket_of(compute_us)] += 1
+        self.total[_QUICK[total_us] if 0 <= total_us < _QUICK_US else bucket_of(total_us)] += 1
 
     def fail(self, code: Code, elapsed_us: int = 0) -> None:
         """A request ended with an error."""

@@ -28,6 +28,7 @@ from nearcast.transport.seam import (
     Limits,
     Metadata,
     Methods,
+    Reply,
     StreamMethod,
     UnaryMethod,
 )
@@ -177,7 +178,7 @@ def _unary(method: UnaryMethod, path: str) -> Callable[[bytes, _Context], Awaita
             _log.exception("the method %s raised", path)
             await _abort(context, MeshError(Code.INTERNAL, "The server failed on this request; its log says why."))
         else:
-            context.set_trailing_metadata(_trailers(reply.trailers))
+            context.set_trailing_metadata(_closing(reply))
             return reply.body[0] if len(reply.body) == 1 else b"".join(reply.body)
         raise AssertionError
 
@@ -186,12 +187,12 @@ def _unary(method: UnaryMethod, path: str) -> Callable[[bytes, _Context], Awaita
 
 def _stream(method: StreamMethod, path: str) -> Callable[[AsyncIterator[bytes], _Context], AsyncIterator[bytes]]:
     async def behavior(messages: AsyncIterator[bytes], context: _Context) -> AsyncIterator[bytes]:
-        trailers: Metadata = ()
+        last = Reply(())
         try:
             replies: Any = method(messages, _call(path, context))
             async with aclosing(replies):
                 async for reply in replies:
-                    trailers = reply.trailers or trailers
+                    last = reply if reply.trailers or reply.fields else last
                     yield b"".join(reply.body)
         except MeshError as error:
             await _abort(context, error)
@@ -200,9 +201,13 @@ def _stream(method: StreamMethod, path: str) -> Callable[[AsyncIterator[bytes], 
         except Exception:  # noqa: BLE001 - a failing method must not end the server
             _log.exception("the method %s raised", path)
             await _abort(context, MeshError(Code.INTERNAL, "The server failed on this request; its log says why."))
-        context.set_trailing_metadata(_trailers(trailers))
+        context.set_trailing_metadata(_closing(last))
 
     return behavior
+
+
+def _closing(reply: Reply) -> tuple[tuple[str, str | bytes], ...]:
+    return _trailers((*reply.trailers, *((name.decode(), value.decode()) for name, value in reply.fields)))
 
 
 async def _abort(context: _Context, error: MeshError) -> None:

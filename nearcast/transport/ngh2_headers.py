@@ -131,12 +131,16 @@ def request_prefix(method: str, *, authority: str, is_tls: bool) -> Fields:
     )
 
 
-def write_trailers(trailers: Metadata, *, size_bytes_max: int) -> Fields:
-    """Trailers of a call that went well. Fields that may not travel, or no longer fit, are left out and logged."""
+def write_trailers(trailers: Metadata, *, size_bytes_max: int, ready: Fields = ()) -> Fields:
+    """Trailers of a call that went well, and behind them what is `ready` to be sent as it is.
+
+    Fields that may not travel, or no longer fit, are left out and logged.
+    """
     if not trailers:
-        return OK_TRAILERS
+        return (OK, *ready)
     fields = list(OK_TRAILERS)
     _append_custom(fields, trailers, size_bytes_max)
+    fields += ready
     return fields
 
 

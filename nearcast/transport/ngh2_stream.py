@@ -14,7 +14,7 @@ from ngh2 import NGH2Error
 from nearcast.errors import Code, MeshError
 from nearcast.transport.ngh2_framing import PREFIX_SIZE_BYTES, Deflated, MessageReader, announced_size_bytes, frame
 from nearcast.transport.ngh2_headers import RESPONSE, write_trailers
-from nearcast.transport.seam import Call, Fields, Metadata, PassMethod, Reply, StreamMethod, Taken, UnaryMethod
+from nearcast.transport.seam import Call, Fields, PassMethod, Reply, StreamMethod, Taken, UnaryMethod
 
 if TYPE_CHECKING:
     from nearcast.transport.ngh2_server_connection import ServerConnection
@@ -24,6 +24,7 @@ _TURN_MESSAGES = 32
 # A message in smaller pieces than these, on the average, is joined.
 _PIECE_SIZE_BYTES = 4096
 _NO_INBOX: deque[bytes] = deque(maxlen=0)
+_NOTHING = Reply(())
 
 
 class ServerStream:
@@ -97,7 +98,8 @@ class ServerStream:
         connection.finish(self)
         try:
             pieces = frame(reply.body)
-            trailers = write_trailers(reply.trailers, size_bytes_max=connection.limits.metadata_size_bytes_max)
+            size_bytes_max = connection.limits.metadata_size_bytes_max
+            trailers = write_trailers(reply.trailers, size_bytes_max=size_bytes_max, ready=reply.fields)
         except Exception:  # noqa: BLE001 - a method may return anything
             _log.exception("the reply of %s cannot be sent", self.call.method)
             connection.reset(self.id, 2)
@@ -182,7 +184,7 @@ class ServerStream:
     async def converse(self) -> None:
         """Run the streaming method: messages in through `messages`, replies out as the peer reads them."""
         connection = self.connection
-        trailers: Metadata = ()
+        last: Reply = _NOTHING
         try:
             replies = cast("StreamMethod", self.stream_method)(self.messages(), self.call)
             async with aclosing(cast("AsyncIterator[object]", replies)):  # type: ignore[type-var]
@@ -192,7 +194,7 @@ class ServerStream:
                     self._start_reply()
                     for piece in frame(reply.body):
                         connection.h2.send_data(self.id, piece)
-                    trailers = reply.trailers or trailers
+                    last = reply if reply.trailers or reply.fields else last
                     connection.flush_soon()
                     await self._writable()
         except MeshError as error:
@@ -206,7 +208,7 @@ class ServerStream:
             _log.exception("the method %s raised", self.call.method)
             connection.fail(self, _internal())
         else:
-            self._end(trailers)
+            self._end(last)
 
     async def messages(self) -> AsyncIterator[bytes]:
         """The peer's messages in order. Taking one opens the peer's window again."""
@@ -297,16 +299,16 @@ class ServerStream:
             self.has_started_reply = True
             self.connection.h2.send_response(self.id, RESPONSE)
 
-    def _end(self, trailers: Metadata) -> None:
+    def _end(self, last: Reply) -> None:
         if self.is_done:
             return
         connection = self.connection
         connection.finish(self)
         try:
             self._start_reply()
-            connection.h2.send_trailers(
-                self.id, write_trailers(trailers, size_bytes_max=connection.limits.metadata_size_bytes_max)
-            )
+            size_bytes_max = connection.limits.metadata_size_bytes_max
+            trailers = write_trailers(last.trailers, size_bytes_max=size_bytes_max, ready=last.fields)
+            connection.h2.send_trailers(self.id, trailers)
         except NGH2Error:
             _log.debug("the call %d ended before its trailers", self.id)
         connection.flush_soon()

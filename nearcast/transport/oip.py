@@ -19,7 +19,7 @@ from nearcast.wire.framing import encode_prefix
 from nearcast.wire.message import encode_parameters
 from nearcast.wire.request import PiecedRequest, WireRequest
 from nearcast.wire.response import response_pieces
-from nearcast.wire.status import LATEST, served_to_trailers
+from nearcast.wire.status import LATEST, served_to_fields
 
 SERVICE = "/inference.GRPCInferenceService/"
 MODEL_INFER = SERVICE + "ModelInfer"
@@ -86,7 +86,7 @@ def _infer(service: InferenceService, *, trusted: bool) -> UnaryMethod:
             return await _answer(service, request, context, call)
         # As `_answer` does; this way costs a coroutine less.
         response = await service.infer(request, context, kept=call.deadline)
-        return Reply(response_pieces(response), served_to_trailers(response.served))
+        return Reply(response_pieces(response), fields=served_to_fields(response.served))
 
     return infer
 
@@ -99,7 +99,7 @@ async def _answer(service: InferenceService, request: WireRequest, context: Requ
     else:
         response = await service.infer(request, context, kept=call.deadline)
         pieces = response_pieces(response)
-    return Reply(pieces, served_to_trailers(response.served))
+    return Reply(pieces, fields=served_to_fields(response.served))
 
 
 def _read(service: InferenceService, body: bytes, call: Call, *, trusted: bool) -> tuple[WireRequest, RequestContext]:
@@ -138,11 +138,20 @@ def _frame(service: InferenceService, body: bytes, call: Call, *, trusted: bool)
     except MeshError as error:
         return Reply((encode_error(error, ""),))
 
+    is_asked = False
+
     async def answer() -> Reply:
+        nonlocal is_asked
+        is_asked = True
         pieces = (await _answer(service, request, context, call)).body
         return Reply((encode_prefix(2, sum(map(len, pieces)) + len(_FINAL)), *pieces, _FINAL))
 
-    return Frame(context.deadline, answer, lambda error: Reply((encode_error(error, request.id),)))
+    def fail(error: MeshError) -> Reply:
+        if not is_asked:
+            service.frames.count(error.code)
+        return Reply((encode_error(error, request.id),))
+
+    return Frame(context.deadline, answer, fail)
 
 
 def _unary(service: InferenceService, kind: type[Message], answer: Answer) -> UnaryMethod:

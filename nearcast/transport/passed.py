@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 from nearcast.handler import Served
-from nearcast.transport.ngh2_headers import OK, write_trailers
-from nearcast.transport.seam import DEFAULT_LIMITS, Fields
+from nearcast.transport.ngh2_headers import OK
+from nearcast.transport.seam import Fields
 from nearcast.wire import status
 
 _SERVED_BY, _TIER, _VERSION, _QUEUE_US, _COMPUTE_US, _LOAD, _ESCALATE = _NAMES = tuple(
@@ -22,7 +22,7 @@ _SERVED_BY, _TIER, _VERSION, _QUEUE_US, _COMPUTE_US, _LOAD, _ESCALATE = _NAMES =
     )
 )
 _USUAL = (OK[0], _SERVED_BY, _TIER, _VERSION, _QUEUE_US, _COMPUTE_US, _LOAD)
-"""The trailers of a mesh node in their order (`served_to_trailers`): recognised, they go on as they are."""
+"""The trailers of a mesh node in their order (`served_to_fields`): recognised, they go on as they are."""
 _PASSED = frozenset((*_NAMES, OK[0]))
 _VALUE_SIZE_BYTES_MAX = 512
 """Of one trailer that goes on; ours are far shorter."""
@@ -65,9 +65,7 @@ def _read_any(trailers: Fields, node: str, version: str) -> tuple[Served, Fields
     found = dict(trailers)
     if not found.get(_SERVED_BY):
         served = Served(node=node, version=version, load=_load(found.get(_LOAD, b"")))
-        return served, write_trailers(
-            status.served_to_trailers(served), size_bytes_max=DEFAULT_LIMITS.metadata_size_bytes_max
-        )
+        return served, (OK, *status.served_to_fields(served))
     get = found.get
     names = _text(get(_SERVED_BY, b"")), _text(get(_TIER, b"")), _text(get(_VERSION, b""))
     served = Served(

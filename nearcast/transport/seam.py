@@ -86,10 +86,14 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """One message and the trailers after it. `body` is in pieces: a large tensor is never copied to be framed."""
+    """One message and the trailers after it. `body` is in pieces: a large tensor is never copied to be framed.
+
+    `fields` are trailers behind the others that a server sends unseen: whoever makes them knows that they may travel.
+    """
 
     body: Sequence[bytes]
     trailers: Metadata = ()
+    fields: Fields = ()
 
 
 class CallError(MeshError):

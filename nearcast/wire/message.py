@@ -166,27 +166,36 @@ def encode_message(
         MeshError: INVALID_REQUEST if an array or a parameter cannot travel.
     """
     names = _names if len(model) + len(version) <= HEADER_CACHE_SIZE_BYTES_MAX else _names.__wrapped__
-    gathered = [names(model, version)]
+    head = [names(model, version)]
     if id_:
-        gathered.append(encode_field(3, encode_text(id_)))
+        head.append(encode_field(3, encode_text(id_)))
     if parameters:
-        gathered.append(encode_parameters(parameters))
-    raws = []
+        head.append(encode_parameters(parameters))
+    raws: list[bytes] = []
+    size_bytes_max = 0
     for name, array in tensors.items():
-        array = np.asarray(array)  # noqa: PLW2901 - engines may hand out numpy scalars
+        if type(array) is not np.ndarray:
+            array = np.asarray(array)  # noqa: PLW2901 - engines may hand out numpy scalars
         fields = _tensor_fields if len(name) <= HEADER_CACHE_SIZE_BYTES_MAX else _tensor_fields.__wrapped__
         header, prefix = fields(name, array.dtype, array.shape, raw_field)
         raw = array.tobytes() if prefix else to_raw(array)
-        gathered.append(header)
-        raws.append((prefix or encode_prefix(raw_field, len(raw)), raw))
-    gathered.append(sixth)
+        size_bytes = len(raw)
+        if size_bytes > size_bytes_max:
+            size_bytes_max = size_bytes
+        head.append(header)
+        raws += (prefix or encode_prefix(raw_field, size_bytes), raw)
+    if size_bytes_max < LIMITS.zero_copy_size_bytes_min:
+        return (b"".join((*head, sixth, *raws)),)
+    return _large_apart([*head, sixth], raws)
+
+
+def _large_apart(gathered: list[bytes], raws: Sequence[bytes]) -> tuple[bytes, ...]:
     pieces: list[bytes] = []
-    for prefix, raw in raws:
-        gathered.append(prefix)
-        if len(raw) < LIMITS.zero_copy_size_bytes_min:
-            gathered.append(raw)
+    for piece in raws:
+        if len(piece) < LIMITS.zero_copy_size_bytes_min:
+            gathered.append(piece)
         else:
-            pieces += (b"".join(gathered), raw)
+            pieces += (b"".join(gathered), piece)
             gathered = []
     if gathered:
         pieces.append(b"".join(gathered))

@@ -38,14 +38,18 @@ TIMEOUT_S_MAX = 99_999_999 * 3600.0
 COUNTER_MAX = 2**53
 MESSAGE_CHARS_MAX = 2048
 """A longer `grpc-message` is cut: it has to fit the peer's header list beside everything else."""
+SERVED_CHARS_MAX = 512
+"""So is each longer text of what happened to a request; ours are far shorter, but some come from another server."""
 
 _ErrorT = TypeVar("_ErrorT", bound=MeshError)
 _Trailers = tuple[tuple[str, str], ...]
+_Fields = tuple[tuple[bytes, bytes], ...]
 _UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 _TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])")
 _PLAIN = re.compile(r"[\x20-\x24\x26-\x7e]*")
 _METADATA_VALUE = re.compile(r"[\x20-\x7e]*")
 _LOAD_HEAD = "TEXT named_metrics.nc_in_flight="
+_QUEUE_US, _COMPUTE_US, _LOAD, _ESCALATE = (name.encode() for name in (QUEUE_US, COMPUTE_US, LOAD, ESCALATE))
 _LOAD_IN_FLIGHT = re.compile(r"(?:^TEXT |[ ,])named_metrics\.nc_in_flight=([0-9]{1,15})(?:\.0*)?(?:$|[ ,])")
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
 # A gRPC status without `nc-code` is another server's. One that the catalogue lacks means "it went wrong there".
@@ -157,15 +161,23 @@ def error_from_status(
     return kind(code, text, retry_after_ms=retry_after_ms, sent=sent)
 
 
+def served_to_fields(served: Served) -> _Fields:
+    """Trailers that tell what happened to an answered request, as they travel: printable, and bounded in size."""
+    node, tier, version = _served_by(served.node, served.tier, served.version)
+    queue_us = b"%d" % served.queue_us
+    compute_us = b"%d" % served.compute_us
+    load = b"TEXT named_metrics.nc_in_flight=%d" % served.in_flight
+    if served.load:
+        load += _encode_short(served.load)
+    if not served.escalate:
+        return (node, tier, version, (_QUEUE_US, queue_us), (_COMPUTE_US, compute_us), (_LOAD, load))
+    escalate = (_ESCALATE, _encode_short(served.escalate))
+    return (node, tier, version, (_QUEUE_US, queue_us), (_COMPUTE_US, compute_us), (_LOAD, load), escalate)
+
+
 def served_to_trailers(served: Served) -> _Trailers:
-    """Trailers (and REST response headers) that tell what happened to an answered request."""
-    trailers = (
-        *_served_by(served.node, served.tier, served.version),
-        (QUEUE_US, str(int(served.queue_us))),
-        (COMPUTE_US, str(int(served.compute_us))),
-        (LOAD, f"{_LOAD_HEAD}{int(served.in_flight)}{served.load}"),
-    )
-    return (*trailers, (ESCALATE, encode_message(served.escalate))) if served.escalate else trailers
+    """The same as text, for headers of REST and other transports."""
+    return tuple((name.decode(), value.decode()) for name, value in served_to_fields(served))
 
 
 def served_from_trailers(metadata: Mapping[str, str] | Iterable[tuple[str, str]]) -> Served:
@@ -199,9 +211,13 @@ def _in_flight(load: str) -> int:
 
 
 @lru_cache(maxsize=256)
-def _served_by(node: str, tier: str, version: str) -> _Trailers:
+def _served_by(node: str, tier: str, version: str) -> _Fields:
     pairs = ((SERVED_BY, node), (TIER, tier), (MODEL_VERSION, version))
-    return tuple((name, encode_message(value)) for name, value in pairs)
+    return tuple((name.encode(), _encode_short(value)) for name, value in pairs)
+
+
+def _encode_short(text: str) -> bytes:
+    return encode_message(text[:SERVED_CHARS_MAX]).encode()
 
 
 def _counter(text: str) -> int | None:
