@@ -25,6 +25,10 @@ class MqttMetrics:
         self._dropped = Counter("nc_mqtt_replies_dropped", "Messages given up, by reason.", ["reason"], registry=into)
         self._pending = Gauge("nc_mqtt_pending", "Requests accepted and not yet answered.", registry=into)
         self._outbox = Gauge("nc_mqtt_outbox_bytes", "Events on disk that a link has not taken.", registry=into)
+        self._behind = Gauge(
+            "nc_mqtt_behind", "Topics, or streams, with messages that are only on disk, by lane.", ["lane"],
+            registry=into,
+        )  # fmt: skip
         self._upstream = Gauge("nc_mqtt_upstream_connected", "1 while the upstream broker is there.", registry=into)
         self._connected = Gauge("nc_mqtt_connected", "1 while the broker is connected.", registry=into)
         self._unreadable = Counter("nc_mqtt_unreadable", "Messages that made no sense as MQTT.", registry=into)
@@ -55,6 +59,10 @@ class MqttMetrics:
     def watch_outbox(self, size_bytes: Callable[[], int]) -> None:
         """What waiting events take on disk, asked for when somebody looks."""
         self._outbox.set_function(size_bytes)
+
+    def watch_behind(self, lane: str, count: Callable[[], int]) -> None:
+        """How many topics or streams of a lane are in its backlog, asked for when somebody looks."""
+        self._behind.labels(lane).set_function(count)
 
     def upstream(self, *, up: bool) -> None:
         """The upstream broker came or went."""

@@ -83,8 +83,8 @@ class Publisher:
         ledger.on_commit(self._committed)
 
     @property
-    def streams_behind(self) -> int:
-        """Topics whose next message is only on disk."""
+    def topics_behind(self) -> int:
+        """Topics with messages that are only on disk."""
         return self._lanes.streams
 
     async def settled(self) -> None:

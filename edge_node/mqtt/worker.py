@@ -140,6 +140,8 @@ class MqttWorker:
             notify, streams_max = self._publisher.notify, self._limits.streams_max
             self._discovery = Discovery(discovery_prefix, node, notify, clock, streams_max)
         self.streams = self._make_streams(handler, directory, streams)
+        self.metrics.watch_behind("device", lambda: self._publisher.topics_behind)
+        self.metrics.watch_behind("streams", lambda: self.streams.streams_behind)
         self._draining = False
         self._denied: frozenset[str] = frozenset()
         self._online = asyncio.Event()
@@ -231,6 +233,7 @@ class MqttWorker:
     def _make_uplink(self, upstream: ConnectionSettings) -> Uplink:
         limits, clock, metrics = self._limits, self._clock, self.metrics
         publisher = Publisher(self._inbox, limits, clock, on_drop=metrics.dropped, link="upstream")
+        metrics.watch_behind("upstream", lambda: publisher.topics_behind)
         return Uplink(upstream, publisher, limits=limits.reconnect, metrics=metrics)
 
     def _count_drops(self, committed: Committed) -> None:

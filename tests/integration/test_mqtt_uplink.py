@@ -95,6 +95,7 @@ async def test_what_an_absent_broker_missed_arrives_in_order_also_after_a_restar
     async with running(tmp_path, port) as node:
         await node.emit(*("ab" * 30))
         assert node.ledger.event_bytes > 60 * 64
+        assert node.uplink.publisher.topics_behind == 2
     broker = await Broker.start(tmp_path / "broker", port=port)
     try:
         async with reading(port) as got, running(tmp_path, port) as node:
@@ -106,7 +107,7 @@ async def test_what_an_absent_broker_missed_arrives_in_order_also_after_a_restar
             for stream in "abc":
                 numbers = [int(payload) for name, payload in got if name == stream]
                 assert numbers == sorted(set(numbers))
-            assert node.uplink.publisher.streams_behind == 0
+            assert node.uplink.publisher.topics_behind == 0
     finally:
         await broker.stop()
 

@@ -372,7 +372,9 @@ async def test_answers_survive_an_outage_for_a_device_with_a_session(broker, tmp
             device.ask(X.tobytes(), correlation=b"late")
             await until(lambda: handler.executed)
             await broker.stop()
-            await until(lambda: worker.metrics.registry.get_sample_value("nc_mqtt_pending") == 0)
+            count = worker.metrics.registry.get_sample_value
+            await until(lambda: count("nc_mqtt_pending") == 0)
+            assert [count("nc_mqtt_behind", {"lane": lane}) for lane in ("device", "streams")] == [0, 0]
             assert await broker.launch() == ""
             answer = await device.answer()
     assert answer.properties.CorrelationData == b"late"

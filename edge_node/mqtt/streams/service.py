@@ -103,6 +103,11 @@ class StreamService:
         self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @property
+    def streams_behind(self) -> int:
+        """Streams with messages that are only on disk."""
+        return self._backlog.streams
+
     def redefine(self, definitions: Mapping[str, StreamDefinition]) -> None:
         """Give streams another meaning, from their next messages on."""
         self._runner.definitions = definitions
