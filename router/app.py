@@ -27,7 +27,7 @@ from nearcast.transport.reflection import reflection_methods
 from nearcast.transport.rest import RestServer
 from nearcast.transport.seam import Methods, Server
 from nearcast.transport.service import InferenceService
-from nearcast.transport.statistics import Statistics
+from nearcast.transport.statistics import FramesLetGo, Statistics
 from router.child import Child
 from router.config import RouterConfig
 from router.control import ControlLink, find_control
@@ -163,7 +163,8 @@ class RouterApp:
         self._closers.push_async_callback(self._close_listeners)
         listen, router = self._config.listen, self.router
         shown = self.identity if self._config.tls else None
-        counts = Statistics()
+        counts, frames = Statistics(), FramesLetGo()
+        self._telemetry.registry.register(frames)
         lessor = Lessor(
             router,
             lambda: (Announced(report, address) for report, address in self.targets.reports),
@@ -171,7 +172,7 @@ class RouterApp:
             registry=self._telemetry.registry,
         )
         service = InferenceService(
-            self._handler, router, server_name="nearcast", statistics=counts, report=router.catalogue
+            self._handler, router, server_name="nearcast", statistics=counts, report=router.catalogue, frames=frames
         )
         methods = join_methods(
             lease_methods(lessor.grant),

@@ -32,6 +32,7 @@ from nearcast.transport.rest import RestServer
 from nearcast.transport.seam import UNIX_PREFIX, Server
 from nearcast.transport.service import InferenceService
 from nearcast.transport.shared_memory import Regions
+from nearcast.transport.statistics import FramesLetGo
 from router.child import Child
 from router.control import ControlLink, find_control
 from router.decision_log import make_policy
@@ -245,8 +246,9 @@ class ServingNode:
     async def _listen_for_clients(self) -> None:
         listen, router = self.config.listen, self.router
         shown = self.identity if listen.tls else None
-        regions = Regions()
+        regions, frames = Regions(), FramesLetGo()
         self._closers.callback(regions.close)
+        self._telemetry.registry.register(frames)
         lessor = Lessor(router, self._reports, config=self.config.lease, registry=self._telemetry.registry)
         service = InferenceService(
             self.handler,
@@ -256,6 +258,7 @@ class ServingNode:
             repository=self.host,
             report=router.catalogue,
             regions=regions,
+            frames=frames,
         )
         methods = join_methods(
             lease_methods(lessor.grant),

@@ -35,6 +35,9 @@ class HostCollector(Collector):
         labels = ["model", "version"]
         requests = CounterMetricFamily("nearcast_requests", "Requests by outcome.", labels=[*labels, "code"])
         batches = CounterMetricFamily("nearcast_batches", "Batches by release reason.", labels=[*labels, "reason"])
+        refusals = CounterMetricFamily(
+            "nearcast_queue_refusals", "Requests that the queue turned away, by why.", labels=[*labels, "reason"]
+        )
         rows = CounterMetricFamily("nearcast_batch_rows", "Rows that ran in batches.", labels=labels)
         shadows = CounterMetricFamily("nearcast_shadows", "Shadowed inputs.", labels=[*labels, "outcome"])
         total = HistogramMetricFamily("nearcast_request_duration_seconds", "From arrival to answer.", labels=labels)
@@ -46,6 +49,8 @@ class HostCollector(Collector):
                 requests.add_metric([*values, str(code)], count)
             for reason, count in each.batches.items():
                 batches.add_metric([*values, reason], count)
+            for reason, count in each.refusals.items():
+                refusals.add_metric([*values, reason], count)
             rows.add_metric(values, each.rows)
             for outcome, count in (
                 ("agreed", each.compared - each.disagreed),
@@ -58,7 +63,7 @@ class HostCollector(Collector):
         in_flight = GaugeMetricFamily("nearcast_in_flight", "Requests inside of a hot version.", labels=labels)
         for (model, release), count in self._in_flight().items():
             in_flight.add_metric([model, str(release)], count)
-        return [requests, batches, rows, shadows, total, compute, in_flight]
+        return [requests, batches, refusals, rows, shadows, total, compute, in_flight]
 
 
 def _buckets(counts: Sequence[int]) -> list[tuple[str, float]]:

@@ -25,7 +25,7 @@ from nearcast.load import NodeReport
 from nearcast.transport.peer import is_operator, peer_uid, require_operator
 from nearcast.transport.seam import Call, Responder, Taken
 from nearcast.transport.shared_memory import Regions
-from nearcast.transport.statistics import Statistics
+from nearcast.transport.statistics import FramesLetGo, Statistics
 from nearcast.wire.response import TensorResponse
 
 Report: TypeAlias = Callable[[], NodeReport]
@@ -92,6 +92,7 @@ class InferenceService:
         repository: what an operator may load and unload; the directory itself if it can.
         report: what RepositoryIndex lists; the directory's own `report` if it has one.
         regions: shared memory; share one between listeners.
+        frames: counts those that are let go.
         clock: for deadlines.
     """
 
@@ -106,6 +107,7 @@ class InferenceService:
         repository: ModelRepository | None = None,
         report: Report | None = None,
         regions: Regions | None = None,
+        frames: FramesLetGo | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self.directory = directory
@@ -113,6 +115,7 @@ class InferenceService:
         self.server_version = __version__
         self.clock = clock
         self.regions = regions or Regions()
+        self.frames = frames or FramesLetGo()
         self._handler = handler
         self.passing = handler if isinstance(handler, PassingHandler) and handler.passes else None
         self._described: dict[tuple[str, str], ModelMetadata] = {}

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.counts import VersionCounts
+from nearcast.errors import Code
 from nearcast.handler import Served
 
 MODEL_VERSIONS_MAX = 1024
@@ -64,8 +69,30 @@ class Statistics:
                 success=(entry.success_count, int(entry.success_s * 1e9)),
                 fail=(entry.fail_count, int(entry.fail_s * 1e9)),
                 queue=(entry.success_count, int(entry.queue_us * 1000)),
+                # What a node does with tensors is part of what its answers call waiting and computing.
+                compute_input=(entry.success_count, 0),
                 compute=(entry.success_count, int(entry.compute_us * 1000)),
+                compute_output=(entry.success_count, 0),
             )
             for (name, release), entry in sorted(self._versions.items())
             if model in ("", name) and version in ("", release)
         ]
+
+
+class FramesLetGo(Collector):
+    """Frames of `nc-latest` streams that no model was asked about, by why: no host or router hears of those."""
+
+    def __init__(self) -> None:
+        self.codes: dict[Code, int] = {}
+
+    def count(self, code: Code) -> None:
+        """A frame was answered with this code and let go."""
+        self.codes[code] = self.codes.get(code, 0) + 1
+
+    def collect(self) -> Iterable[Metric]:
+        frames = CounterMetricFamily(
+            "nearcast_frames_let_go", "Frames of streams that gave way or waited too long.", labels=["code"]
+        )
+        for code, count in self.codes.items():
+            frames.add_metric([code.value], count)
+        return [frames]

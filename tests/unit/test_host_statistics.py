@@ -61,6 +61,7 @@ def test_metrics_are_what_dashboards_expect() -> None:
     statistics.answer(0, 5000)
     statistics.fail(Code.INTERNAL)
     statistics.release("idle", 3)
+    statistics.refuse("late")
     registry = CollectorRegistry(auto_describe=True)
     registry.register(HostCollector({("digits", 2): statistics}, lambda: {("digits", 2): 7}))
     text = generate_latest(registry).decode()
@@ -68,6 +69,7 @@ def test_metrics_are_what_dashboards_expect() -> None:
         'nearcast_requests_total{code="OK",model="digits",version="2"} 2.0',
         'nearcast_requests_total{code="INTERNAL",model="digits",version="2"} 1.0',
         'nearcast_batches_total{model="digits",reason="idle",version="2"} 1.0',
+        'nearcast_queue_refusals_total{model="digits",reason="late",version="2"} 1.0',
         'nearcast_in_flight{model="digits",version="2"} 7.0',
         'nearcast_request_duration_seconds_bucket{le="6.4e-05",model="digits",version="2"} 1.0',
         'nearcast_request_duration_seconds_bucket{le="+Inf",model="digits",version="2"} 2.0',
