@@ -6,7 +6,6 @@ section. Each value remembers where it came from. Secrets are never values here,
 
 from __future__ import annotations
 
-import difflib
 import os
 import tomllib
 import types
@@ -176,6 +175,8 @@ def _field_type(
     prefix = dotted.rpartition(".")[0]
     known = [key for key, _ in _leaves(root(), "")] if root else [e.encode_name for e in msgspec.structs.fields(type_)]
     asked = dotted if root else name
+    import difflib  # a node that starts well never needs it
+
     near = difflib.get_close_matches(asked, known, n=1, cutoff=0.6)
     hint = "" if not near else f" Did you mean `{near[0] if root or not prefix else f'{prefix}.{near[0]}'}`?"
     raise ConfigError(f"{place}: unknown key `{dotted}`.{hint}")

@@ -11,7 +11,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +19,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
+from nearcast import __version__
 from nearcast.telemetry import get_logger
 from router.policy import Policy, PolicyConfig
 from router.policy.log import FORMAT, Checkpoint, Record, Start, encode
@@ -202,7 +202,7 @@ def make_policy(
         number=0,
         lost=0,
         node=node,
-        release=version("nearcast"),
+        release=__version__,
         seed=seed,
         config=msgspec.to_builtins(config),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ def quick_start() -> Iterator[None]:
     Until `settle` nobody looks for garbage: start-up makes half a million objects and hardly any of them goes.
     """
     gc.disable()
+    # Ours are small, or a model's engine makes them; numpy would start a thread for every core, which spins at first.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     spared = [name for name in SPARED_PACKAGES if name not in sys.modules]
     for name in spared:
         sys.modules[name] = None  # type: ignore[assignment]  # as if it were not installed

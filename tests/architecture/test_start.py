@@ -32,7 +32,7 @@ def test_a_node_without_models_and_devices_is_ready_before_it_loads_what_serves_
             assert "aiohttp" in imported(log)
         finally:
             node.terminate()
-            node.wait(20)
+            node.communicate(timeout=20)
 
 
 def imported(log: Path) -> set[str]:
