@@ -96,6 +96,8 @@ class RunSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         queue_rows_max: rows that may wait for one version.
         late_quantile: what would be late at this quantile of the run times is refused at once; 0 = it is run.
         cache_bytes_max: answers that are remembered, of models whose manifest allows it.
+        real_time: the loop that listens and answers goes before everything ordinary on this machine while it uses
+            little of a core, where the system grants that (CAP_SYS_NICE, or LimitRTPRIO of its systemd unit).
         tune: measure versions without a profile beside the serving, and run them as that advises.
     """
 
@@ -105,6 +107,7 @@ class RunSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     queue_rows_max: Annotated[int, msgspec.Meta(ge=1, le=65_536)] = 256
     late_quantile: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.95
     cache_bytes_max: Annotated[int, msgspec.Meta(ge=0)] = 64 * 1024 * 1024
+    real_time: bool = True
     tune: bool = False
 
 
@@ -154,5 +157,6 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
             queue_rows_max=run.queue_rows_max,
             late_quantile=run.late_quantile,
             cache_bytes_max=run.cache_bytes_max,
+            real_time=run.real_time,
             tune=run.tune,
         )

@@ -35,7 +35,7 @@ from nearcast.serving.memory_metrics import MemoryCollector
 from nearcast.serving.metrics import HostCollector
 from nearcast.serving.nv_metrics import NvCollector
 from nearcast.serving.on_demand import OnDemand
-from nearcast.serving.precedence import ask_for_short_slices
+from nearcast.serving.precedence import LoopPrecedence
 from nearcast.serving.residency import Residency, unknown_model
 from nearcast.serving.shadow import Shadow
 from nearcast.serving.slots import Slot, VersionStatus
@@ -92,7 +92,9 @@ class ModelHost:
         self._closed = False
         self._arrived = 0.0
         self._shadow = Shadow(self._limits, self._quiet, self._now)
+        self._precedence = LoopPrecedence(real_time=self._limits.real_time)
         self._collectors = (
+            self._precedence,
             HostCollector(self._residency.statistics, self._residency.in_flight),
             MemoryCollector(self._residency),
             NvCollector(self._residency.statistics, self._residency.waiting),
@@ -103,7 +105,7 @@ class ModelHost:
 
     async def start(self) -> None:
         """Load every model of the store. A model that cannot be loaded is reported, not raised."""
-        ask_for_short_slices()
+        self._precedence.start()
         await self.refresh(None)
         self._started = True
 
@@ -290,6 +292,7 @@ class ModelHost:
         self._closed = True
         await self._shadow.close()
         await self._residency.close()
+        self._precedence.stop()
         if self._registry is not None:
             for collector in self._collectors:
                 self._registry.unregister(collector)

@@ -32,6 +32,8 @@ class HostLimits:
         priority_levels: of requests, 1 is the highest. A request of level 0, or beyond the lowest, has
             `priority_default`.
         priority_age_ms: a request of level p is overtaken only by what arrives within (p - 1) times this after it.
+        real_time: the event loop's thread goes before all ordinary ones of the machine while it uses little of its
+            core, where the system grants that; see `loop_rank`.
         late_quantile: a request is refused at once if its deadline would be missed at this quantile of the measured
             run times; 0 = it is run all the same.
         cache_bytes_max: answers that are remembered for models whose manifest allows it, of all models together.
@@ -66,6 +68,7 @@ class HostLimits:
     priority_levels: int = 3
     priority_default: int = 2
     priority_age_ms: float = 1000.0
+    real_time: bool = True
     late_quantile: float = 0.95
     cache_bytes_max: int = 64 * 1024 * 1024
     cache_request_bytes_max: int = 1024 * 1024

@@ -1,19 +1,29 @@
 """Let the event loop interrupt the models that run beside it on the same core, and not the other way round.
 
 A waking thread of equal rank waits until the running one has used up its slice, about 3 ms on Linux: too long for a
-deadline timer or a frame's refusal. So the loop's thread asks for short slices, which lets it interrupt at once (Linux
-6.12 and later, `sched_setattr(2)`; earlier ones ignore it), and the models' threads give way a little. Where the system
-refuses, all stays as it was.
+deadline timer or a frame's refusal. So the loop's thread is real-time while it uses little of its core (`loop_rank`):
+it runs as soon as it wakes, whatever else is there. Where or while it is not, it asks for short slices, which lets it
+interrupt sooner (Linux 6.12 and later, `sched_setattr(2)`; earlier ones ignore it), and the models' threads give way a
+little. What the system refuses stays as it was. No thread or child inherits any of it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
+import logging
 import os
 import platform
 import struct
 import threading
+import time
+from collections.abc import Iterable
 from contextlib import suppress
+
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from nearcast.serving.loop_rank import LoopRank
 
 SLICE_NS = 100_000
 """The shortest that Linux grants."""
@@ -22,16 +32,62 @@ NICENESS = 2
 _SYSCALLS = {"x86_64": 314, "aarch64": 274}
 _ATTRIBUTES = struct.Struct("=IIQiIQQQ")
 _SCHED_OTHER = 0
+_RESET_ON_FORK = 1
+_LOG = logging.getLogger(__name__)
 
 
-def ask_for_short_slices() -> bool:
-    """For the calling thread, which runs an event loop; False where the system has no such thing."""
-    return _schedule(SLICE_NS, 0)
+class LoopPrecedence(Collector):
+    """Of the loop that calls `start`, until `stop`; a collector of what is in force.
+
+    Args:
+        real_time: whether to ask for that at all.
+    """
+
+    def __init__(self, *, real_time: bool) -> None:
+        self._wanted = real_time
+        self._rank = LoopRank(0.0, 0.0)
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """On the loop's own thread. One whose scheduling somebody has chosen already keeps that."""
+        if _is_ordinary() and _ask_for_short_slices() and self._wanted:
+            self._rank = LoopRank(time.monotonic(), time.thread_time())
+            self._wait()
+
+    def stop(self) -> None:
+        """Be ordinary from now on. On the loop's own thread."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._rank.is_first:
+            self._rank.is_first = False
+            _ask_for_short_slices()
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: the registry need not collect to learn the names."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        text = "1 while the event loop's thread is real-time, 0 while it is busy or the system grants no such thing."
+        yield GaugeMetricFamily("nearcast_loop_real_time", text, float(self._rank.is_first))
+
+    def _wait(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._rank.window_s, self._look)
+
+    def _look(self) -> None:
+        if self._rank.look(time.monotonic(), time.thread_time()):
+            if not self._rank.is_first:
+                _ask_for_short_slices()
+            elif not _become_real_time():
+                self._rank.is_first = False
+                _LOG.info("the loop's thread stays ordinary: the system grants no real-time priority (RLIMIT_RTPRIO)")
+                return
+        self._wait()
 
 
 def give_way_to_loop() -> bool:
-    """For the calling thread, which is to run models: slices as usual, not the loop's, which it inherited."""
-    return _schedule(0, NICENESS)
+    """For the calling thread, which is to run models; False where the system has no such thing."""
+    return _is_ordinary() and _be_ordinary(0, NICENESS, 0)
 
 
 def yield_to_serving() -> None:
@@ -45,10 +101,29 @@ def yield_to_serving() -> None:
         os.sched_setscheduler(threading.get_native_id(), os.SCHED_BATCH, os.sched_param(0))
 
 
-def _schedule(slice_ns: int, nicer: int) -> bool:
-    number = _SYSCALLS.get(platform.machine())
-    if platform.system() != "Linux" or number is None or os.sched_getscheduler(0) != _SCHED_OTHER:
+def _is_ordinary() -> bool:
+    """Whether nobody else has chosen how the calling thread is scheduled, on a system that we know how to ask."""
+    if platform.system() != "Linux" or platform.machine() not in _SYSCALLS:
         return False
+    return os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK == _SCHED_OTHER
+
+
+def _ask_for_short_slices() -> bool:
+    return _be_ordinary(SLICE_NS, 0, _RESET_ON_FORK)
+
+
+def _become_real_time() -> bool:
+    """As low as that goes: what the system itself needs in real time goes first."""
+    lowest = os.sched_param(os.sched_get_priority_min(os.SCHED_RR))
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, lowest)
+    except OSError:
+        return False
+    return True
+
+
+def _be_ordinary(slice_ns: int, nicer: int, flags: int) -> bool:
     niceness = min(19, os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) + nicer)
-    attributes = _ATTRIBUTES.pack(_ATTRIBUTES.size, _SCHED_OTHER, 0, niceness, 0, slice_ns, 0, 0)
-    return bool(ctypes.CDLL(None, use_errno=True).syscall(number, 0, attributes, 0) == 0)
+    attributes = _ATTRIBUTES.pack(_ATTRIBUTES.size, _SCHED_OTHER, flags, niceness, 0, slice_ns, 0, 0)
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    return bool(call(_SYSCALLS[platform.machine()], 0, attributes, 0) == 0)

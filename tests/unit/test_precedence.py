@@ -1,28 +1,145 @@
-"""Threads that run models give way to the loop, and the loop's short slices stay its own."""
+"""The loop goes before what is ordinary while it is quiet; threads that run models give way; nobody inherits either."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import platform
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from nearcast.serving.precedence import NICENESS, ask_for_short_slices, give_way_to_loop
+from nearcast.serving import loop_rank
+from nearcast.serving.loop_rank import BUSY_SHARE, FIRST_WINDOW_S, ORDINARY_WINDOW_S, QUIET_SHARE, LoopRank
+from nearcast.serving.precedence import NICENESS, LoopPrecedence, give_way_to_loop
+
+on_linux = pytest.mark.skipif(
+    platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"), reason="asks Linux"
+)
+REAL_TIME = getattr(os, "SCHED_RR", 2)
+
+
+def policy() -> int:
+    """Of the calling thread, and whether its children start as ordinary ones."""
+    return os.sched_getscheduler(0)
 
 
 def niceness() -> int:
     return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 
-@pytest.mark.skipif(
-    platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"), reason="asks Linux"
-)
+def is_granted() -> bool:
+    """Whether a thread of this process, which then ends, may be real-time."""
+
+    def ask() -> bool:
+        try:
+            os.sched_setscheduler(0, REAL_TIME, os.sched_param(1))
+        except OSError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(ask).result()
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=50))
+def test_only_a_quiet_loop_is_first(shares: list[float]) -> None:
+    rank, now, used_s = LoopRank(0.0, 0.0), 0.0, 0.0
+    for share in shares:
+        was_first, window_s = rank.is_first, rank.window_s
+        assert window_s == (FIRST_WINDOW_S if was_first else ORDINARY_WINDOW_S)
+        now, used_s = now + window_s, used_s + share * window_s
+        changed = rank.look(now, used_s)
+        assert changed == (rank.is_first is not was_first)
+        assert rank.share == pytest.approx(share, abs=1e-6)
+        if abs(share - BUSY_SHARE) > 1e-6 and abs(share - QUIET_SHARE) > 1e-6:
+            assert rank.is_first == (share < (BUSY_SHARE if was_first else QUIET_SHARE))
+
+
+def test_a_look_at_no_time_changes_nothing() -> None:
+    rank = LoopRank(5.0, 1.0)
+    assert not rank.look(5.0, 2.0)
+    assert not rank.is_first
+
+
+@on_linux
 def test_a_models_thread_is_nicer_than_the_loops() -> None:
-    with ThreadPoolExecutor(1) as loop:
-        before = loop.submit(niceness).result()
-        assert loop.submit(ask_for_short_slices).result()
-        assert loop.submit(niceness).result() == before
-    with ThreadPoolExecutor(1, initializer=give_way_to_loop) as models:
-        assert models.submit(niceness).result() == min(19, before + NICENESS)
+    with ThreadPoolExecutor(1) as before, ThreadPoolExecutor(1, initializer=give_way_to_loop) as models:
+        assert models.submit(niceness).result() == min(19, before.submit(niceness).result() + NICENESS)
+
+
+@on_linux
+def test_without_real_time_the_loop_stays_ordinary_and_its_threads_start_as_such() -> None:
+    async def serve() -> None:
+        precedence, before = LoopPrecedence(real_time=False), niceness()
+        precedence.start()
+        assert policy() == os.SCHED_OTHER | os.SCHED_RESET_ON_FORK
+        assert niceness() == before
+        assert await asyncio.to_thread(policy) == os.SCHED_OTHER
+        precedence.stop()
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, serve()).result()
+
+
+@on_linux
+@pytest.mark.skipif(not is_granted(), reason="the system grants no real-time priority")
+def test_the_loop_is_real_time_while_it_is_quiet_and_nobody_inherits_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_rank, "ORDINARY_WINDOW_S", 0.02)
+    monkeypatch.setattr(loop_rank, "FIRST_WINDOW_S", 0.02)
+    first, ordinary = REAL_TIME | os.SCHED_RESET_ON_FORK, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK
+
+    async def until(wanted: int, meanwhile: Callable[[], None]) -> None:
+        async with asyncio.timeout(10):
+            while policy() != wanted:
+                meanwhile()
+                await asyncio.sleep(0.001)
+
+    def work() -> None:
+        until_s = time.thread_time() + 0.02
+        while time.thread_time() < until_s:
+            pass
+
+    def shown() -> float:
+        (family,) = precedence.collect()
+        return float(family.samples[0].value)
+
+    async def serve() -> None:
+        precedence.start()
+        assert (policy(), shown()) == (ordinary, 0.0)
+        await until(first, lambda: None)
+        assert shown() == 1.0
+        assert await asyncio.to_thread(policy) == os.SCHED_OTHER
+        child = subprocess.run(
+            [sys.executable, "-c", "import os; print(os.sched_getscheduler(0))"], capture_output=True, check=True
+        )
+        assert int(child.stdout) == os.SCHED_OTHER
+        await until(ordinary, work)
+        assert shown() == 0.0
+        await until(first, lambda: None)
+        precedence.stop()
+        assert (policy(), shown()) == (ordinary, 0.0)
+
+    precedence = LoopPrecedence(real_time=True)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, serve()).result()
+
+
+@on_linux
+def test_what_an_operator_has_chosen_stays() -> None:
+    async def serve() -> None:
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        precedence = LoopPrecedence(real_time=True)
+        precedence.start()
+        precedence.stop()
+        assert policy() == os.SCHED_BATCH
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, serve()).result()
