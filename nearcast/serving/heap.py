@@ -13,13 +13,14 @@ import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import Any
 
-from nearcast.runtime import keep_pages
+from nearcast.runtime.heap import c_library, keep_pages
 
 LOADING_BLOCK_SIZE_BYTES = 32 * 1024
 """Smallest block with pages of its own while a model loads."""
+FREE_SIZE_BYTES_MAX = 16 * 1024 * 1024
+"""Free memory that a host keeps when a model goes: the next one to come needs it, and to fetch its pages again costs
+more than to keep them."""
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 _turn = threading.Lock()
 _loading = 0
@@ -47,18 +48,29 @@ def share_arena() -> None:
 
 
 def trim_heap() -> None:
-    """Give freed memory back to the system. Walks the whole heap: not on the loop."""
-    trim = getattr(_libc(), "malloc_trim", None)
+    """Give freed memory back to the system. Walks the whole heap, which nobody can use meanwhile: not on the loop."""
+    trim = getattr(c_library(), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
+def trim_heap_if_large() -> None:
+    """The same if more than `FREE_SIZE_BYTES_MAX` is free: after each swap it would hold up those who are served."""
+    count = getattr(c_library(), "mallinfo2", None)
+    if count is not None:
+        count.restype = _Counts
+        if count().free <= FREE_SIZE_BYTES_MAX:
+            return
+    trim_heap()
+
+
+class _Counts(ctypes.Structure):
+    """The `struct mallinfo2` of glibc 2.33 and later."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in (*"abcdefgh", "free", "at_end"))
+
+
 def _set(parameter: int, value: int) -> None:
-    mallopt = getattr(_libc(), "mallopt", None)
+    mallopt = getattr(c_library(), "mallopt", None)
     if mallopt is not None:
         mallopt(parameter, value)
-
-
-@cache
-def _libc() -> Any:
-    return ctypes.CDLL(None)

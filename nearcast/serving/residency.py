@@ -15,7 +15,7 @@ from typing import Any
 from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError
 from nearcast.serving.engines import LoadedModel, estimate_memory_bytes
-from nearcast.serving.heap import share_arena, trim_heap
+from nearcast.serving.heap import share_arena, trim_heap, trim_heap_if_large
 from nearcast.serving.limits import HostLimits
 from nearcast.serving.loading import Loaded, load_version
 from nearcast.serving.memory import Alarm, Evict, Held, Key, Memory, Reason, Refuse
@@ -389,4 +389,4 @@ def _busy(key: Key, size_bytes: int) -> Held:
 
 def _free(engine: LoadedModel) -> None:
     engine.close()
-    trim_heap()
+    trim_heap_if_large()
