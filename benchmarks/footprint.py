@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 from benchmarks.rows import Row
@@ -23,16 +24,17 @@ def run(*, quick: bool) -> list[Row]:
     """Sizes of what the edge locks name; memory and CPU of an idle edge node."""
     idle_s = 3.0 if quick else 30.0
     with tempfile.TemporaryDirectory() as folder:
-        memory_bytes, cpu_share = measure_idle(Path(folder), idle_s)
+        memory_bytes, asked_bytes, cpu_share = measure_idle(Path(folder), idle_s)
         rows = [
             Row("footprint.idle_cpu_percent", cpu_share * 100, "%", "`nearcast edge` with 3 small models"),
             Row("footprint.idle_rss_mb", memory_bytes / 1e6, "MB", "the same process"),
+            Row("footprint.idle_rss_http_mb", asked_bytes / 1e6, "MB", "the same, once it was asked over HTTP"),
         ]
         return rows + measure_installs(Path(folder))
 
 
-def measure_idle(folder: Path, idle_s: float) -> tuple[int, float]:
-    """Resident bytes and share of one processor of a real node with three small models."""
+def measure_idle(folder: Path, idle_s: float) -> tuple[int, int, float]:
+    """Resident bytes before and after a request over HTTP, and share of one processor, of a node with three models."""
     from benchmarks.reload_models import fill_store
     from benchmarks.swap_latency import start_node
     from nearcast.store import Pointer
@@ -45,7 +47,10 @@ def measure_idle(folder: Path, idle_s: float) -> tuple[int, float]:
         time.sleep(1.0)
         began, since = read_cpu_s(node.pid), time.monotonic()
         time.sleep(idle_s)
-        return read_memory_bytes(node.pid), (read_cpu_s(node.pid) - began) / (time.monotonic() - since)
+        cpu_share = (read_cpu_s(node.pid) - began) / (time.monotonic() - since)
+        idle_bytes = read_memory_bytes(node.pid)
+        urllib.request.urlopen(f"http://{node.http}/v2/health/ready").close()
+        return idle_bytes, read_memory_bytes(node.pid), cpu_share
 
 
 def measure_installs(folder: Path) -> list[Row]:

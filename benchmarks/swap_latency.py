@@ -80,6 +80,7 @@ class Node:
     """Where the node answers, and its process."""
 
     grpc: str
+    http: str
     control: Path
     pid: int
 
@@ -116,7 +117,7 @@ def start_node(data: Path) -> Iterator[Node]:
     try:
         assert child.stdout is not None
         addresses = json.loads(child.stdout.readline())
-        yield Node(grpc=addresses["grpc"], control=data / "host.sock", pid=child.pid)
+        yield Node(grpc=addresses["grpc"], http=addresses["http"], control=data / "host.sock", pid=child.pid)
     finally:
         child.terminate()
         child.wait(20)
