@@ -23,7 +23,7 @@ import uvloop
 from benchmarks.fuzz_mutations import Conversation, mutate, record_http2, record_rest
 from benchmarks.router_node import EchoModel
 from nearcast.handler import InferRequest, InferResponse, RequestContext, Served
-from nearcast.runtime.process import raise_descriptors
+from nearcast.runtime.descriptors import raise_descriptors
 from nearcast.transport.ngh2_server import Ngh2Server
 from nearcast.transport.ngh2_server_connection import ServerConnection
 from nearcast.transport.ngh2_server_state import ServerState

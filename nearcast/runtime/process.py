@@ -6,18 +6,17 @@ import asyncio
 import json
 import logging
 import os
-import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable
 
 from nearcast.errors import MeshError
+from nearcast.runtime.descriptors import raise_descriptors, watch_descriptors
 from nearcast.runtime.exit import ExitCode, exit_code
 from nearcast.runtime.start import settle
 
 CANCEL_GRACE_S = 1.0
 """How long a cancelled main may clean up before the process ends regardless."""
-DESCRIPTORS_MAX = 65_536
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _log = logging.getLogger("nearcast.runtime")
 
@@ -55,17 +54,6 @@ def run(main: Callable[[Shutdown], Awaitable[int]], *, drain_s: float = 5.0) -> 
         return runner.run(_supervise(main, drain_s))
 
 
-def raise_descriptors() -> None:
-    """Take as many file descriptors as the system allows, up to `DESCRIPTORS_MAX`: each connection is one.
-
-    The soft limit, often 1024, is for programs that use select().
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = DESCRIPTORS_MAX if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS_MAX)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
 def announce(name: str, **addresses: str) -> None:
     """Tell the parent, by one JSON line on stdout, that this process is ready and where it listens."""
     settle()
@@ -83,6 +71,7 @@ async def _supervise(main: Callable[[Shutdown], Awaitable[int]], drain_s: float)
         loop.add_signal_handler(number, _on_signal, shutdown, number)
     task = asyncio.ensure_future(main(shutdown))
     watch = asyncio.ensure_future(shutdown.wait())
+    descriptors = loop.create_task(watch_descriptors())
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -95,6 +84,7 @@ async def _supervise(main: Callable[[Shutdown], Awaitable[int]], drain_s: float)
         return _result(task, default=ExitCode.OK if shutdown.requested else ExitCode.FAILED)
     finally:
         watch.cancel()
+        descriptors.cancel()
         for number in _SIGNALS:
             loop.remove_signal_handler(number)
 
