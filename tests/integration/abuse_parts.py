@@ -23,6 +23,7 @@ from typing import Any
 from nearcast.identity import CertificateAuthority, Identity, load_identity, make_csr
 from nearcast.transport.seam import Call, Limits, Methods, Reply
 from nearcast.transport.service import InferenceService
+from tests.patience import WAIT_S, own_time, until
 
 MEBIBYTE = 1 << 20
 LIMITS = Limits(
@@ -37,7 +38,7 @@ LIMITS = Limits(
     stall_timeout_s=0.4,
 )
 HONEST_LATENCY_S = 1.0
-"""What an honest call may take at most while others misbehave, on a machine that runs other tests as well."""
+"""What an honest call may take of the two processes' own time at most while others misbehave."""
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 2, 3, 4, 6, 7, 8, 9
 END_STREAM, ACK, END_HEADERS, PADDED = 1, 1, 4, 8
@@ -105,7 +106,8 @@ async def serve(folder: Path, changes: dict[str, float]) -> None:
     rest = RestServer(InferenceService(model, model, server_name="abused"), address="127.0.0.1:0", limits=limits)
     for server in (plain, secure, rest):
         await server.start()
-    print(json.dumps({"h2": plain.address, "tls": secure.address, "rest": rest.address}), flush=True)
+    addresses = {"h2": plain.address, "tls": secure.address, "rest": rest.address}
+    print(json.dumps(addresses | {"pid": os.getpid()}), flush=True)
     while True:
         # What the model keeps for its other tests would look like a leak here.
         await asyncio.sleep(0.05)
@@ -113,7 +115,7 @@ async def serve(folder: Path, changes: dict[str, float]) -> None:
         model.requests.clear()
 
 
-async def be_honest(addresses: dict[str, str], folder: Path) -> None:
+async def be_honest(addresses: dict[str, Any], folder: Path) -> None:
     """Call each listener again and again; on each line of input say what the calls since the last one were like."""
     import aiohttp
 
@@ -133,7 +135,7 @@ async def be_honest(addresses: dict[str, str], folder: Path) -> None:
 
     def call_channel(name: str) -> Callable[[], Awaitable[bool]]:
         async def call() -> bool:
-            deadline = time.monotonic() + 5.0
+            deadline = time.monotonic() + 20.0
             return b"".join((await channels[name].unary("/t.T/echo", (b"on",), deadline=deadline)).body) == b"on"
 
         return call
@@ -145,13 +147,13 @@ async def be_honest(addresses: dict[str, str], folder: Path) -> None:
 
     async def go_on(name: str) -> None:
         while True:
-            began = time.monotonic()
+            began = own_time(os.getpid(), addresses["pid"])
             try:
                 if not await calls[name]():
                     problems.append(f"{name}: a wrong answer")
             except Exception as error:
                 problems.append(f"{name}: {error!r}")
-            seen[name].append(time.monotonic() - began)
+            seen[name].append(own_time(os.getpid(), addresses["pid"]) - began)
             await asyncio.sleep(0.01)
 
     runs = [asyncio.create_task(go_on(name)) for name in calls]
@@ -238,7 +240,8 @@ class Bench:
     ) -> AsyncIterator[None]:
         """Measure the server during the block; then judge time, memory and the honest client's calls."""
         await asyncio.to_thread(self.honest.ask)
-        rss, cpu, began = self.server.rss_bytes, self.server.cpu_s, time.monotonic()
+        rss, cpu = self.server.rss_bytes, self.server.cpu_s
+        began = own_time(os.getpid(), self.server.process.pid)
         peak = rss
 
         async def watch() -> None:
@@ -250,15 +253,14 @@ class Bench:
         watching = asyncio.create_task(watch())
         try:
             yield
-            problems, calls, worst_s = await self._hear()
+            problems, worst_s = await self._hear()
             assert self.server.process.poll() is None, "the server has died"
         finally:
             watching.cancel()
-        self.took_s = time.monotonic() - began
+        self.took_s = own_time(os.getpid(), self.server.process.pid) - began
         self.cpu_s = self.server.cpu_s - cpu
         self.grown_bytes = max(peak, self.server.rss_bytes) - rss
         assert problems == []
-        assert calls, "the honest client was served at no listener"
         self.worst_s = max(worst_s.values())
         print(
             f"{listener}: {self.took_s:.2f} s, CPU {self.cpu_s:.2f} s, +{self.grown_bytes / MEBIBYTE:.1f} MiB, "
@@ -268,21 +270,23 @@ class Bench:
         assert self.grown_bytes < grown_mib * MEBIBYTE
         assert self.took_s < time_s
 
-    async def _hear(self) -> tuple[list[str], int, dict[str, float]]:
-        """Problems, the fewest calls to one listener and the slowest to each, since the last question."""
+    async def _hear(self) -> tuple[list[str], dict[str, float]]:
+        """Problems and the slowest call to each listener, since the last question."""
         calls: dict[str, int] = {}
         worst_s: dict[str, float] = {}
         problems: list[str] = []
-        for _ in range(150):
-            await asyncio.sleep(0.02)
+
+        async def every_listener_was_asked() -> bool:
             said = await asyncio.to_thread(self.honest.ask)
-            problems += said["problems"]
+            problems.extend(said["problems"])
             for name, seen in said["seen"].items():
                 calls[name] = calls.get(name, 0) + seen["calls"]
                 worst_s[name] = max(worst_s.get(name, 0.0), seen["worst_s"])
-            if min(calls.values()) > 0:
-                break
-        return problems, min(calls.values()), worst_s
+            return min(calls.values()) > 0
+
+        await asyncio.sleep(0.02)
+        await until(every_listener_was_asked, "each listener serves the honest client")
+        return problems, worst_s
 
     async def tasks_in_server(self) -> int:
         """Tasks that the server runs, besides those of honest calls."""
@@ -411,7 +415,7 @@ class Raw:
             return False
         return not (self.writer.is_closing() or (self._reading is not None and self._reading.done()))
 
-    async def is_closed(self, timeout_s: float = 3.0) -> bool:
+    async def is_closed(self, timeout_s: float = WAIT_S) -> bool:
         """Whether the server ends the connection in time."""
         if self._reading is None:
             self._reading = asyncio.create_task(self._read())

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import http.server
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -26,6 +24,7 @@ from model_sync.repository.signing_key import load_key
 from model_sync.rollout.document import ChannelDocument, Pick, Rollout
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.store import Manifest, Store
+from tests.patience import until
 from tests.tiny_models import affine_model, write_version
 
 MODEL = "affine"
@@ -225,13 +224,6 @@ async def running(config: AgentConfig, *, clock: Clock = SYSTEM_CLOCK, store: St
 def status_of(agent: Agent) -> ModelStatus:
     shell = agent._shells.get(MODEL)
     return shell.status if shell is not None else ModelStatus(state="ABSENT")
-
-
-async def until(condition: Callable[[], object], what: str, *, wait_s: float = WAIT_S) -> None:
-    deadline = time.monotonic() + wait_s
-    while not condition():
-        assert time.monotonic() < deadline, f"it never came true within {wait_s} s: {what}"
-        await asyncio.sleep(0.005)
 
 
 async def settled(agent: Agent, *, stable: int, candidate: int | None = None) -> None:

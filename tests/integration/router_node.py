@@ -31,6 +31,8 @@ class TinyHost:
         self.in_flight = self.most_in_flight = self.answered = self.cancelled = 0
         self.seen: list[tuple[str, RequestContext]] = []
         self.fail: MeshError | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()
         self.client_address = ""
         self.client_tls = False
 
@@ -46,6 +48,7 @@ class TinyHost:
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
             await asyncio.sleep(self.delay_s)
+            await self.gate.wait()
         except asyncio.CancelledError:
             self.cancelled += 1
             raise

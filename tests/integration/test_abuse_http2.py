@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -29,7 +29,6 @@ from tests.integration.abuse_parts import (
     WINDOW_UPDATE,
     Bench,
     Raw,
-    bench,
     call,
     data_frames,
     frame,
@@ -38,16 +37,11 @@ from tests.integration.abuse_parts import (
     raw,
     request,
 )
+from tests.patience import until
 
 ZERO_WINDOW = b"\0\4\0\0\0\0"
 HOARD = message(bytes(7 * MEBIBYTE))[:-1]
 HUGE_WINDOW = b"\0\4\x7f\xff\xff\xff"
-
-
-@pytest.fixture(scope="module")
-def abused(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with bench(tmp_path_factory.mktemp("abuse")) as made:
-        yield made
 
 
 async def flood(one: Raw, piece: bytes, times: int) -> bool:
@@ -335,11 +329,11 @@ async def test_an_attack_is_endured(abused: Bench, attack: Callable[[Raw], Await
     before = await abused.tasks_in_server()
     async with abused.attack("h2", grown_mib=ENDURED[attack]), raw(abused.address()) as (one,):
         await attack(one)
-    for _ in range(20):
-        if await abused.tasks_in_server() <= before + 3:
-            return
-        await asyncio.sleep(0.05)
-    raise AssertionError("methods of calls that are gone still wait")
+
+    async def are_gone() -> bool:
+        return await abused.tasks_in_server() <= before + 3
+
+    assert await until(are_gone, "no method waits for a call that is gone") < 1.0
 
 
 # Attacks by many connections at once.
@@ -360,7 +354,7 @@ async def test_sockets_that_are_not_read(abused: Bench) -> None:
     """The windows are open, but nobody reads the socket: the same bound."""
     async with (
         abused.attack("h2", grown_mib=200),
-        raw(abused.address(), 40, settings=HUGE_WINDOW, reads=False) as many,
+        raw(abused.address(), 30, settings=HUGE_WINDOW, reads=False) as many,
     ):
         for one in many:
             await one.send(frame(WINDOW_UPDATE, 0, 0, b"\x7f\0\0\0"))
@@ -368,11 +362,7 @@ async def test_sockets_that_are_not_read(abused: Bench) -> None:
             for one in many:
                 await one.send(call(i, b"/t.T/big", b"1"))
             await asyncio.sleep(0.01)
-        for _ in range(60):
-            if abused.server.descriptors < 30:
-                break
-            await asyncio.sleep(0.05)
-        assert abused.server.descriptors < 30, "who reads nothing is dropped in time"
+        assert await until(lambda: abused.server.descriptors < 30, "who reads nothing is dropped") < 3.0
 
 
 async def test_calls_that_wait_and_are_reset(abused: Bench) -> None:
@@ -385,22 +375,19 @@ async def test_calls_that_wait_and_are_reset(abused: Bench) -> None:
             await one.send(frame(RST_STREAM, 0, i, b"\0\0\0\x08"))
 
 
-async def test_hoarded_uploads_leave_room_for_others(abused: Bench) -> None:
+async def test_hoarded_uploads_leave_room_for_others(patient: Bench) -> None:
     """Many connections send all of their messages but the last byte; another's upload passes all the same."""
-    async with abused.attack("h2", grown_mib=80), raw(abused.address(), 6) as many:
+    async with patient.attack("h2", grown_mib=80), raw(patient.address(), 6) as many:
         for one in many:
             for i in range(1, 13, 2):
                 await one.send(
                     frame(HEADERS, END_HEADERS, i, request(b"/t.T/echo" if i % 4 == 1 else b"/t.T/chat"))
                     + data_frames(i, HOARD, end=False)
                 )
-        async with raw(abused.address(), settings=HUGE_WINDOW) as (late,):
+        async with raw(patient.address(), settings=HUGE_WINDOW) as (late,):
             await late.send(call(1, b"/t.T/tasks", bytes(5 * MEBIBYTE)))
-            for _ in range(40):
-                if answered := re.search(rb"\0\0\0\0[\1\2]\d+", late.received):
-                    break
-                await asyncio.sleep(0.05)
-            assert answered
+            answer = re.compile(rb"\0\0\0\0[\1\2]\d+")
+            assert await until(lambda: answer.search(late.received), "the late upload is answered") < 2.0
 
 
 async def test_slow_loris(abused: Bench) -> None:
@@ -419,18 +406,13 @@ async def test_slow_loris(abused: Bench) -> None:
             for one in many[40:]:
                 await one.send(frame(DATA, 0, 1, b"x"))
             await asyncio.sleep(0.05)
-        assert all(await asyncio.gather(*(one.is_closed(1.0) for one in many[:40])))
-        await asyncio.sleep(0.2)
-        assert all(frame(RST_STREAM, 0, 1, bytes(4)) in one.received for one in many[40:]), "each upload is refused"
+        assert all(await asyncio.gather(*(one.is_closed() for one in many[:40])))
+        reset = frame(RST_STREAM, 0, 1, bytes(4))
+        await until(lambda: all(reset in one.received for one in many[40:]), "each upload is refused")
 
 
 async def test_connections_beyond_the_bound(abused: Bench) -> None:
     """Connections that do nothing go sooner when there is little room; a new client finds its place then."""
     async with abused.attack("h2"), raw(abused.address(), 320) as many:
-        for _ in range(60):
-            gone = sum(one._reading is None or one._reading.done() for one in many)
-            if gone > 30:
-                break
-            await asyncio.sleep(0.1)
-        assert gone > 30
+        await until(lambda: sum(one._reading is None or one._reading.done() for one in many) > 30, "30 are closed")
         assert await abused.tasks_in_server() >= 0

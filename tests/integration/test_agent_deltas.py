@@ -32,7 +32,6 @@ from tests.integration.agent_parts import (
     serving,
     settled,
     status_of,
-    until,
 )
 from tests.integration.delta_parts import (
     publish_delta,
@@ -45,6 +44,7 @@ from tests.integration.delta_parts import (
     write_index_bytes,
     write_payload,
 )
+from tests.patience import until
 
 
 class Pair:

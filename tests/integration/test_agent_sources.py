@@ -34,9 +34,9 @@ from tests.integration.agent_parts import (
     serving,
     settled,
     status_of,
-    until,
 )
 from tests.integration.delta_parts import push_weights, weights
+from tests.patience import until
 
 TIMES = {"connect_timeout_s": 5.0, "timeout_s": 5.0}
 
@@ -321,8 +321,8 @@ async def test_a_newer_intent_ends_a_download_within_one_chunk(
         before = status_of(agent).received_bytes
         publisher.roll(1)
         await agent.check()
-        await until(lambda: status_of(agent).state == "IDLE", "the older release is wanted again", wait_s=2.0)
-        await until(lambda: not agent._shells[MODEL]._working.locked(), "the thread has noticed", wait_s=4.0)
+        assert await until(lambda: status_of(agent).state == "IDLE", "the older release is wanted again") < 2.0
+        assert await until(lambda: not agent._shells[MODEL]._working.locked(), "the thread has noticed") < 4.0
         assert status_of(agent).received_bytes - before < entry.size_bytes / 2
 
 

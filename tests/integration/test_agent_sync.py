@@ -20,7 +20,8 @@ from model_sync.publisher.keys import init_keys
 from model_sync.publisher.push import push
 from nearcast.identity import join
 from nearcast.store import Pointer, Store
-from tests.integration.agent_parts import MODEL, running, settled, status_of, until
+from tests.integration.agent_parts import MODEL, running, settled, status_of
+from tests.patience import until
 from tests.tiny_models import affine_model, write_version
 
 READY_S = 20.0

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from nearcast.store.manifest import CHUNK_SIZE_BYTES
-from tests.integration.agent_parts import Origin, Publisher, make_config, running, serving, settled, status_of, until
+from tests.integration.agent_parts import Origin, Publisher, make_config, running, serving, settled, status_of
 from tests.integration.attack_parts import Hostile, Template, attacked, refuse, told, trusted_files
+from tests.patience import until
 
 PIECE = b"x" * 65536
 ENDLESS_BYTES = 64 * 1024 * 1024

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from router.policy import Policy, PolicyConfig
 from router.router import Router
 from router.shadow import ShadowConfig, ShadowLimits
 from router.targets import ChannelFactory, NodeView, TargetSet
-from tests.own_time import own_time
+from tests.patience import own_time, until
 from tests.tiny_models import activate, affine_model, install
 
 SURE, TORN = 0.9, 0.2
@@ -124,13 +123,6 @@ async def mesh(identities: dict[str, Identity], tmp_path: Path) -> AsyncIterator
         made = Mesh(router, client, core)
         stack.callback(made.gate.set)
         yield made
-
-
-async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
-    ends_at = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < ends_at, "the condition did not come true in time"
-        await asyncio.sleep(0.005)
 
 
 async def test_only_an_uncertain_answer_is_asked_about_again(mesh: Mesh) -> None:

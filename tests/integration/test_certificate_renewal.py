@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from router.renewal import Renewal, RenewalLimits
 from router.router import Router
 from router.serving_config import AgentSettings, ListenConfig, ServingConfig
 from router.serving_node import ServingNode
+from tests.patience import until
 
 METHOD = "/t.T/whoami"
 LIMITS = RenewalLimits(pause_min_s=0.05, backoff_base_s=0.05, backoff_max_s=0.2)
@@ -116,13 +117,6 @@ async def controller(tmp_path: Path) -> AsyncIterator[Controller]:
     await controller.stop()
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
-    ends_at = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < ends_at, "the condition did not come true in time"
-        await asyncio.sleep(0.01)
-
-
 async def whoami(_: bytes, call: Call) -> Reply:
     return Reply((call.identity.encode(),))
 
@@ -196,7 +190,7 @@ async def test_no_call_fails_while_certificates_come_and_go(controller: Controll
         traffic = [Traffic(kind, servers[kind].address, edge) for kind in KINDS]
         for each in traffic:
             closers.push_async_callback(each.stop)
-        await until(lambda: min(controller.asked.count(name) for name in ("cloud-1", "edge-1")) >= 3, 30.0)
+        await until(lambda: min(controller.asked.count(name) for name in ("cloud-1", "edge-1")) >= 3)
         await until(lambda: all(time.time() > validity.ends_at for validity in first.values()))
         seen = [len(each.answers) for each in traffic]
         await until(lambda: all(len(each.answers) > before + 20 for each, before in zip(traffic, seen, strict=True)))

@@ -5,7 +5,6 @@ MLServer and Triton's core are in `tests/compat/test_peers_as_targets.py`.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from router.policy import Policy, PolicyConfig
 from router.router import Router
 from router.target import configured_views
 from router.targets import ChannelFactory, TargetSet
+from tests.patience import until
 
 FAST = ProbeConfig(report_ms=20, timeout_ms=500, drain_ms=200)
 
@@ -88,13 +88,6 @@ class OipServer:
         reply.outputs.add(name="y", datatype="FP32", shape=[len(y)]).contents.SetInParent()
         reply.raw_output_contents.append(y.tobytes())
         return reply
-
-
-async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
-    ends_at = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < ends_at, "the condition did not come true in time"
-        await asyncio.sleep(0.005)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from nearcast.errors import Code, MeshError
 from nearcast.transport.grpc import KINDS, Kind, make_channel, make_server
 from nearcast.transport.health import CHECK_METHOD, health_methods
 from nearcast.transport.seam import Call, CallError, Channel, Limits, Methods, Reply, Server
-from tests.own_time import own_time
+from tests.patience import own_time
 
 LIMITS = Limits(message_size_bytes_max=8 << 20, connect_timeout_s=3.0)
 MEBIBYTE = 1 << 20

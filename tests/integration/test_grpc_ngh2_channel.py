@@ -14,7 +14,7 @@ import uvloop
 from nearcast.errors import Code
 from nearcast.transport.ngh2_channel import Ngh2Channel
 from nearcast.transport.seam import DEFAULT_LIMITS, CallError, Limits
-from tests.own_time import own_time
+from tests.patience import own_time
 
 # The replacement is a hook that would change the loop of everybody else's tests too.
 pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy:pytest.PytestDeprecationWarning")

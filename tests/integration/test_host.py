@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from nearcast.serving.loading import Loaded, load_version
 from nearcast.serving.slots import VersionStatus
 from nearcast.store import Store
 from nearcast.wire.request import TensorRequest
+from tests.patience import until
 from tests.tiny_models import activate, affine_model, install, lookup_model, recurrent_model, tensor, text_model
 
 X = np.arange(4, dtype=np.float32).reshape(1, 4)
@@ -55,12 +56,6 @@ def request(x: Any = X, *, model: str = "affine", **fields: Any) -> TensorReques
 
 def stats(host: ModelHost, model: str) -> dict[int, VersionStatus]:
     return {each.release: each for each in host.status(model)}
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 async def test_a_request_gets_the_models_answer_and_what_happened(store: Store) -> None:

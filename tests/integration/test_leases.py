@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from router.lessor import Lessor
 from router.policy import Policy, PolicyConfig
 from router.router import Router
 from tests.integration.lease_parts import make_identities
+from tests.patience import until
 
 _spec = importlib.util.spec_from_file_location("lease_node", Path(__file__).with_name("router_node.py"))
 assert _spec is not None
@@ -95,12 +96,6 @@ async def running(
         yield fleet
     finally:
         await fleet.close()
-
-
-async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def ask(fleet: Fleet, **fields: Any) -> Any:

@@ -26,8 +26,8 @@ from tests.integration.agent_parts import (
     serving,
     settled,
     status_of,
-    until,
 )
+from tests.patience import until
 
 
 @pytest.fixture(scope="module")

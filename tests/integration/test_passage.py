@@ -25,6 +25,7 @@ from nearcast.transport.service import InferenceService
 from nearcast.wire.request import TensorRequest
 from router.policy import Policy, PolicyConfig
 from router.router import Router
+from tests.patience import until
 
 _spec = importlib.util.spec_from_file_location("router_node", Path(__file__).with_name("router_node.py"))
 assert _spec is not None
@@ -95,12 +96,6 @@ async def hop() -> AsyncIterator[Hop]:
         await close()
     await router.close()
     assert made.is_even()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 async def test_bytes_pass_without_a_task_and_untouched(hop: Hop, monkeypatch: pytest.MonkeyPatch) -> None:

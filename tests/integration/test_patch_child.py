@@ -19,10 +19,10 @@ from model_sync.delta.search import ENCODERS, describe_way
 from nearcast.errors import Code, MeshError
 from nearcast.store import Store
 from nearcast.store.manifest import File
-from tests.integration.agent_parts import MODEL, Publisher, make_config, running, serving, settled, status_of, until
+from tests.integration.agent_parts import MODEL, Publisher, make_config, running, serving, settled, status_of
 from tests.integration.delta_parts import publish_delta, push_weights, weights, write_index
 from tests.integration.test_agent_process import AgentProcess
-from tests.own_time import own_time
+from tests.patience import own_time, until
 from tests.tiny_models import write_version
 
 RSS_BYTES_MAX = 60e6

@@ -28,7 +28,7 @@ from router.config import ProbeConfig
 from router.policy import Policy, PolicyConfig
 from router.router import Router
 from router.targets import ChannelFactory, NodeView, TargetSet
-from tests.own_time import own_time
+from tests.patience import until
 
 _spec = importlib.util.spec_from_file_location("stream_node", Path(__file__).with_name("router_node.py"))
 assert _spec is not None
@@ -115,15 +115,6 @@ async def start(identities: dict[str, Identity]) -> AsyncIterator[Start]:
     yield begin
     for close in reversed(closers):
         await close()
-
-
-async def until(condition: Callable[[], object]) -> float:
-    """Wait for it; how much of its own time this process needed."""
-    started = own_time()
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.002)
-    return own_time() - started
 
 
 async def ask(router: Router) -> str:

@@ -29,6 +29,7 @@ from router.policy import Policy, PolicyConfig, RequestFacts, Send
 from router.router import Router
 from router.splits import StoreSplits
 from router.targets import ChannelFactory, NodeView, TargetSet
+from tests.patience import until
 
 NODE_FILE = Path(__file__).with_name("router_node.py")
 _spec = importlib.util.spec_from_file_location("router_node", NODE_FILE)
@@ -132,13 +133,6 @@ async def bench(mesh: Mesh) -> AsyncIterator[Bench]:
         await close()
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
-    ends_at = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < ends_at, "the condition did not come true in time"
-        await asyncio.sleep(0.005)
-
-
 def request(value: float = 1.0, **options: Any) -> TensorRequest:
     return TensorRequest(model="digits", inputs={"x": np.array([value], np.float32)}, **options)
 
@@ -202,7 +196,7 @@ async def test_traffic_through_a_death_fails_at_most_three(bench: Bench) -> None
     for i in range(240):
         tasks.append(asyncio.ensure_future(ask(i)))
         if i == 100:
-            await until(lambda: next(t for t in router.policy.targets if t.name == "a").own >= 5, 2.0)
+            await until(lambda: next(t for t in router.policy.targets if t.name == "a").own >= 5)
             child.send_signal(signal.SIGKILL)
         await asyncio.sleep(0.005)
     await asyncio.gather(*tasks)

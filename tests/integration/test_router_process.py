@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from nearcast.client import AsyncClient
 from nearcast.errors import Code, MeshError
 from nearcast.handler import RequestContext
 from nearcast.identity import CertificateAuthority, load_identity, make_csr, peer_uri, server_tls
+from nearcast.transport.ngh2_connection import split_address
 from nearcast.wire.request import TensorRequest
 from router.config import ProbeConfig
 from router.control import ControlLink
@@ -29,6 +30,7 @@ from router.directory import Announcer, DirectoryReader
 from router.policy import Policy, PolicyConfig
 from router.router import Router
 from router.targets import ChannelFactory, NodeView, TargetSet
+from tests.patience import until
 
 ROOT = Path(__file__).parents[2]
 NODE_FILE = Path(__file__).with_name("router_node.py")
@@ -99,13 +101,6 @@ async def control(folders: Path) -> AsyncIterator[ControlPlane]:
     plane = ControlPlane(folders / "sync")
     yield plane
     await plane.stop()
-
-
-async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
-    ends_at = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < ends_at, "the condition did not come true in time"
-        await asyncio.sleep(0.01)
 
 
 def entry(name: str, address: str, role: str = "edge") -> dict[str, Any]:
@@ -308,13 +303,15 @@ async def test_a_router_process_serves_explains_reloads_and_drains(folders: Path
                         await asyncio.sleep(0.05)
             assert answer.outputs["y"].tolist() == [8.0]
             assert (answer.served_by, answer.version) == ("a", "3")
-            host.delay_s = 1.0
-            last = asyncio.ensure_future(client.infer("digits", x, deadline_ms=10_000))
+            host.gate.clear()
+            last = asyncio.ensure_future(client.infer("digits", x, deadline_ms=40_000))
             await until(lambda: host.in_flight == 1)
             await explain(ready)
             await reload(child, ready, folders, tmp_path / "data", server.address)
             assert not last.done()
             child.send_signal(signal.SIGTERM)
+            await until(lambda: refuses(ready["grpc"]), "it takes no more connections")
+            host.gate.set()
             assert (await last).served_by == "a"
         async with asyncio.timeout(15):
             assert await child.wait() == 0
@@ -323,6 +320,15 @@ async def test_a_router_process_serves_explains_reloads_and_drains(folders: Path
             child.kill()
             await child.wait()
         await server.drain(0.2)
+
+
+async def refuses(address: str) -> bool:
+    try:
+        _, writer = await asyncio.open_connection(*split_address(address))
+    except OSError:
+        return True
+    writer.close()
+    return False
 
 
 async def reload(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from nearcast.serving import HostLimits, ModelHost
 from nearcast.serving.shadow import Shadow
 from nearcast.store import Store
 from nearcast.wire.request import TensorRequest
+from tests.patience import until
 from tests.tiny_models import activate, affine_model, install, lookup_model, recurrent_model, tensor
 
 X = np.arange(4, dtype=np.float32).reshape(1, 4)
@@ -42,13 +43,6 @@ async def ask(host: ModelHost, inputs: dict[str, Any], version: str = "", model:
 def counted(host: ModelHost, release: int, model: str = "affine") -> tuple[int, int, int]:
     found = next(one for one in host.status(model) if one.release == release)
     return found.requests, found.compared, found.disagreed
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        await asyncio.sleep(0.005)
 
 
 @pytest.mark.parametrize(("scale", "disagreed"), [(2.0, 0), (3.0, 20)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +29,7 @@ from nearcast.serving.limits import HostLimits
 from nearcast.store import Store
 from nearcast.wire.request import TensorRequest
 from tests.integration.test_controller import Sync, make_bundle
+from tests.patience import until
 
 MODEL = "affine"
 X = np.array([[1.0, 2.0]], np.float32)
@@ -237,14 +238,6 @@ async def running(mesh: Sync, folder: Path, name: str, channel: str, **fields: A
         await agent.close(orderly=True)
         await control.close()
         await host.close()
-
-
-async def until(condition: Callable[[], object], what: str, wait_s: float = 20.0) -> float:
-    began = time.monotonic()
-    while not (condition() if not asyncio.iscoroutinefunction(condition) else await condition()):
-        assert time.monotonic() - began < wait_s, f"it never came true within {wait_s} s: {what}"
-        await asyncio.sleep(0.01)
-    return time.monotonic() - began
 
 
 def at(node: Node, stable: int, candidate: int | None) -> bool:
