@@ -12,6 +12,7 @@ from edge_node.mqtt.admission import Request
 from edge_node.mqtt.lanes import Lanes, Recent
 from edge_node.mqtt.ledger.records import Reply
 from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.models import MODELS_MAX, KnownModels
 from edge_node.mqtt.patience import Patience
 from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError
@@ -28,10 +29,6 @@ from nearcast.telemetry import get_logger
 from nearcast.transport.mqtt.status import EXPIRED
 
 SEQUENCE_ID_LENGTH_MAX = 128
-MODELS_MAX = 1024
-"""Models that are remembered: their kind of state, their tensors."""
-METADATA_AGE_S_MAX = 1.0
-"""A model is asked about its tensors this often: for a small one the question costs as much as the answer."""
 _log = get_logger("nearcast.mqtt")
 
 
@@ -56,16 +53,19 @@ class Executor:
         sees_mesh: Callable[[], bool] = lambda: True,
     ) -> None:
         self._handler = handler
-        self._directory = directory
+        self._models = KnownModels(directory, clock)
         self._limits = limits
         self._clock = clock
         self._slots = asyncio.Semaphore(limits.in_flight_max)
         self._lanes = Lanes()
         self._stateless = Recent(MODELS_MAX)
         self._sequences = Recent(limits.sequences_max)
-        self._known: dict[tuple[str, str], tuple[float, ModelMetadata]] = {}
         self._sees_mesh = sees_mesh
         self._patience = Patience(limits, random.Random())
+
+    async def close(self) -> None:
+        """No request comes any more."""
+        await self._models.close()
 
     async def answer(self, request: Request, payload: bytes) -> Reply:
         """The answer, whatever happens. Only cancellation passes through."""
@@ -122,12 +122,12 @@ class Executor:
             error,
             attempt,
             request.deadline - self._clock.monotonic(),
-            is_missed=key in self._known or not self._sees_mesh(),
+            is_missed=key in self._models or not self._sees_mesh(),
             is_safe=request.model in self._stateless,
         )
         if wait_s is None:
             if error.code is Code.MODEL_NOT_FOUND:
-                self._known.pop(key, None)  # the next one need not wait for what has gone for good
+                self._models.forget(key)  # the next one need not wait for what has gone for good
             if attempt:
                 error.retry_after_ms = None  # that would say `not accepted`, and this one was, long ago
             raise error
@@ -144,7 +144,7 @@ class Executor:
         return self._lanes.enter((request.tenant, request.device, request.model))
 
     async def _run(self, request: Request, payload: bytes) -> Reply:
-        metadata = await self._metadata(request)
+        metadata = await self._models.metadata(request.model, request.version)
         if metadata.properties.get("stateful") != "hidden":
             self._stateless.add(request.model)
             inference = envelope.to_inference(request, payload, metadata, {})
@@ -152,25 +152,6 @@ class Executor:
         else:
             response = await self._run_in_sequence(request, payload, metadata)
         return envelope.reply(request, response)
-
-    async def _metadata(self, request: Request) -> ModelMetadata:
-        """The model's tensors; those of last time if nobody can be asked: another model may still stand in for it."""
-        key = request.model, request.version
-        now = self._clock.monotonic()
-        asked_at, metadata = self._known.get(key, (0.0, None))
-        if metadata is not None and now - asked_at < METADATA_AGE_S_MAX:
-            return metadata
-        try:
-            metadata = await self._directory.metadata(*key)
-        except MeshError as error:
-            error.sent = False  # only a question was sent
-            if error.code is not Code.UNAVAILABLE or metadata is None:
-                raise
-            return metadata
-        self._known[key] = now, metadata
-        if len(self._known) > MODELS_MAX:
-            del self._known[next(iter(self._known))]
-        return metadata
 
     async def _run_in_sequence(self, request: Request, payload: bytes, metadata: ModelMetadata) -> InferResponse:
         """A model with hidden state: each device is a sequence of its own, and its first message starts it.

@@ -144,6 +144,7 @@ class RequestService:
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
+        await self._executor.close()
 
     # -- one request --------------------------------------------------------------------------------------------------
 

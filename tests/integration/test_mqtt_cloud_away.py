@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -149,6 +150,68 @@ async def test_who_needs_the_cloud_waits_for_it_and_nobody_else_does(tmp_path, i
             await broker.stop()
 
 
+def request_of(model, arrived, deadline, **user):
+    return Request(
+        tenant="local", device="d1", model=model, correlation=b"c", arrived=arrived, deadline=deadline, digest=b"",
+        reply_topic="nc/v1/local/d1/down/reply/x", content_type=OCTETS, accept=OCTETS,
+        user={"dtype": "FP32", "shape": "2"} | user,
+    )  # fmt: skip
+
+
+@asynccontextmanager
+async def link_to(address):
+    """A way to `address` on which nothing passes, and nobody is told, while the second of what it yields is clear."""
+    host, port = address.rsplit(":", 1)
+    passes, tasks = asyncio.Event(), set()
+    passes.set()
+
+    async def carry(reader, writer):
+        try:
+            while data := await reader.read(65536):
+                await passes.wait()
+                writer.write(data)
+        finally:
+            writer.close()
+
+    async def connect(reader, writer):
+        far_reader, far_writer = await asyncio.open_connection(host, int(port))
+        tasks.update(asyncio.create_task(carry(*ends)) for ends in ((reader, far_writer), (far_reader, writer)))
+
+    server = await asyncio.start_server(connect, "127.0.0.1", 0)
+    try:
+        yield "{}:{}".format(*server.sockets[0].getsockname()), passes
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # for what is closed to go
+
+
+async def test_a_link_that_swallows_everything_is_answered_for_at_the_deadline(identities):
+    async with mesh(identities) as (router, targets, _, view, _, _), link_to(view.address) as (address, passes):
+        targets.update([replace(view, address=address)])
+        await until(lambda: "cloud-1" in router.policy.holders("exact"))
+        executor = Executor(router, router, limits=MqttLimits(), clock=SYSTEM_CLOCK)
+
+        async def ask(model, left_s):
+            now = time.monotonic()
+            reply = await executor.answer(request_of(model, now, now + left_s), X)
+            return reply.user["status"], reply.user.get("model")
+
+        assert await ask("exact", 9.0) == ("200", None)
+        assert await ask("large", 9.0) == ("200", None)
+        passes.clear()
+        until_s = time.monotonic() + 0.3
+        assert await ask("exact", 0.3) == ("504", None), "it was sent, and may have run"
+        assert time.monotonic() >= until_s
+        assert await ask("small", 9.0) == ("200", None)
+        async with asyncio.timeout(9.0):  # the questions to the other side have their own time to fail
+            while await ask("large", 0.2) != ("200", "small"):
+                pass
+        await executor.close()
+
+
 async def test_a_node_that_restarts_while_it_sees_no_mesh_does_not_call_a_model_unknown(identities):
     limits = MqttLimits(outlast_max_s=0.1)
     async with mesh(identities) as (router, targets, _, view, _, _):
@@ -157,11 +220,7 @@ async def test_a_node_that_restarts_while_it_sees_no_mesh_does_not_call_a_model_
             for sees in (False, True)
         )
         now = time.monotonic()
-        request = Request(
-            tenant="local", device="d1", model="exact", correlation=b"c", arrived=now, deadline=now + 9.0, digest=b"",
-            reply_topic="nc/v1/local/d1/down/reply/x", content_type=OCTETS, accept=OCTETS,
-            user={"dtype": "FP32", "shape": "2"},
-        )  # fmt: skip
+        request = request_of("exact", now, now + 9.0)
         assert (await seeing.answer(request, X)).user["status"] == "404"
         waiting = asyncio.create_task(blind.answer(request, X))
         await asyncio.sleep(0.2)
@@ -189,10 +248,7 @@ async def test_a_sequence_goes_on_where_it_was_before_the_link_went():
     handler = Leaving(2, 3)
     executor = Executor(handler, handler, limits=MqttLimits(outlast_max_s=0.01), clock=SYSTEM_CLOCK)
     now = time.monotonic()
-    request = Request(
-        tenant="local", device="d1", model="sum", correlation=b"c", arrived=now, deadline=now + 9.0, digest=b"",
-        reply_topic="nc/v1/local/d1/down/reply/x", content_type=OCTETS, accept=OCTETS, user={"shape": "1,2"},
-    )  # fmt: skip
+    request = request_of("sum", now, now + 9.0, shape="1,2")
     answers = [np.frombuffer((await executor.answer(request, X)).payload, np.float32)[0] for _ in range(3)]
     assert answers == [2.0, 4.0, 6.0]
     assert handler.calls == 5

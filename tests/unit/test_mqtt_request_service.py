@@ -25,6 +25,9 @@ class Executor:
         self.gate = asyncio.Event()
         self.runs = 0
 
+    async def close(self):
+        pass
+
     async def answer(self, request, payload):
         self.runs += 1
         await self.gate.wait()

@@ -13,6 +13,7 @@ import numpy as np
 from edge_node.mqtt.lanes import Recent
 from edge_node.mqtt.ledger.records import Event, Input, StoredInput
 from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.models import KnownModels
 from edge_node.mqtt.streams import events
 from edge_node.mqtt.streams.definition import StreamDefinition
 from edge_node.mqtt.streams.plan import Plan, make_plan
@@ -28,7 +29,6 @@ from nearcast.wire.request import TensorRequest
 from nearcast.wire.tensors import Array
 
 JOINED_BYTES_MAX = 4 * 1024 * 1024
-PLAN_AGE_S_MAX = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +61,14 @@ class Runner:
     ) -> None:
         self.definitions = definitions
         self._handler = handler
-        self._directory = directory
+        self._models = KnownModels(directory, clock)
         self._limits = limits
         self._clock = clock
         self._open_sequences = Recent(limits.sequences_max)
-        self._plans: dict[str, tuple[float, Plan]] = {}
+        self._plans: dict[str, Plan] = {}
 
     async def plan(self, stream: str, *, renew: bool = False) -> Plan:
-        """How the stream's model is fed. The model is asked about its tensors once a second, or to `renew` the plan.
+        """How the stream's model is fed; with `renew` as it is now.
 
         Raises:
             MeshError: MODEL_NOT_FOUND, INVALID_REQUEST if definition and model do not fit, or what the directory says.
@@ -76,14 +76,15 @@ class Runner:
         definition = self.definitions.get(stream)
         if definition is None:
             raise MeshError(Code.INVALID_REQUEST, f"The stream {stream} is not configured any more.")
-        now = self._clock.monotonic()
-        if not renew and stream in self._plans:
-            made_at, known = self._plans[stream]
-            if known.definition is definition and now - made_at < PLAN_AGE_S_MAX:
-                return known
-        plan = make_plan(definition, await self._directory.metadata(definition.model, definition.version))
-        self._plans[stream] = now, plan
+        metadata = await self._models.metadata(definition.model, definition.version, renew=renew)
+        plan = self._plans.get(stream)
+        if plan is None or plan.definition is not definition or plan.metadata is not metadata:
+            plan = self._plans[stream] = make_plan(definition, metadata)
         return plan
+
+    async def close(self) -> None:
+        """No message comes any more."""
+        await self._models.close()
 
     async def run(self, plan: Plan, stored: StoredInput, state: StreamState) -> Effect:
         """Execute one message on the state that the one before has left.

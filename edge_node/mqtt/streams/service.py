@@ -149,6 +149,7 @@ class StreamService:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._runner.close()
 
     # -- which message is next ----------------------------------------------------------------------------------------
 
