@@ -6,13 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
 from edge_node.broker import Broker, keep_alive
 from edge_node.broker.provisioning import ProvisioningLimits
-from edge_node.broker.tenant import tenant_folder
-from edge_node.broker.tenant_broker import TenantBroker
 from edge_node.clock import open_clock
 from edge_node.config import EdgeConfig
 from edge_node.mqtt.ledger.ledger import boot_identity
@@ -27,6 +26,9 @@ from nearcast.clock import SYSTEM_CLOCK
 from nearcast.transport.mqtt.connection import ConnectionSettings, parse_url
 from nearcast.transport.mqtt.tls import TlsFiles
 from router.serving_node import ServingNode
+
+if TYPE_CHECKING:
+    from edge_node.broker.tenant_broker import TenantBroker
 
 DAY_S = 86_400.0
 
@@ -55,21 +57,32 @@ async def answer_devices(
     async with AsyncExitStack() as stack:
         if broker:
             await stack.enter_async_context(answering(config, node, broker, config.mqtt.tenants, observed.registry))
-        metrics = TenantMetrics(observed.registry) if config.mqtt.tenant_brokers else None
-        for each in config.mqtt.tenant_brokers:
-            own = await TenantBroker.start(
-                tenant_folder(node.data_dir, each.tenant),
-                tenant=each.tenant,
-                host=each.host,
-                port=each.port,
-                names=each.names,
-                limits=ProvisioningLimits(certificate_life_s=each.certificate_days * DAY_S),
-            )
-            stack.push_async_callback(own.stop)
-            assert metrics is not None
-            registry = metrics.registry(each.tenant)
-            await stack.enter_async_context(answering(config, node, own.url, (each.tenant,), registry, own))
+        if config.mqtt.tenant_brokers:
+            await serve_tenants(config, node, observed, stack)
         yield
+
+
+async def serve_tenants(
+    config: EdgeConfig, node: ServingNode, observed: telemetry.Telemetry, stack: AsyncExitStack
+) -> None:
+    """A broker and its worker for each tenant whose devices have certificates, until `stack` is closed."""
+    # Here, because cryptography is 10 MB that other nodes need not hold.
+    from edge_node.broker.tenant import tenant_folder
+    from edge_node.broker.tenant_broker import TenantBroker
+
+    metrics = TenantMetrics(observed.registry)
+    for each in config.mqtt.tenant_brokers:
+        own = await TenantBroker.start(
+            tenant_folder(node.data_dir, each.tenant),
+            tenant=each.tenant,
+            host=each.host,
+            port=each.port,
+            names=each.names,
+            limits=ProvisioningLimits(certificate_life_s=each.certificate_days * DAY_S),
+        )
+        stack.push_async_callback(own.stop)
+        registry = metrics.registry(each.tenant)
+        await stack.enter_async_context(answering(config, node, own.url, (each.tenant,), registry, own))
 
 
 def upstream_of(config: EdgeConfig, node: str, tenant: str) -> ConnectionSettings | None:
