@@ -26,7 +26,9 @@ from nearcast.handler import (
     RequestContext,
 )
 from nearcast.telemetry import get_logger
+from nearcast.transport.context import read_trace
 from nearcast.transport.mqtt.status import EXPIRED
+from nearcast.wire.status import TRACE
 
 SEQUENCE_ID_LENGTH_MAX = 128
 _log = get_logger("nearcast.mqtt")
@@ -192,7 +194,7 @@ class Executor:
             tenant=request.tenant,
             principal=f"device:{request.tenant}/{request.device}",
             idempotency_key=request.correlation.hex() if request.echo else "",
-            trace=request.user.get("traceparent", ""),
+            trace=read_trace(request.user.get(TRACE, "")),
         )
 
 

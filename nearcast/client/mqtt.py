@@ -25,6 +25,7 @@ from nearcast.client.mqtt_limits import DeviceLimits
 from nearcast.client.mqtt_link import DeviceLink
 from nearcast.client.mqtt_outbox import End, Outbox, Send
 from nearcast.client.mqtt_shadow import Shadow
+from nearcast.client.trace import current_trace
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import Code, MeshError
 from nearcast.handler import Parameter, Tensors
@@ -36,6 +37,7 @@ from nearcast.transport.mqtt.message import Message
 from nearcast.transport.mqtt.payload import decode_reply, encode_request
 from nearcast.transport.mqtt.tls import TlsFiles
 from nearcast.wire.request import TensorRequest
+from nearcast.wire.status import TRACE
 
 DEADLINE_MS = 30_000.0
 _log = get_logger("nearcast.device")
@@ -187,7 +189,7 @@ class MqttDevice:
             content_type=content_type,
             correlation=key or secrets.token_bytes(16),
             response_topic=self._reply_topic,
-            user=dict(user or {}),
+            user={**_tracing(), **(user or {})},
         )
         deadline = self._now() + deadline_ms / 1e3
         waiter = self._put(message.correlation, message, deadline, is_request=True)
@@ -221,7 +223,7 @@ class MqttDevice:
         if stream not in self._last_seq and len(self._last_seq) >= self._limits.streams_max:
             raise MeshError(Code.OVERLOADED, f"A device may have at most {self._limits.streams_max} streams.")
         seq = self._last_seq.get(stream, 0) + 1
-        properties = {**(user or {}), "boot-id": self._boot_id, "seq": str(seq)}
+        properties = {**_tracing(), **(user or {}), "boot-id": self._boot_id, "seq": str(seq)}
         message = Message(topic=topic, payload=sample, content_type=content_type, user=properties)
         key = f"{stream}/{seq}".encode()
         waiter = self._put(key, message, self._now() + expiry_ms / 1e3, is_request=False)
@@ -355,3 +357,8 @@ class MqttDevice:
     def _ring(self) -> None:
         self._alarm = None
         self._do(self._outbox.tick(self._now()))
+
+
+def _tracing() -> dict[str, str]:
+    trace = current_trace()
+    return {TRACE: trace} if trace else {}

@@ -56,11 +56,10 @@ def read_context(
     """
     if not (metadata or parameters or trusted):
         return RequestContext(deadline=deadline, principal=identity)
-    key = metadata.get(status.IDEMPOTENCY_KEY, "")
+    key, trace = metadata.get(status.IDEMPOTENCY_KEY, ""), metadata.get(status.TRACE, "")
     if len(key) > LIMITS.idempotency_key_chars_max:
         most = LIMITS.idempotency_key_chars_max
         raise MeshError(Code.INVALID_REQUEST, f"The idempotency key is longer than {most} characters.")
-    trace = metadata.get(status.TRACE, "")
     forwarded, version, tenant = _forwarding(metadata, identity) if trusted else (False, "", "")
     return RequestContext(
         deadline=_deadline(deadline, parameters.get("timeout", 0), clock),
@@ -68,10 +67,15 @@ def read_context(
         tenant=tenant or "local",
         principal=identity,
         idempotency_key=key,
-        trace=trace if trace and _TRACE.fullmatch(trace) else "",
+        trace=read_trace(trace) if trace else "",
         forwarded=forwarded,
         version=version,
     )
+
+
+def read_trace(text: str) -> str:
+    """A W3C `traceparent`; "" for what is none."""
+    return text if _TRACE.fullmatch(text) else ""
 
 
 @lru_cache(maxsize=256)

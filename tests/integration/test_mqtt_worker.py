@@ -39,6 +39,7 @@ Device, Doubler, until, user_of = parts.Device, parts.Doubler, parts.until, part
 
 FAST = MqttLimits(reconnect=ReconnectLimits(base_s=0.05, max_s=0.2), will_delay_s=0)
 X = np.array([[1.0, 2.0]], dtype=np.float32)
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ async def test_octets_in_octets_out(broker, tmp_path):
     handler = Doubler()
     async with serving(broker, tmp_path, handler):
         with Device(broker.port, "d1") as device:
-            correlation = device.ask(X.tobytes(), dtype="FP32", shape="1,2", traceparent="00-a-b-01")
+            correlation = device.ask(X.tobytes(), dtype="FP32", shape="1,2", traceparent=TRACE)
             answer = await device.answer()
     assert answer.topic == "nc/v1/local/d1/down/reply/test"
     assert answer.properties.CorrelationData == correlation
@@ -89,7 +90,7 @@ async def test_octets_in_octets_out(broker, tmp_path):
     assert np.frombuffer(answer.payload, np.float32).tolist() == [2.0, 4.0]
     (context,) = handler.contexts
     assert context.principal == "device:local/d1"
-    assert context.trace == "00-a-b-01"
+    assert context.trace == TRACE
     assert context.deadline - time.monotonic() < 30
 
 

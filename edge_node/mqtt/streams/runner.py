@@ -23,9 +23,11 @@ from edge_node.mqtt.streams.windows import cut
 from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError
 from nearcast.handler import InferenceHandler, InferResponse, ModelDirectory, Parameter, RequestContext, Tensors
+from nearcast.transport.context import read_trace
 from nearcast.transport.mqtt import topics
 from nearcast.wire.message import NO_PARAMETERS
 from nearcast.wire.request import TensorRequest
+from nearcast.wire.status import TRACE
 from nearcast.wire.tensors import Array
 
 JOINED_BYTES_MAX = 4 * 1024 * 1024
@@ -196,7 +198,7 @@ class Runner:
             deadline=self._clock.monotonic() + definition.deadline_ms / 1e3,
             tenant=item.tenant,
             principal=f"device:{item.tenant}/{item.device}",
-            trace=item.user.get("traceparent", ""),
+            trace=read_trace(item.user.get(TRACE, "")),
         )
         try:
             async with asyncio.timeout(definition.deadline_ms / 1e3):
