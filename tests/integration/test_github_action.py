@@ -17,7 +17,7 @@ import yaml
 
 from model_sync.publisher.bundle import create_bundle, read_spec
 from nearcast.cli.demo.bundles import write_sources
-from tests.integration.test_controller import Sync
+from tests.integration.sync_parts import Sync
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "deploy" / "github-action"

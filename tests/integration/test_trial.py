@@ -28,7 +28,7 @@ from nearcast.serving.host import ModelHost
 from nearcast.serving.limits import HostLimits
 from nearcast.store import Store
 from nearcast.wire.request import TensorRequest
-from tests.integration.test_controller import Sync, make_bundle
+from tests.integration.sync_parts import Sync, make_bundle
 from tests.patience import until
 
 MODEL = "affine"
