@@ -7,7 +7,7 @@ A loaded model, the whole model host, a channel to another node, the router in f
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -43,6 +43,11 @@ class InferRequest(ABC):
     @abstractmethod
     def size_bytes(self) -> int:
         """Bytes of the request as protobuf; an estimate is enough where it was never encoded."""
+
+    @property
+    def form(self) -> Hashable:
+        """Equal only for requests whose tensors have equal names, types and shapes; None = nobody knows."""
+        return None
 
     @abstractmethod
     def decode(self) -> Tensors:

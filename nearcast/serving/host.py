@@ -7,10 +7,9 @@ beside the serving ones, the switch is one assignment, and what was replaced is 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from prometheus_client import CollectorRegistry
 
@@ -38,6 +37,7 @@ from nearcast.serving.on_demand import OnDemand
 from nearcast.serving.precedence import LoopPrecedence
 from nearcast.serving.residency import Residency, unknown_model
 from nearcast.serving.shadow import Shadow
+from nearcast.serving.signature import Size
 from nearcast.serving.slots import Slot, VersionStatus
 from nearcast.serving.version import HotVersion
 from nearcast.store import Store
@@ -143,12 +143,13 @@ class ModelHost:
             if context.deadline is not None:
                 context.require_time(arrived)
             inputs = request.decode()
-            version.signature.require(inputs)
+            size = version.signature.check(inputs, request.form)
             names = request.requested_outputs()
             if names:
                 version.signature.require_outputs(names)
             read = self._now()
-            timed = await self._run(version, request, context, inputs)
+            run = self._run(version, request, context, inputs, size)
+            outputs, started, ended = run if isinstance(run, tuple) else await run
         except MeshError as error:
             statistics.fail(error.code, int((self._now() - arrived) * 1e6))
             raise
@@ -160,7 +161,6 @@ class ModelHost:
             self._in_flight -= 1
             version.in_flight -= 1
             version.left()
-        outputs, started, ended = timed
         if version.stateful:
             statistics.ran(1, started, ended)
         queue_us = int((started - arrived) * 1e6)
@@ -196,17 +196,17 @@ class ModelHost:
         )
 
     def _run(
-        self, version: HotVersion, request: InferRequest, context: RequestContext, inputs: Tensors
-    ) -> Coroutine[Any, Any, Timed]:
+        self, version: HotVersion, request: InferRequest, context: RequestContext, inputs: Tensors, size: Size
+    ) -> Timed | Awaitable[Timed]:
         """The way that suits the version and the inputs: remembered, in a sequence, on the loop or in a thread."""
         if version.stateful:
             return version.sequences.run(request, context, inputs)
         if version.cache_salt and request.size_bytes <= self._limits.cache_request_bytes_max:
-            run = partial(version.run, inputs, context, request.size_bytes)
+            run = partial(version.run, inputs, size, context, request.size_bytes)
             return self._cache.answer(version.cache_salt, inputs, context, version.statistics, run)
-        if version.runs_inline(inputs):
-            return version.run_inline(inputs, context.deadline)
-        return version.submit(inputs, context, request.size_bytes)
+        if version.runs_inline(size):
+            return version.run_inline(inputs, size, context.deadline)
+        return version.submit(inputs, size, context, request.size_bytes)
 
     async def stream(
         self, requests: AsyncIterator[InferRequest], context: RequestContext

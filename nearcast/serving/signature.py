@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -14,11 +15,19 @@ from nearcast.serving.pipeline.flow import ready_names
 from nearcast.store.manifest import Manifest, Tensor
 from nearcast.wire.tensors import datatype_of, dtype_of
 
-PASSED_SHAPES_MAX = 64
-"""Shapes of one input that are remembered as good."""
+PASSED_FORMS_MAX = 64
+"""Forms of requests that are remembered as good."""
 
 COMMON_ELEMENTS_MAX = 16
 """Elements of an input without a batch axis that is compared before requests are joined."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How large checked inputs are: rows along the batch axes (1 where the model cannot be batched), and elements."""
+
+    rows: int
+    elements: int
 
 
 class Signature:
@@ -33,16 +42,16 @@ class Signature:
     """
 
     __slots__ = (
-        "_common", "_inputs", "_keyed", "_names", "_ready", "_ready_names", "_title", "batchable", "fixed",
+        "_common", "_inputs", "_keyed", "_names", "_passed", "_ready", "_ready_names", "_title", "batchable", "fixed",
         "input_axes", "output_axes", "output_names",
     )  # fmt: skip
 
     def __init__(self, manifest: Manifest) -> None:
         self._title = f"{manifest.name} release {manifest.release}"
-        # With the shapes that have passed before.
-        self._inputs: list[tuple[str, np.dtype[Any], set[tuple[int, ...]], Tensor]] = [
-            (tensor.name, dtype_of(tensor.datatype), set(), tensor) for tensor in manifest.inputs
+        self._inputs: list[tuple[str, np.dtype[Any], Tensor]] = [
+            (tensor.name, dtype_of(tensor.datatype), tensor) for tensor in manifest.inputs
         ]
+        self._passed: dict[Hashable, Size] = {}
         self._names = frozenset(tensor.name for tensor in manifest.inputs)
         self._ready_names = ready_names(manifest)
         self._ready = Signature(manifest.of_model()) if self._ready_names else None
@@ -63,13 +72,33 @@ class Signature:
             axis == -1 and index != tensor.batch_axis for tensor in joined for index, axis in enumerate(tensor.shape)
         )
 
+    def check(self, inputs: Tensors, form: Hashable = None) -> Size:
+        """Refuse inputs that are not the declared ones, and say how large they are.
+
+        Args:
+            inputs: by name.
+            form: equal only for inputs of equal names, types and shapes, which are then checked once; None = unknown.
+
+        Raises:
+            MeshError: as `require` and `rows`.
+        """
+        size = self._passed.get(form)
+        if size is None:
+            self.require(inputs)
+            size = Size(self.rows(inputs), sum(array.size for array in inputs.values()))
+            if form is not None:
+                if len(self._passed) >= PASSED_FORMS_MAX:
+                    self._passed.clear()
+                self._passed[form] = size
+        return size
+
     def require(self, inputs: Tensors) -> None:
         """Refuse inputs that are not the declared ones.
 
         Raises:
             MeshError: INVALID_REQUEST naming the tensor, what is expected and what came.
         """
-        for name, dtype, passed, tensor in self._inputs:
+        for name, dtype, tensor in self._inputs:
             array = inputs.get(name)
             if array is None:
                 if (ready := self._ready_for(inputs)) is None:
@@ -82,14 +111,11 @@ class Signature:
                     f"Input {name} of {self._title} must be {tensor.datatype}, got {datatype_of(array.dtype)}.",
                 )
             shape = array.shape
-            if shape not in passed:
-                if not _matches(shape, tensor.shape):
-                    raise MeshError(
-                        Code.INVALID_REQUEST,
-                        f"Input {name} of {self._title} must have shape {list(tensor.shape)}, got {list(shape)}.",
-                    )
-                if len(passed) < PASSED_SHAPES_MAX:
-                    passed.add(shape)
+            if not _matches(shape, tensor.shape):
+                raise MeshError(
+                    Code.INVALID_REQUEST,
+                    f"Input {name} of {self._title} must have shape {list(tensor.shape)}, got {list(shape)}.",
+                )
         if len(inputs) != len(self._inputs):
             if (ready := self._ready_for(inputs)) is not None:
                 ready.require(inputs)
@@ -144,6 +170,8 @@ class Signature:
         """What must be equal for two requests to be joined: the other free axes, and inputs without a batch axis."""
         if (ready := self._ready_for(inputs)) is not None:
             return "ready", ready.key(inputs)
+        if not self._common and not self._keyed:
+            return ()
         common = tuple([inputs[name].tobytes() for name in self._common])
         if not self._keyed:
             return common

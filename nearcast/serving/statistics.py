@@ -143,14 +143,14 @@ class Statistics:
         self._snapshot: tuple[float, list[int], list[int]] = (0.0, [0] * _BUCKETS, [0] * _BUCKETS)
 
     def answer(self, queue_us: int, compute_us: int) -> None:
-        """A request was answered."""
+        """A request was answered; neither time is negative."""
         total_us = queue_us + compute_us
         self.requests += 1
         self.queue_us += queue_us
         self.compute_us += compute_us
         self.total_us += total_us
-        self.compute[_QUICK[compute_us] if 0 <= compute_us < _QUICK_US else bucket_of(compute_us)] += 1
-        self.total[_QUICK[total_us] if 0 <= total_us < _QUICK_US else bucket_of(total_us)] += 1
+        self.compute[_QUICK[compute_us] if compute_us < _QUICK_US else bucket_of(compute_us)] += 1
+        self.total[_QUICK[total_us] if total_us < _QUICK_US else bucket_of(total_us)] += 1
 
     def fail(self, code: Code, elapsed_us: int = 0) -> None:
         """A request ended with an error."""

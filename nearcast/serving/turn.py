@@ -22,6 +22,8 @@ class Turn(Generic[W]):
     """
 
     def __init__(self, run: Callable[[list[W]], None], rows_of: Callable[[W], int], *, rows_max: int) -> None:
+        # Asking for it costs a system call each time.
+        self._loop = asyncio.get_running_loop()
         self._run = run
         self._rows_of = rows_of
         self.rows_max = rows_max
@@ -50,7 +52,7 @@ class Turn(Generic[W]):
     def _arm(self) -> None:
         if not self._armed:
             self._armed = True
-            asyncio.get_running_loop().call_soon(self._end)
+            self._loop.call_soon(self._end)
 
     def _end(self) -> None:
         self._armed = False

@@ -18,7 +18,7 @@ from nearcast.serving.limits import HostLimits
 from nearcast.serving.loading import Loaded
 from nearcast.serving.pipeline.flow import decodes
 from nearcast.serving.sequences import Sequences
-from nearcast.serving.signature import Signature
+from nearcast.serving.signature import Signature, Size
 from nearcast.serving.statistics import Statistics
 from nearcast.serving.turn import Turn
 from nearcast.serving.turn_rows import TurnRows
@@ -64,6 +64,7 @@ class HotVersion:
         )
         self._limits = limits
         self._clock = clock
+        self._loop = asyncio.get_running_loop()
         # Wall time where a run has several threads: the loop waits for all of them.
         self._busy_s = time.thread_time if loaded.setting.threads == 1 else time.perf_counter
         self._engines = limits.slots if loaded.engine.concurrent or self.stateful else 1
@@ -102,29 +103,29 @@ class HotVersion:
         self._keep_sequences = False
         self.is_closed = False
 
-    def runs_inline(self, inputs: Tensors) -> bool:
-        """Whether these inputs are answered without leaving the loop."""
+    def runs_inline(self, size: Size) -> bool:
+        """Whether inputs of this size are answered without leaving the loop."""
         if not self.inline or (self._dispatch.batcher.running and not self.engine.concurrent):
             return False
-        return self.signature.fixed or sum(array.size for array in inputs.values()) <= self._inline_elements_max
+        return self.signature.fixed or size.elements <= self._inline_elements_max
 
-    async def run_inline(self, inputs: Tensors, deadline: float | None) -> Timed:
+    def run_inline(self, inputs: Tensors, size: Size, deadline: float | None) -> Timed | asyncio.Future[Timed]:
         """Run on the loop: at once, or in a crowded turn together with the others that arrived in it.
 
         Raises:
-            MeshError: what the model raised, or DEADLINE if time ran out.
+            MeshError: what the model raised; the future also raises DEADLINE if time ran out.
         """
         turn = self._turn
         if turn is None or not turn.arrive():
             started = self._clock.monotonic()
             outputs = self.engine.run(inputs)
             ended = self._clock.monotonic()
-            self.statistics.ran(self.signature.rows(inputs), started, ended)
+            self.statistics.ran(size.rows, started, ended)
             return outputs, started, ended
-        answer: asyncio.Future[Timed] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Timed] = self._loop.create_future()
         key = self.signature.key(inputs) if self._joins else ()
-        turn.join(key, Waiting(inputs, self.signature.rows(inputs), deadline, answer))
-        return await answer
+        turn.join(key, Waiting(inputs, size.rows, deadline, answer))
+        return answer
 
     @property
     def waiting(self) -> int:
@@ -151,32 +152,32 @@ class HotVersion:
         recent = self.statistics.recent_us(now, (0.5, 0.95))
         return (recent[0], recent[1]) if recent else (self.warm_up.p50_us, self.warm_up.p99_us)
 
-    async def run(self, inputs: Tensors, context: RequestContext, size_bytes: int) -> Timed:
+    async def run(self, inputs: Tensors, size: Size, context: RequestContext, size_bytes: int) -> Timed:
         """Run on the loop or in a thread, as the inputs allow.
 
         Raises:
             MeshError: as `run_inline` and `submit`.
         """
-        if self.runs_inline(inputs):
-            return await self.run_inline(inputs, context.deadline)
-        return await self.submit(inputs, context, size_bytes)
+        if self.runs_inline(size):
+            timed = self.run_inline(inputs, size, context.deadline)
+            return timed if isinstance(timed, tuple) else await timed
+        return await self.submit(inputs, size, context, size_bytes)
 
-    async def submit(self, inputs: Tensors, context: RequestContext, size_bytes: int) -> Timed:
+    async def submit(self, inputs: Tensors, size: Size, context: RequestContext, size_bytes: int) -> Timed:
         """Run in a thread, alone or in a batch, once an engine is free.
 
         Raises:
             MeshError: OVERLOADED if the queue is full or the deadline cannot be kept, DEADLINE if it passed, or what
                 the model raised.
         """
-        signature = self.signature
-        rows, key = signature.rows(inputs), signature.key(inputs)
-        return await self._dispatch.submit(inputs, context, rows=rows, key=key, size_bytes=size_bytes)
+        key = self.signature.key(inputs)
+        return await self._dispatch.submit(inputs, context, rows=size.rows, key=key, size_bytes=size_bytes)
 
     def drained(self, *, keep_sequences: bool) -> asyncio.Future[None]:
         """Done once nothing is in flight (and no sequence is open); only requests of those may still be sent here."""
         if self._idle is None:
             self._keep_sequences = keep_sequences
-            self._idle = asyncio.get_running_loop().create_future()
+            self._idle = self._loop.create_future()
             self.left()
         return self._idle
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Generator
 from contextvars import copy_context
-from typing import Any, cast
+from typing import Any
 
 
 def start(coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> asyncio.Task[None] | None:
@@ -22,15 +22,15 @@ def start(coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop)
     if asyncio.current_task(loop) is not None:
         return loop.create_task(coroutine)
     context = copy_context()
-    beginning = _Beginning()
+    beginning: Any = _Beginning()
     # The documented interface for other implementations of tasks. Timeouts and task groups ask for the current one.
-    asyncio._enter_task(loop, cast("asyncio.Task[None]", beginning))  # noqa: SLF001
+    asyncio._enter_task(loop, beginning)  # noqa: SLF001
     try:
         waited = context.run(coroutine.send, None)
     except (StopIteration, asyncio.CancelledError):
         return None
     finally:
-        asyncio._leave_task(loop, cast("asyncio.Task[None]", beginning))  # noqa: SLF001
+        asyncio._leave_task(loop, beginning)  # noqa: SLF001
     task = loop.create_task(_Rest(coroutine, waited), context=context)
     beginning.become(task)
     return task

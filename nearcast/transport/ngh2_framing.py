@@ -35,7 +35,7 @@ def whole_message(data: bytes) -> bytes | None:
     """The message if `data` is exactly one uncompressed framed message: the usual case, without any buffering."""
     # The flag 0 and four bytes of length are the length in five bytes.
     size_bytes = len(data) - PREFIX_SIZE_BYTES
-    if size_bytes >= 0 and data[:PREFIX_SIZE_BYTES] == size_bytes.to_bytes(PREFIX_SIZE_BYTES, "big"):
+    if size_bytes >= 0 and data.startswith(size_bytes.to_bytes(PREFIX_SIZE_BYTES, "big")):
         return data[PREFIX_SIZE_BYTES:]
     return None
 

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import cast
+from typing import Any, cast
 
 from ngh2 import (
     DataReceived,
@@ -128,22 +128,20 @@ class ServerConnection(Ngh2Connection):
 
     # Receiving.
 
-    def handle_events(self, events: list[Event]) -> None:
+    def handle_events(self, events: list[Any]) -> None:
         streams = self.streams
         for event in events:
             # The classes are final; asking for them by name is several times as quick as isinstance.
             kind = type(event)
             if kind is DataReceived:
-                event = cast("DataReceived", event)
                 stream = streams.get(event.stream_id)
                 if stream is not None:
                     self._receive(stream, event.data, is_end=event.end_stream)
                 elif event.data:
                     self.acknowledge(len(event.data), event.stream_id)
             elif kind is RequestReceived:
-                self._open(cast("RequestReceived", event))
+                self._open(event)
             elif kind is StreamClosed or kind is StreamReset:
-                event = cast("StreamClosed", event)
                 self._half_closed.discard(event.stream_id)
                 stream = streams.get(event.stream_id)
                 if stream is not None:
@@ -164,8 +162,8 @@ class ServerConnection(Ngh2Connection):
         now = time.monotonic()
         for stream in self._timed:
             if not stream.is_done:
-                left_s = cast("float", stream.call.deadline) - now
-                stream.deadline_timer = self.loop.call_later(max(0.0, left_s), self._expire, stream)
+                deadline: Any = stream.call.deadline
+                stream.deadline_timer = self.loop.call_later(max(0.0, deadline - now), self._expire, stream)
         self._timed.clear()
 
     def _handle_rare(self, event: Event) -> None:
@@ -233,6 +231,14 @@ class ServerConnection(Ngh2Connection):
 
     def _receive(self, stream: ServerStream, data: bytes, *, is_end: bool) -> None:
         stream.has_ended = is_end
+        if is_end and stream.reader is None and stream.pieces is None and stream.stream_method is None:
+            whole = whole_message(data)
+            if whole is not None:
+                # The usual case: the whole request in one frame.
+                stream.whole = whole
+                self.acknowledge(len(data), stream.id)
+                self._ready.append(stream)
+                return
         try:
             if stream.stream_method is not None:
                 stream.receive(data)
@@ -249,13 +255,7 @@ class ServerConnection(Ngh2Connection):
             if data:
                 stream.unread_bytes += len(data)
                 self._give_back(stream)
-            if is_end and stream.reader is None and stream.whole is None and stream.pieces is None:
-                # The whole request in one frame, or an empty call.
-                stream.whole = whole_message(data)
-                if stream.whole is None:
-                    self._assemble(stream, data)
-            else:
-                self._assemble(stream, data)
+            self._assemble(stream, data)
         except MeshError as error:
             self.fail(stream, error)
             self.server.cancel(stream)
@@ -306,7 +306,7 @@ class ServerConnection(Ngh2Connection):
         if self._waiting or self.h2.queued_body_size() > self.limits.reply_queue_bytes_max:
             self._waiting[stream.id] = stream
             return
-        if not stream.hand_over():
+        if stream.pass_method is None or not stream.hand_over():
             stream.task = eager.start(stream.answer(stream.take()), self.loop)
 
     # Answering.
@@ -344,8 +344,10 @@ class ServerConnection(Ngh2Connection):
         if self._waiting:
             self._waiting.pop(stream.id, None)
         # A call and its method refer to each other: what they hold would wait for the garbage collector.
-        stream.whole = stream.reader = stream.pieces = None
-        stream.inbox.clear()
+        if stream.whole is not None or stream.reader is not None or stream.pieces is not None:
+            stream.whole = stream.reader = stream.pieces = None
+        if stream.inbox:
+            stream.inbox.clear()
         if stream.unread_bytes:
             self._give_back(stream)
         if not stream.has_ended and stream.stream_method is not None:

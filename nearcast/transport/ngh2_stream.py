@@ -7,7 +7,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ngh2 import NGH2Error
 
@@ -68,7 +68,7 @@ class ServerStream:
 
     def take(self) -> bytes:
         """The request, which must be complete; it is kept no longer here."""
-        message = cast("bytes", self.whole)
+        message: bytes = self.whole  # type: ignore[assignment]
         self.whole = None
         return message
 
@@ -78,7 +78,8 @@ class ServerStream:
         try:
             if isinstance(message, Deflated):
                 message = await self._inflate(message)
-            reply = await cast("UnaryMethod", self.unary_method)(message, self.call)
+            method: Any = self.unary_method
+            reply = await method(message, self.call)
         except MeshError as error:
             connection.fail(self, error)
         except asyncio.CancelledError:

@@ -80,8 +80,19 @@ def _pass(service: InferenceService) -> PassMethod:
 
 
 def _infer(service: InferenceService, *, trusted: bool) -> UnaryMethod:
+    clock = service.clock
+
     async def infer(body: bytes, call: Call) -> Reply:
-        request, context = _read(service, body, call, trusted=trusted)
+        # As `_read` does.
+        request = WireRequest(body)
+        context = read_context(
+            call.metadata,
+            request.parameters,
+            deadline=call.deadline,
+            identity=call.identity,
+            trusted=trusted,
+            clock=clock,
+        )
         if request.is_extended:
             return await _answer(service, request, context, call)
         # As `_answer` does; this way costs a coroutine less.

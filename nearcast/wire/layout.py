@@ -53,6 +53,11 @@ class Layout:
         return bool(self.raws) and sum(len(piece) for _, piece in self._fixed) <= LIMITS.layout_size_bytes_max
 
     @property
+    def is_plain(self) -> bool:
+        """Whether its tensors were read and each is made of its bytes alone: then their shapes are always the same."""
+        return self._plain is not None
+
+    @property
     def head_size_bytes(self) -> int:
         """Where the last of its fixed bytes ends: up to there a message must have come to be recognised."""
         return max((start + len(piece) for start, piece in self._fixed), default=0)

@@ -176,8 +176,8 @@ def encode_message(
     for name, array in tensors.items():
         if type(array) is not np.ndarray:
             array = np.asarray(array)  # noqa: PLW2901 - engines may hand out numpy scalars
-        fields = _tensor_fields if len(name) <= HEADER_CACHE_SIZE_BYTES_MAX else _tensor_fields.__wrapped__
-        header, prefix = fields(name, array.dtype, array.shape, raw_field)
+        key = name, array.dtype, array.shape, raw_field
+        header, prefix = _FIELDS.get(key) or _tensor_fields(*key)
         raw = array.tobytes() if prefix else to_raw(array)
         size_bytes = len(raw)
         if size_bytes > size_bytes_max:
@@ -284,16 +284,24 @@ def _names(model: str, version: str) -> bytes:
     return encode_field(1, encode_text(model)) + encode_field(2, encode_text(version))
 
 
-@lru_cache(maxsize=1024)
+_FIELDS: dict[tuple[str, np.dtype[Any], tuple[int, ...], int], tuple[bytes, bytes]] = {}
+_FIELDS_MAX = 1024
+"""Heads of tensors that are remembered, but for those with long names."""
+
+
 def _tensor_fields(name: str, dtype: np.dtype[Any], shape: tuple[int, ...], raw_field: int) -> tuple[bytes, bytes]:
     """Field 5 of a tensor, and tag and length of its raw contents; b"" if its array is not sent byte by byte."""
     datatype = datatype_of(dtype)
     packed = b"".join(encode_varint(size) for size in shape)
     inner = encode_field(1, encode_text(name)) + encode_field(2, datatype.encode()) + encode_field(3, packed)
     is_plain = datatype != "BYTES" and dtype.byteorder != ">"
-    return encode_prefix(5, len(inner)) + inner, encode_prefix(
-        raw_field, dtype.itemsize * prod(shape)
-    ) if is_plain else b""
+    prefix = encode_prefix(raw_field, dtype.itemsize * prod(shape)) if is_plain else b""
+    found = encode_prefix(5, len(inner)) + inner, prefix
+    if len(name) <= HEADER_CACHE_SIZE_BYTES_MAX:
+        if len(_FIELDS) >= _FIELDS_MAX:
+            _FIELDS.clear()
+        _FIELDS[name, dtype, shape, raw_field] = found
+    return found
 
 
 def _parse(kind: Any, data: bytes, what: str) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from nearcast.handler import InferRequest, Parameter, Tensors
 from nearcast.wire.framing import encode_prefix, encode_text
-from nearcast.wire.layout import Layouts
+from nearcast.wire.layout import Layout, Layouts
 from nearcast.wire.message import NO_PARAMETERS, encode_message, encode_requested
 
 _LAYOUTS = Layouts(raw_field=7)
@@ -36,6 +36,10 @@ class WireRequest(InferRequest):
     @property
     def size_bytes(self) -> int:
         return len(self._body)
+
+    @property
+    def form(self) -> Layout | None:
+        return self._layout if self._layout.is_plain else None
 
     @property
     def is_extended(self) -> bool:

@@ -46,7 +46,8 @@ class Service:
         self.calls.append(call)
         self.peers.add(call.peer)
         binary = [(name, value) for name, value in call.metadata.items() if name.endswith("-bin")]
-        return Reply((message[:3], message[3:]), (("nc-served-by", "here"), ("nc-queue-us", "12"), *binary))
+        # One of them ready to travel.
+        return Reply((message[:3], message[3:]), (("nc-served-by", "here"), *binary), ((b"nc-queue-us", b"12"),))
 
     async def fail(self, message: bytes, call: Call) -> Reply:
         name, _, text = message.decode().partition(" ")

@@ -86,6 +86,14 @@ def test_served_survives_the_trip():
     assert status.served_from_trailers(trailers) == served
 
 
+def test_what_a_foreign_server_says_of_itself_goes_on_printable_and_bounded():
+    fields = status.served_to_fields(
+        Served(node="ö" * 9000, version="\r\n", load=",x=\x00" + "y" * 9000, escalate="z" * 9000)
+    )
+    assert all(value.isascii() and value.decode().isprintable() for _, value in fields)
+    assert sum(len(name) + len(value) for name, value in fields) < 8192
+
+
 def test_served_of_a_foreign_server_is_empty():
     assert status.served_from_trailers({"endpoint-load-metrics": "JSON {}", "nc-queue-us": "NaN"}) == Served()
     load = {"endpoint-load-metrics": "TEXT cpu_utilization=0.3, named_metrics.nc_in_flight=7.0, eps=1"}
