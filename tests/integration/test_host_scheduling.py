@@ -14,6 +14,7 @@ import aiohttp
 import grpc
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 
 from nearcast.errors import Code, MeshError
 from nearcast.handler import RequestContext, Served
@@ -24,6 +25,7 @@ from nearcast.transport.grpc import make_channel, make_server
 from nearcast.transport.oip import MODEL_INFER, MODEL_STREAM_INFER, oip_methods
 from nearcast.transport.rest import RestServer
 from nearcast.transport.service import InferenceService
+from nearcast.transport.statistics import FramesLetGo
 from nearcast.transport.stream_answers import decode_answer
 from nearcast.wire.request import TensorRequest
 from tests.tiny_models import activate, affine_model, install
@@ -83,12 +85,11 @@ async def node(folder: Path, *, fields: dict[str, Any] | None = None, **limits: 
 
 
 @contextlib.asynccontextmanager
-async def listening(host: ModelHost) -> AsyncIterator[tuple[str, str]]:
+async def listening(host: ModelHost, frames: FramesLetGo | None = None) -> AsyncIterator[tuple[str, str]]:
     """Addresses of a gRPC and a REST listener."""
-    grpc_server = make_server(
-        "ngh2", oip_methods(InferenceService(host, host, server_name="t"), trusted=False), address="127.0.0.1:0"
-    )
-    rest_server = RestServer(InferenceService(host, host, server_name="t"), address="127.0.0.1:0")
+    service = InferenceService(host, host, server_name="t", frames=frames)
+    grpc_server = make_server("ngh2", oip_methods(service, trusted=False), address="127.0.0.1:0")
+    rest_server = RestServer(service, address="127.0.0.1:0")
     await grpc_server.start()
     await rest_server.start()
     try:
@@ -244,9 +245,10 @@ async def test_what_cannot_be_in_time_is_refused_before_it_waits(tmp_path: Path)
 
 
 async def test_a_stream_that_asks_for_the_latest_frame_gets_each_frame_answered_once(tmp_path: Path) -> None:
+    frames = FramesLetGo()
     async with (
         node(tmp_path) as one,
-        listening(one.host) as (address, _),
+        listening(one.host, frames) as (address, _),
         grpc.aio.insecure_channel(address) as channel,
     ):
         stream = channel.stream_stream(MODEL_STREAM_INFER)(metadata=(("nc-latest", "1"),))
@@ -268,6 +270,10 @@ async def test_a_stream_that_asks_for_the_latest_frame_gets_each_frame_answered_
         assert [(answer.id, answer.decode()["y"][0, 0]) for answer in answers] == [("frame-0", 0.0), ("frame-6", 12.0)]
         assert await stream.read() is grpc.aio.EOF
         assert one.ran == [0.0, 6.0]
+    registry = CollectorRegistry(auto_describe=True)
+    registry.register(frames)
+    counted = {code: registry.get_sample_value("nearcast_frames_let_go_total", {"code": code}) for code in frames.codes}
+    assert counted == {Code.SUPERSEDED: 3, Code.DEADLINE: 1}
 
 
 # The response cache.
