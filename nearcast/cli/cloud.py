@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from nearcast.cli.process_options import join_option, settings_options
+from nearcast.cli.process_options import join_option, quick_start, settings_options
 
 
 @click.command()
@@ -19,8 +19,6 @@ def command(path: Path | None, token: str, overrides: tuple[str, ...]) -> None:
     It joins the mesh once with --join; later starts use the identity in its data_dir. Without one it stands alone.
     When it is ready it prints one JSON line with its addresses.
     """
-    from nearcast.runtime.start import quick_start
-
     with quick_start():
         from cloud_core.app import run
         from cloud_core.config import CloudConfig

@@ -1,14 +1,20 @@
-"""What the commands that run a process share: where its settings come from, and how a node joins."""
+"""What the commands that run a process share: where its settings come from, how a node joins, a quick start."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 F = TypeVar("F", bound=Callable[..., Any])
+SPARED_PACKAGES = ("rich", "better_exceptions")
+"""What structlog imports, where it is installed, to colour tracebacks that our processes write without colour."""
 
 
 def settings_options(function: F) -> F:
@@ -30,3 +36,26 @@ def join_option(function: F) -> F:
         help="Join the mesh once, with a token from `nearcast nodes invite`: @FILE that holds it, - to read it from"
         " standard input, or the token itself, which other users of this machine then see in the list of processes.",
     )(function)
+
+
+@contextmanager
+def quick_start() -> Iterator[None]:
+    """For the imports and the start of a long-lived process, about a fifth quicker.
+
+    Until the process is ready nobody looks for garbage: a start makes half a million objects, and hardly any goes.
+    """
+    gc.disable()
+    # Ours are small, or a model's engine makes them; numpy would start a thread for every core, which spins at first.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    spared = [name for name in SPARED_PACKAGES if name not in sys.modules]
+    for name in spared:
+        sys.modules[name] = None  # type: ignore[assignment]  # as if it were not installed
+    try:
+        import structlog  # noqa: F401
+    finally:
+        for name in spared:
+            del sys.modules[name]
+    try:
+        yield
+    finally:
+        gc.enable()

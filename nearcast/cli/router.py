@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from nearcast.cli.process_options import join_option, settings_options
+from nearcast.cli.process_options import join_option, quick_start, settings_options
 
 
 @click.command()
@@ -19,8 +19,6 @@ def command(path: Path | None, token: str, overrides: tuple[str, ...]) -> None:
     It finds nodes in the directory of the mesh that it joined, or in [[targets]] of its configuration.
     When it is ready it prints one JSON line with its addresses. SIGHUP has it read its configuration again.
     """
-    from nearcast.runtime.start import quick_start
-
     with quick_start():
         from router.__main__ import run_router
 

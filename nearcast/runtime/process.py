@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -13,7 +14,6 @@ from collections.abc import Awaitable, Callable
 from nearcast.errors import MeshError
 from nearcast.runtime.descriptors import raise_descriptors, watch_descriptors
 from nearcast.runtime.exit import ExitCode, exit_code
-from nearcast.runtime.start import settle
 
 CANCEL_GRACE_S = 1.0
 """How long a cancelled main may clean up before the process ends regardless."""
@@ -56,7 +56,9 @@ def run(main: Callable[[Shutdown], Awaitable[int]], *, drain_s: float = 5.0) -> 
 
 def announce(name: str, **addresses: str) -> None:
     """Tell the parent, by one JSON line on stdout, that this process is ready and where it listens."""
-    settle()
+    # What start-up made stays, so the collector need not walk over it while requests wait.
+    gc.freeze()
+    gc.enable()
     try:
         sys.stdout.write(json.dumps({"ready": name, **addresses}) + "\n")
         sys.stdout.flush()

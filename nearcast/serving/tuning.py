@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
 import msgspec
@@ -57,6 +56,8 @@ class Profiles:
 
     def find(self, manifest: Manifest) -> Profile | None:
         """The profile of a version on this machine."""
+        if not self.folder.exists():
+            return None  # nothing was measured here; a profile's name takes a while to find
         path = self._path(manifest)
         try:
             with path.open("rb") as file:
@@ -213,6 +214,8 @@ def processor() -> str:
 @cache
 def engine_version(engine: str) -> str:
     """The installed version of an engine's library; "" if none is installed."""
+    from importlib import metadata
+
     for package in _PACKAGES.get(engine, (engine,)):
         try:
             return metadata.version(package)
