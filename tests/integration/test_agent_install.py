@@ -27,7 +27,7 @@ from tests.integration.agent_parts import (
     settled,
     status_of,
 )
-from tests.patience import until
+from tests.patience import own_time, until
 
 
 @pytest.fixture
@@ -399,10 +399,10 @@ async def test_a_hint_reaches_the_pointer_fast(tmp_path: Path, publisher: Publis
         await settled(agent, stable=1, candidate=2)
         await asyncio.sleep(0.3)  # the long poll is under way
         publisher.roll(1)
-        began = time.monotonic()
+        began = own_time()
         origin.notify()
         await until(lambda: (pointer(config) or Pointer()).candidate is None, "the candidate is dropped")
-        took_ms = (time.monotonic() - began) * 1000
+        took_ms = (own_time() - began) * 1000
     assert took_ms < 300 * 3, f"{took_ms:.0f} ms"  # 300 ms is the target; the machine of the tests may be busy
 
 

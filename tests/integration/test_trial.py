@@ -29,7 +29,7 @@ from nearcast.serving.limits import HostLimits
 from nearcast.store import Store
 from nearcast.wire.request import TensorRequest
 from tests.integration.sync_parts import Sync, make_bundle
-from tests.patience import until
+from tests.patience import own_time, until
 
 MODEL = "affine"
 X = np.array([[1.0, 2.0]], np.float32)
@@ -253,11 +253,11 @@ async def test_a_stop_reaches_every_node_within_two_poll_periods(mesh: Sync, tmp
         for node in nodes:
             await until(lambda node=node: at(node, 1, 2), "the trial has begun")
         await asyncio.to_thread(change, mesh, "wave", "stop")
-        signed = time.monotonic()
+        signed = own_time()
         for node in nodes:
             await until(lambda node=node: node.status.candidate is None, "the stop is obeyed")
-        check_s = 0.5  # the check itself, on a busy machine
-        assert time.monotonic() - signed <= 2 * POLL_S + check_s, "I16"
+        check_s = 0.5  # the check itself
+        assert own_time() - signed <= 2 * POLL_S + check_s, "I16"
 
 
 async def test_reports_of_a_real_node_and_a_failed_one(mesh: Sync, tmp_path: Path) -> None:
