@@ -23,7 +23,7 @@ from benchmarks.crash_disk import digest_of as image_digest
 from benchmarks.crash_trace import Call
 from edge_node.mqtt.admission import Request, admit
 from edge_node.mqtt.ledger.ledger import Ledger
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import LedgerLimits, MessageLimits
 from nearcast.errors import MeshError
 from nearcast.transport.mqtt.message import Message
 from nearcast.transport.mqtt.packets import decode
@@ -97,7 +97,7 @@ class Promise:
             self._asked[path, packet.packet_id or 0] = key
             if key not in self.questions:
                 message = decode(packet)
-                request = admit(message, 0.0, MqttLimits(), nonce=key)
+                request = admit(message, 0.0, MessageLimits(), nonce=key)
                 assert isinstance(request, Request)
                 self.questions[key] = message, request
             # One that comes again may be in the ledger already: then there is nothing to sync.
@@ -190,7 +190,7 @@ async def judge_image(image: Image, promise: Promise, folder: Path) -> list[str]
             (folder / path).mkdir(parents=True, exist_ok=True)
         elif isinstance(content, bytes):
             (folder / path).write_bytes(content)
-    ledger = Ledger(folder / LEDGER, boot=BOOT, limits=MqttLimits())
+    ledger = Ledger(folder / LEDGER, boot=BOOT, limits=LedgerLimits())
     try:
         return await _question(ledger, promise)
     except MeshError as error:

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from benchmarks.chaos_history import Event
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import MqttLimits, SessionLimits
 from edge_node.mqtt.streams.definition import StreamDefinition
 from edge_node.mqtt.worker import Durability, MqttWorker
 from nearcast.backoff import ReconnectLimits
@@ -189,7 +189,7 @@ def make_worker(settings: NodeSettings, witness: Witness) -> MqttWorker:
         host="127.0.0.1",
         port=settings.port,
         inbox=settings.ledger,
-        limits=MqttLimits(reconnect=ReconnectLimits(base_s=0.05, max_s=0.3), will_delay_s=0),
+        limits=MqttLimits(session=SessionLimits(reconnect=ReconnectLimits(base_s=0.05, max_s=0.3), will_delay_s=0)),
         streams=STREAMS,
         durability=settings.durability,
         boot=f"boot of {os.getpid()}" if settings.reboots else None,

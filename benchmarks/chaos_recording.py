@@ -18,7 +18,7 @@ from benchmarks.chaos_history import History
 from benchmarks.chaos_node import NodeSettings
 from benchmarks.crash_trace import Call, read_trace, record_prefix
 from edge_node.broker import Broker
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import PublishLimits
 
 WAIT_S = 60.0
 IN_FLIGHT = 8
@@ -74,7 +74,7 @@ async def _ask(device: Device, requests: int, *, leave: int) -> None:
     while len(device.pending) > leave:
         await _pause(deadline)
     if not leave:
-        await asyncio.sleep(2 * MqttLimits().forget_delay_s)
+        await asyncio.sleep(2 * PublishLimits().forget_delay_s)
         device.ask(device.request())  # its commit brings along what was to be forgotten by now
         while device.pending:
             await _pause(deadline)

@@ -32,7 +32,7 @@ from benchmarks.serving_models import workloads
 from edge_node.broker import Broker
 from edge_node.mqtt.ledger.ledger import Ledger, boot_identity
 from edge_node.mqtt.ledger.records import Input
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import LedgerLimits
 from nearcast.cli.demo.models.wake_word.record import extract_features
 from nearcast.cli.demo.samples import MODELS, load_clips
 from nearcast.client.mqtt import MqttDevice
@@ -245,7 +245,7 @@ async def measure_wake(port: int, root: Path, *, takes: int) -> list[Row]:
 
 async def fill_ledger(path: Path, count: int) -> None:
     """What ten devices sent while nobody executed it, in turns."""
-    ledger = Ledger(path, boot=boot_identity(), limits=MqttLimits())
+    ledger = Ledger(path, boot=boot_identity(), limits=LedgerLimits())
     await ledger.open(time.monotonic())
     payload = np.linspace(0, 16, 64, dtype=np.float32).tobytes()
     orders: list[asyncio.Future[Any]] = []

@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.fuzz_decoders import REFUSALS, Tally, mutate_message
 from edge_node.mqtt import envelope
 from edge_node.mqtt.admission import Refusal, Request, admit
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import MessageLimits
 from nearcast.errors import Code, MeshError
 from nearcast.handler import ModelMetadata, TensorSpec
 from nearcast.transport.mqtt import content_types as types
@@ -29,7 +29,7 @@ from nearcast.wire.request import TensorRequest
 from nearcast.wire.response import TensorResponse
 
 STATUSES = frozenset({200, 400, 403, 404, 408, 409, 413, 415, 429, 500, 503, 504})
-LIMITS = MqttLimits(payload_bytes_max=4096, image_bytes_max=1024)
+LIMITS = MessageLimits(payload_bytes_max=4096, image_bytes_max=1024)
 TOPIC = "nc/v1/local/cam/up/infer/m"
 MODELS = tuple(
     ModelMetadata(name="m", versions=("1",), platform="", inputs=inputs, outputs=(TensorSpec("y", "FP32", (-1, 2)),))

@@ -14,7 +14,7 @@ from benchmarks.isolation_player import Player, files_of
 from edge_node.broker.access import Kind
 from edge_node.broker.provisioning import ProvisioningLimits
 from edge_node.broker.tenant_broker import TenantBroker
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import MqttLimits, SessionLimits
 from edge_node.mqtt.worker import MqttWorker
 from nearcast.backoff import ReconnectLimits
 from nearcast.client.provisioning import join
@@ -29,7 +29,7 @@ PAIRS = tuple(itertools.product(TENANTS, DEVICES))
 READER = "dash"
 WAIT_S = 10.0
 LIMITS = ProvisioningLimits(watch_interval_s=0.02, restart_interval_s=0.0)
-FAST = MqttLimits(reconnect=ReconnectLimits(base_s=0.02, max_s=0.1), will_delay_s=0)
+FAST = MqttLimits(session=SessionLimits(reconnect=ReconnectLimits(base_s=0.02, max_s=0.1), will_delay_s=0))
 
 
 class Doubler:

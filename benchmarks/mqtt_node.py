@@ -30,7 +30,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from benchmarks.serving_models import Workload, fill_store
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import MqttLimits, RequestLimits
 from edge_node.mqtt.worker import MqttWorker
 from nearcast.errors import Code, MeshError
 from nearcast.handler import InferRequest, InferResponse, ModelMetadata, RequestContext, Served, TensorSpec
@@ -184,7 +184,7 @@ async def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--durability", choices=("full", "none"), default="full")
     parser.add_argument("--capacity", type=float, default=0.0)
-    parser.add_argument("--pending", type=int, default=MqttLimits().pending_max)
+    parser.add_argument("--pending", type=int, default=RequestLimits().pending_max)
     parser.add_argument("--batch-rows", type=int, default=0, help="1 = requests are never joined; 0 = the default")
     options = parser.parse_args()
     keep_pages()
@@ -204,7 +204,7 @@ async def main() -> None:
             host="127.0.0.1",
             port=options.port,
             inbox=options.folder / "inbox.sqlite",
-            limits=MqttLimits(pending_max=options.pending),
+            limits=MqttLimits(requests=RequestLimits(pending_max=options.pending)),
             durability=options.durability,
             tenants=(options.tenant,),
         )

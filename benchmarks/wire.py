@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.rows import Row
 from edge_node.mqtt.admission import Request, admit
 from edge_node.mqtt.envelope import reply, to_inference
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import MessageLimits
 from nearcast.handler import ModelMetadata, Served, Tensors, TensorSpec
 from nearcast.transport.mqtt.content_types import CBOR, JSON, OCTETS, PROTOBUF
 from nearcast.transport.mqtt.message import Message
@@ -69,7 +69,7 @@ def _mqtt_steps(elements: int) -> dict[str, Callable[[], object]]:
     tensors = {"x": np.linspace(0, 1, elements, dtype=np.float32)[None]}
     specs = (TensorSpec("x", "FP32", (-1, elements)),)
     metadata = ModelMetadata(name="m", versions=("1",), platform="", inputs=specs, outputs=specs)
-    limits = MqttLimits()
+    limits = MessageLimits()
     steps: dict[str, Callable[[], object]] = {}
     for short, kind in (("raw", OCTETS), ("protobuf", PROTOBUF), ("cbor", CBOR), ("json", JSON)):
         payload, user = encode_request(TensorRequest(model="m", inputs=tensors), kind)

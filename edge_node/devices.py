@@ -15,7 +15,7 @@ from edge_node.broker.provisioning import ProvisioningLimits
 from edge_node.clock import open_clock
 from edge_node.config import EdgeConfig
 from edge_node.mqtt.ledger.ledger import boot_identity
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import LedgerLimits, MqttLimits, RequestLimits
 from edge_node.mqtt.management import Management
 from edge_node.mqtt.shadow import NodeSettings
 from edge_node.mqtt.streams.definition import by_name
@@ -135,11 +135,12 @@ async def answering(
         inbox=config.ledger_path(tenants[0]),
         tenants=tenants,
         limits=MqttLimits(
-            pending_max=config.mqtt.pending_max,
-            in_flight_max=config.mqtt.in_flight_max,
-            outbox_bytes_max=config.mqtt.outbox_bytes_max,
-            inputs_bytes_max=config.mqtt.inputs_bytes_max,
-            when_full=config.mqtt.when_full,
+            requests=RequestLimits(pending_max=config.mqtt.pending_max, in_flight_max=config.mqtt.in_flight_max),
+            ledger=LedgerLimits(
+                outbox_bytes_max=config.mqtt.outbox_bytes_max,
+                inputs_bytes_max=config.mqtt.inputs_bytes_max,
+                when_full=config.mqtt.when_full,
+            ),
         ),
         upstream=upstream_of(config, node.name, tenants[0]),
         registry=registry,

@@ -8,7 +8,7 @@ from math import inf
 import msgspec
 
 from edge_node.mqtt.idempotency import digest_of
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import MessageLimits
 from nearcast.errors import Code, MeshError
 from nearcast.transport.mqtt import content_types as types
 from nearcast.transport.mqtt import topics
@@ -74,7 +74,7 @@ class _Asker:
     accept: str
 
 
-def admit(message: Message, now: float, limits: MqttLimits, *, nonce: bytes) -> Request | Refusal:
+def admit(message: Message, now: float, limits: MessageLimits, *, nonce: bytes) -> Request | Refusal:
     """Judge a message on a request topic.
 
     Args:
@@ -129,7 +129,7 @@ def _require_own_topic(message: Message, topic: topics.RequestTopic, asker: _Ask
     asker.reply_topic = asked
 
 
-def _require_bounds(message: Message, content_type: str, limits: MqttLimits) -> None:
+def _require_bounds(message: Message, content_type: str, limits: MessageLimits) -> None:
     size_bytes = len(message.payload)
     bytes_max = limits.payload_bytes_max
     if content_type in types.IMAGES:
@@ -168,7 +168,7 @@ def _read(
     asker: _Asker,
     content_type: str,
     now: float,
-    limits: MqttLimits,
+    limits: MessageLimits,
     nonce: bytes,
 ) -> Request:
     version, ttl, user = topic.version, None, message.user
@@ -200,7 +200,7 @@ def _read(
     )
 
 
-def _ttl_ms(stated: str | None, expiry_s: int | None, limits: MqttLimits) -> float:
+def _ttl_ms(stated: str | None, expiry_s: int | None, limits: MessageLimits) -> float:
     """The smaller of `ttl-ms` and the remaining Message Expiry; the default where neither is given."""
     bound_ms = limits.ttl_max_ms if expiry_s is None else min(limits.ttl_max_ms, expiry_s * 1000.0)
     if stated is None:

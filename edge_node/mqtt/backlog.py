@@ -41,9 +41,9 @@ class BacklogLimits:
     """
 
     live_rows_max: int = 1024
-    live_bytes_max: int = 8 * 1024 * 1024
+    live_bytes_max: int = 4 * 1024 * 1024
     page_rows_max: int = 128
-    page_bytes_max: int = 2 * 1024 * 1024
+    page_bytes_max: int = 1024 * 1024
     live_share: int = 4
 
 

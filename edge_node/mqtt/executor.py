@@ -10,8 +10,8 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from edge_node.mqtt import envelope
 from edge_node.mqtt.admission import Request
 from edge_node.mqtt.lanes import Lanes, Recent
-from edge_node.mqtt.ledger.records import Reply
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.ledger.records import NOTICE_EXPIRY_S, Reply
+from edge_node.mqtt.limits import RequestLimits
 from edge_node.mqtt.models import MODELS_MAX, KnownModels
 from edge_node.mqtt.patience import Patience
 from nearcast.clock import Clock
@@ -50,7 +50,7 @@ class Executor:
         handler: InferenceHandler,
         directory: ModelDirectory,
         *,
-        limits: MqttLimits,
+        limits: RequestLimits,
         clock: Clock,
         sees_mesh: Callable[[], bool] = lambda: True,
     ) -> None:
@@ -109,7 +109,7 @@ class Executor:
         return self._failure(request, error)
 
     def _failure(self, request: Request, error: MeshError, *, status: int | None = None) -> Reply:
-        notice_until = self._clock.monotonic() + self._limits.expired_notice_s
+        notice_until = self._clock.monotonic() + NOTICE_EXPIRY_S
         expires = max(request.deadline, notice_until)
         return envelope.error_reply(request, error, status=status, expires=expires)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import RequestLimits
 from nearcast.backoff import full_jitter_s
 from nearcast.errors import Code, MeshError
 
@@ -20,7 +20,7 @@ class Patience:
         generator: of the jitter: when the link is back, not all ask in the same moment.
     """
 
-    def __init__(self, limits: MqttLimits, generator: Random) -> None:
+    def __init__(self, limits: RequestLimits, generator: Random) -> None:
         self._limits = limits
         self._generator = generator
         self.waiting = 0

@@ -17,7 +17,7 @@ from edge_node.mqtt.group_commit import ignore_failure
 from edge_node.mqtt.ledger.ledger import Ledger
 from edge_node.mqtt.ledger.outbox import repeated
 from edge_node.mqtt.ledger.records import LINK_BITS, Committed, Link, Outgoing
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import PublishLimits
 from nearcast.backoff import full_jitter_s
 from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError
@@ -53,7 +53,7 @@ class Publisher:
     def __init__(
         self,
         ledger: Ledger,
-        limits: MqttLimits,
+        limits: PublishLimits,
         clock: Clock,
         *,
         on_drop: Callable[[str], None],
@@ -205,10 +205,10 @@ class Publisher:
 
     def _has_window(self) -> bool:
         granted = 0 if self._connection is None else self._connection.publish_window
-        has_rows = len(self._in_flight) < min(self._limits.publish_window, granted)
+        has_rows = len(self._in_flight) < min(self._limits.window, granted)
         if self._parked and sum(map(len, self._parked.values())) >= self._limits.backlog_window:
             return False  # nothing more may wait beside the lanes
-        return has_rows and self._in_flight_bytes < self._limits.publish_bytes_max
+        return has_rows and self._in_flight_bytes < self._limits.bytes_max
 
     def _send_row(self, connection: Connection, row: Row[_Parcel], remaining_s: float) -> None:
         message = row.item.outgoing.message
@@ -230,7 +230,7 @@ class Publisher:
     async def _read_page(self, after: int) -> None:
         lanes, limits = self._lanes, self._limits
         try:
-            page = await self._ledger.owed(self._link, after, limits.page_rows_max, limits.page_bytes_max)
+            page = await self._ledger.owed(self._link, after, limits.lanes.page_rows_max, limits.lanes.page_bytes_max)
         except MeshError as error:
             _log.warning("owed messages could not be read", link=self._link, error=error.message)
             await asyncio.sleep(limits.read_retry_s)
@@ -256,7 +256,7 @@ class Publisher:
         is_hopeless = refusals >= limits.refusals_max or now < self._refused_until.get(topic, now)
         if is_hopeless and row.item.outgoing.is_event:
             self._refused_until[topic] = now + limits.refusal_retry_max_s
-            if len(self._refused_until) > limits.streams_max:
+            if len(self._refused_until) > limits.refused_topics_max:
                 del self._refused_until[next(iter(self._refused_until))]
         if is_hopeless or not row.item.outgoing.is_event:
             self._bury(row, f"The broker of the link {self._link} refused it {refusals} times.")

@@ -21,9 +21,9 @@ from edge_node.mqtt.envelope import refusal_message, refusal_of
 from edge_node.mqtt.executor import Executor
 from edge_node.mqtt.ledger.ledger import Ledger
 from edge_node.mqtt.ledger.outbox import reply_message
-from edge_node.mqtt.ledger.records import Admission, Outgoing, Reply, Unanswered
+from edge_node.mqtt.ledger.records import NOTICE_EXPIRY_S, Admission, Outgoing, Reply, Unanswered
 from edge_node.mqtt.ledger.requests import Key
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import MessageLimits, RequestLimits
 from edge_node.mqtt.metrics import MqttMetrics
 from edge_node.mqtt.publisher import Publisher
 from edge_node.mqtt.volatile import Volatile
@@ -72,7 +72,8 @@ class RequestService:
         executor: Executor,
         publisher: Publisher,
         *,
-        limits: MqttLimits,
+        limits: RequestLimits,
+        messages: MessageLimits,
         clock: Clock,
         metrics: MqttMetrics,
         durable: bool,
@@ -82,6 +83,7 @@ class RequestService:
         self._executor = executor
         self._publisher = publisher
         self._limits = limits
+        self._messages = messages
         self._clock = clock
         self._metrics = metrics
         self._durable = durable
@@ -109,7 +111,7 @@ class RequestService:
     def receive(self, message: Message, acknowledge: Callable[[], None]) -> None:
         """Take in a message on a request topic; `acknowledge` is called once, when the broker may forget it."""
         now = self._clock.monotonic()
-        verdict = admit(message, now, self._limits, nonce=b"" if message.correlation else os.urandom(16))
+        verdict = admit(message, now, self._messages, nonce=b"" if message.correlation else os.urandom(16))
         if isinstance(verdict, Refusal):
             self._refuse(verdict, acknowledge)
             return
@@ -358,7 +360,7 @@ class RequestService:
     def _refuse(self, refusal: Refusal, acknowledge: Callable[[], None]) -> None:
         """Answer a message that is no request, or is not accepted."""
         if refusal.topic:
-            expires = self._now() + self._limits.expired_notice_s
+            expires = self._now() + NOTICE_EXPIRY_S
             self._send_refusal(refusal_message(refusal), expires, acknowledge)
         else:
             self._metrics.refused(refusal.status)

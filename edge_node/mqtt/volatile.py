@@ -13,7 +13,7 @@ from edge_node.mqtt.idempotency import Known, decide
 from edge_node.mqtt.ledger.outbox import reply_message
 from edge_node.mqtt.ledger.records import Admission, Outgoing, Reply
 from edge_node.mqtt.ledger.requests import Key
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import RequestLimits
 
 ROW_BYTES = 512
 """What an answer costs besides its payload."""
@@ -29,7 +29,7 @@ class _Row:
 class Volatile:
     """The decisions of the ledger, without waiting. The caller bounds what runs; what was answered is bounded here."""
 
-    def __init__(self, limits: MqttLimits) -> None:
+    def __init__(self, limits: RequestLimits) -> None:
         self._limits = limits
         self._running: dict[Key, _Row] = {}
         self._answered: OrderedDict[Key, _Row] = OrderedDict()
@@ -71,7 +71,7 @@ class Volatile:
         limits, answered = self._limits, self._answered
         while answered:
             key, oldest = next(iter(answered.items()))
-            is_young = now - oldest.finished <= limits.replies_age_max_s
+            is_young = now - oldest.finished <= limits.memory_replies_age_max_s
             fits = self._size_bytes <= limits.memory_replies_bytes_max
             if is_young and fits:
                 return

@@ -115,21 +115,22 @@ class MqttWorker:
             node=node,
             tenant=tenants[0],
             boot=self._boot,
-            limits=self._limits,
+            limits=self._limits.ledger,
             links=("device",) if upstream is None else ("device", "upstream"),
             clock=clock,
         )
         self._inbox.on_commit(self._count_drops)
         self.metrics.watch_outbox(lambda: self._inbox.event_bytes)
         self._uplink = None if upstream is None else self._make_uplink(upstream)
-        self._publisher = Publisher(self._inbox, self._limits, clock, on_drop=self.metrics.dropped)
+        self._publisher = Publisher(self._inbox, self._limits.publish, clock, on_drop=self.metrics.dropped)
         self._durable = durability == "full"
         self._suspects = asyncio.Lock()  # one for all kinds: a crash must have one culprit
         self._requests = RequestService(
             self._inbox,
-            Executor(handler, directory, limits=self._limits, clock=clock, sees_mesh=sees_mesh),
+            Executor(handler, directory, limits=self._limits.requests, clock=clock, sees_mesh=sees_mesh),
             self._publisher,
-            limits=self._limits,
+            limits=self._limits.requests,
+            messages=self._limits.messages,
             clock=clock,
             metrics=self.metrics,
             durable=self._durable,
@@ -137,7 +138,7 @@ class MqttWorker:
         )
         self._discovery: Discovery | None = None
         if discovery_prefix:
-            notify, streams_max = self._publisher.notify, self._limits.streams_max
+            notify, streams_max = self._publisher.notify, self._limits.streams.streams_max
             self._discovery = Discovery(discovery_prefix, node, notify, clock, streams_max)
         self.streams = self._make_streams(handler, directory, streams)
         self.metrics.watch_behind("device", lambda: self._publisher.topics_behind)
@@ -169,7 +170,7 @@ class MqttWorker:
         if recovered.requests or recovered.outbox["device"]:
             _log.info("recovered", requests=len(recovered.requests), topics=len(recovered.outbox["device"]))
         create = asyncio.get_running_loop().create_task
-        staying = stay_connected(self._live, name=f"{self._host}:{self._port}", limits=self._limits.reconnect)
+        staying = stay_connected(self._live, name=f"{self._host}:{self._port}", limits=self._limits.session.reconnect)
         self._services = [create(staying), create(self._tend()), create(self._management.watch())]
         self._services.append(create(self._watch_window()))
         if self._uplink is not None:
@@ -216,13 +217,14 @@ class MqttWorker:
     def _make_streams(
         self, handler: InferenceHandler, directory: ModelDirectory, streams: Sequence[StreamDefinition]
     ) -> StreamService:
-        volatile = None if self._durable else VolatileInputs(self._publisher.send, self._limits)
+        volatile = None if self._durable else VolatileInputs(self._publisher.send, self._limits.streams)
         return StreamService(
             handler,
             directory,
             volatile or self._inbox,
             by_name(streams),
-            limits=self._limits,
+            limits=self._limits.streams,
+            messages=self._limits.messages,
             clock=self._clock,
             metrics=StreamMetrics(self.metrics.registry),
             hold=None if volatile is None else volatile.hold,
@@ -232,9 +234,9 @@ class MqttWorker:
 
     def _make_uplink(self, upstream: ConnectionSettings) -> Uplink:
         limits, clock, metrics = self._limits, self._clock, self.metrics
-        publisher = Publisher(self._inbox, limits, clock, on_drop=metrics.dropped, link="upstream")
+        publisher = Publisher(self._inbox, limits.publish, clock, on_drop=metrics.dropped, link="upstream")
         metrics.watch_behind("upstream", lambda: publisher.topics_behind)
-        return Uplink(upstream, publisher, limits=limits.reconnect, metrics=metrics)
+        return Uplink(upstream, publisher, limits=limits.session.reconnect, metrics=metrics)
 
     def _count_drops(self, committed: Committed) -> None:
         for reason, count in committed.reasons.items():
@@ -285,14 +287,14 @@ class MqttWorker:
         _log.info("broker connected", host=self._host, port=self._port)
 
     def _settings(self) -> ConnectionSettings:
-        limits = self._limits
+        limits = self._limits.session
         return ConnectionSettings(
             host=self._host,
             port=self._port,
             client_id=f"nearcast-{self._node}",
             session_expiry_s=limits.session_expiry_s,
             receive_max=limits.unacknowledged_max,
-            packet_bytes_max=2 * limits.payload_bytes_max + HEAD_BYTES_MAX,
+            packet_bytes_max=2 * self._limits.messages.payload_bytes_max + HEAD_BYTES_MAX,
             keepalive_s=limits.keepalive_s,
             connect_timeout_s=limits.connect_timeout_s,
             will=self._management.presence("offline"),
@@ -303,7 +305,7 @@ class MqttWorker:
 
     async def _tend(self) -> None:
         """Try again what an operator has marked for it, and forget what is old."""
-        ttl_s = self._limits.ttl_default_ms / 1e3
+        ttl_s = self._limits.messages.ttl_default_ms / 1e3
         while True:
             await asyncio.sleep(TEND_INTERVAL_S)
             with contextlib.suppress(MeshError):
@@ -361,12 +363,12 @@ class MqttWorker:
 
     def _is_crowded(self, window: AckWindow) -> bool:
         """Whether more waits than agreed: some brokers ignore our Receive Maximum, and none knows of bytes."""
-        limits = self._limits
+        limits = self._limits.session
         return len(window) > limits.unacknowledged_max or window.size_bytes > limits.unacknowledged_bytes_max
 
     async def _watch_window(self) -> None:
         """See to it that the window moves on."""
-        age_max_s = self._limits.unacknowledged_age_max_s
+        age_max_s = self._limits.session.unacknowledged_age_max_s
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
             epoch = self._epoch

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from edge_node.broker import Broker
     from tests.integration.abuse_parts import Bench
     from tests.integration.sync_parts import Sync
+
+
+@pytest.fixture
+async def broker(tmp_path: Path) -> AsyncIterator[Broker]:
+    """A Mosquitto of the test's own, which may be killed."""
+    from edge_node.broker import Broker
+    from edge_node.broker.process import mosquitto_path
+
+    if mosquitto_path() is None:
+        pytest.skip("mosquitto is not installed")
+    started = await Broker.start(tmp_path / "broker", kind="mosquitto")
+    yield started
+    await started.stop()
 
 
 @pytest.fixture(scope="session")

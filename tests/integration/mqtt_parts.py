@@ -12,20 +12,26 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from paho.mqtt import client as paho
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from edge_node.mqtt.limits import MqttLimits, SessionLimits
 from edge_node.mqtt.worker import MqttWorker
+from nearcast.backoff import ReconnectLimits
 from nearcast.errors import Code, MeshError
 from nearcast.handler import InferRequest, InferResponse, ModelMetadata, RequestContext, Served, TensorSpec
 from nearcast.wire.response import TensorResponse
 
 WAIT_S = 10.0
+QUICK = ReconnectLimits(base_s=0.02, max_s=0.1)
+FAST = MqttLimits(session=SessionLimits(reconnect=QUICK, will_delay_s=0))
+"""For nodes whose broker goes away and comes back while a test waits."""
 
 
 class Doubler:
@@ -146,6 +152,30 @@ class Device:
 def user_of(message: paho.MQTTMessage) -> dict[str, str]:
     """User properties of a message."""
     return dict(getattr(message.properties, "UserProperty", []))
+
+
+@asynccontextmanager
+async def serving(
+    port: int,
+    folder: Path,
+    handler: Doubler,
+    *,
+    limits: MqttLimits = FAST,
+    connected: bool = True,
+    drain_s: float = 2.0,
+    **fields: Any,
+) -> AsyncIterator[MqttWorker]:
+    """One life of a node, whose ledger lies in `folder`."""
+    inbox = folder / "inbox.sqlite"
+    worker = MqttWorker(handler, handler, node="n1", host="127.0.0.1", port=port, inbox=inbox, limits=limits, **fields)
+    await worker.start()
+    try:
+        if connected:
+            async with asyncio.timeout(WAIT_S):
+                await worker.wait_connected()
+        yield worker
+    finally:
+        await worker.drain(drain_s)
 
 
 async def until(condition, timeout_s: float = WAIT_S) -> None:

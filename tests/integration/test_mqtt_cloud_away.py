@@ -11,11 +11,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_node.broker import Broker
-from edge_node.broker.process import mosquitto_path
 from edge_node.mqtt.admission import Request
 from edge_node.mqtt.executor import Executor
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import MqttLimits, RequestLimits
 from edge_node.mqtt.worker import MqttWorker
 from nearcast.clock import SYSTEM_CLOCK
 from nearcast.errors import Code, MeshError
@@ -100,14 +98,11 @@ async def mesh(identities):
         await servers[-1].drain(0.1)
 
 
-async def test_who_needs_the_cloud_waits_for_it_and_nobody_else_does(tmp_path, identities):
-    if mosquitto_path() is None:
-        pytest.skip("mosquitto is not installed")
+async def test_who_needs_the_cloud_waits_for_it_and_nobody_else_does(broker, tmp_path, identities):
     async with mesh(identities) as (router, targets, far, view, server, come_back):
         targets.update([view])
         await until(lambda: "cloud-1" in router.policy.holders("exact"))
-        broker = await Broker.start(tmp_path / "broker", kind="mosquitto")
-        limits = MqttLimits(in_flight_max=1, outlast_max_s=0.2, answer_margin_s=0.5)
+        limits = MqttLimits(requests=RequestLimits(in_flight_max=1, outlast_max_s=0.2, answer_margin_s=0.5))
         worker = MqttWorker(
             router, router, node="edge-1", host=broker.host, port=broker.port, inbox=tmp_path / "i", limits=limits
         )
@@ -147,7 +142,6 @@ async def test_who_needs_the_cloud_waits_for_it_and_nobody_else_does(tmp_path, i
                 assert far.answered == executed + 1
         finally:
             await worker.drain(1.0)
-            await broker.stop()
 
 
 def request_of(model, arrived, deadline, **user):
@@ -192,7 +186,7 @@ async def test_a_link_that_swallows_everything_is_answered_for_at_the_deadline(i
     async with mesh(identities) as (router, targets, _, view, _, _), link_to(view.address) as (address, passes):
         targets.update([replace(view, address=address)])
         await until(lambda: "cloud-1" in router.policy.holders("exact"))
-        executor = Executor(router, router, limits=MqttLimits(), clock=SYSTEM_CLOCK)
+        executor = Executor(router, router, limits=RequestLimits(), clock=SYSTEM_CLOCK)
 
         async def ask(model, left_s):
             now = time.monotonic()
@@ -213,7 +207,7 @@ async def test_a_link_that_swallows_everything_is_answered_for_at_the_deadline(i
 
 
 async def test_a_node_that_restarts_while_it_sees_no_mesh_does_not_call_a_model_unknown(identities):
-    limits = MqttLimits(outlast_max_s=0.1)
+    limits = RequestLimits(outlast_max_s=0.1)
     async with mesh(identities) as (router, targets, _, view, _, _):
         blind, seeing = (
             Executor(router, router, limits=limits, clock=SYSTEM_CLOCK, sees_mesh=lambda sees=sees: sees)
@@ -246,7 +240,7 @@ class Leaving(Doubler):
 
 async def test_a_sequence_goes_on_where_it_was_before_the_link_went():
     handler = Leaving(2, 3)
-    executor = Executor(handler, handler, limits=MqttLimits(outlast_max_s=0.01), clock=SYSTEM_CLOCK)
+    executor = Executor(handler, handler, limits=RequestLimits(outlast_max_s=0.01), clock=SYSTEM_CLOCK)
     now = time.monotonic()
     request = request_of("sum", now, now + 9.0, shape="1,2")
     answers = [np.frombuffer((await executor.answer(request, X)).payload, np.float32)[0] for _ in range(3)]

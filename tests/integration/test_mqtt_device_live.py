@@ -15,9 +15,7 @@ from click.testing import CliRunner
 
 from edge_node.broker import Broker
 from edge_node.broker.tenant_broker import TenantBroker
-from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.worker import MqttWorker
-from nearcast.backoff import ReconnectLimits
 from nearcast.cli import main as cli
 from nearcast.client.mqtt import MqttDevice
 from nearcast.client.mqtt_limits import DeviceLimits
@@ -25,10 +23,8 @@ from nearcast.client.provisioning import device_url, identity_tls, join
 from nearcast.errors import Code, MeshError
 from nearcast.transport.mqtt.connection import Connection, ConnectionSettings
 from nearcast.transport.mqtt.message import Message
-from tests.integration.mqtt_parts import Doubler, until
+from tests.integration.mqtt_parts import FAST, QUICK, Doubler, serving, until
 
-QUICK = ReconnectLimits(base_s=0.02, max_s=0.1)
-NODE_LIMITS = MqttLimits(reconnect=QUICK, will_delay_s=0)
 LIMITS = DeviceLimits(reconnect=QUICK, silence_s=0.2, silence_s_max=0.4, will_delay_s=0)
 X = np.array([[1.0, 2.0]], dtype=np.float32)
 
@@ -41,18 +37,6 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
-
-
-@asynccontextmanager
-async def serving(port: int, folder: Path, handler: Doubler):
-    worker = MqttWorker(
-        handler, handler, node="n1", host="127.0.0.1", port=port, inbox=folder / "inbox.sqlite", limits=NODE_LIMITS
-    )
-    await worker.start()
-    try:
-        yield worker
-    finally:
-        await worker.drain(2.0)
 
 
 @asynccontextmanager
@@ -76,7 +60,7 @@ async def listening(port: int, *filters: str):
 async def test_a_request_outlives_an_absent_broker_and_a_killed_one_that_forgets_and_runs_once(tmp_path):
     port, handler = free_port(), Doubler(delay_s=0.2)
     async with (
-        serving(port, tmp_path, handler) as worker,
+        serving(port, tmp_path, handler, connected=False) as worker,
         MqttDevice(f"mqtt://127.0.0.1:{port}/local/d1", limits=LIMITS) as device,
     ):
         with pytest.raises(MeshError) as nobody:
@@ -192,7 +176,7 @@ async def test_a_certificate_says_who_asks_also_on_the_command_line(tmp_path):
         port=broker.port,
         inbox=tmp_path / "inbox.sqlite",
         tenants=("acme",),
-        limits=NODE_LIMITS,
+        limits=FAST,
         tls=broker.tls,
     )
     await worker.start()

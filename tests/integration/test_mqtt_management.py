@@ -13,25 +13,21 @@ from click.testing import CliRunner
 from paho.mqtt import client as paho
 from prometheus_client import CollectorRegistry
 
-from edge_node.broker import Broker
-from edge_node.broker.process import mosquitto_path
 from edge_node.mqtt import worker as worker_module
 from edge_node.mqtt.admission import Request
 from edge_node.mqtt.ledger.ledger import Ledger, boot_identity
 from edge_node.mqtt.ledger.letters import list_letters
 from edge_node.mqtt.ledger.records import Reply
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import LedgerLimits
 from edge_node.mqtt.management import PRESENCE_EXPIRY_S, Management
 from edge_node.mqtt.worker import MqttWorker
-from nearcast.backoff import ReconnectLimits
 from nearcast.cli import main
 from nearcast.clock import ManualClock
 from nearcast.clock_store import ClockFloor
 from nearcast.load import VersionReport
-from tests.integration.mqtt_parts import WAIT_S, Device, Doubler, user_of
+from tests.integration.mqtt_parts import FAST, WAIT_S, Device, Doubler, serving, user_of
 
 OCTETS = "application/octet-stream"
-FAST = MqttLimits(reconnect=ReconnectLimits(base_s=0.05, max_s=0.1), will_delay_s=0)
 
 
 def _said(message):
@@ -77,15 +73,6 @@ class Watcher:
     def close(self):
         self._client.disconnect()
         self._client.loop_stop()
-
-
-@pytest.fixture
-async def broker(tmp_path):
-    if mosquitto_path() is None:
-        pytest.skip("mosquitto is not installed")
-    made = await Broker.start(tmp_path / "broker", kind="mosquitto")
-    yield made
-    await made.stop()
 
 
 @pytest.fixture
@@ -163,7 +150,7 @@ async def test_wishes_hold_across_a_restart_and_metrics_are_sent_only_where_one_
 
 async def test_a_dead_letter_is_tried_again_when_an_operator_asks(broker, tmp_path, monkeypatch):
     monkeypatch.setattr(worker_module, "TEND_INTERVAL_S", 0.05)
-    ledger = Ledger(tmp_path / "inbox.sqlite", boot=boot_identity(), limits=MqttLimits())
+    ledger = Ledger(tmp_path / "inbox.sqlite", boot=boot_identity(), limits=LedgerLimits())
     await ledger.open(time.monotonic())
     now = time.monotonic()
     reply_topic = "nc/v1/local/d1/down/reply/double"
@@ -176,19 +163,12 @@ async def test_a_dead_letter_is_tried_again_when_an_operator_asks(broker, tmp_pa
     await ledger.finish(row, refusal, now, buried="it crashed")
     await ledger.close()
     handler = Doubler()
-    worker = MqttWorker(
-        handler, handler, node="n1", host=broker.host, port=broker.port, inbox=tmp_path / "inbox.sqlite", limits=FAST
-    )
-    await worker.start()
-    try:
-        await worker.wait_connected()
+    async with serving(broker.port, tmp_path, handler):
         with Device(broker.port, "d1") as device:
             ask = ["dlq", "replay", "1", "--set", f"data_dir={tmp_path}"]
             result = await asyncio.to_thread(CliRunner().invoke, main, ask)
             assert result.exit_code == 0, result.output
             answer = await device.answer()
-    finally:
-        await worker.drain(1.0)
     assert np.frombuffer(answer.payload, np.float32).tolist() == [2.0, 2.0]
     assert user_of(answer)["status"] == "200"
     assert list_letters(tmp_path / "inbox.sqlite") == []

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
 
 from benchmarks.chaos_proxy import Proxy
 from benchmarks.chaos_wire import PUBACK
-from edge_node.broker import Broker
-from edge_node.broker.process import mosquitto_path
-from edge_node.mqtt.limits import MqttLimits
-from edge_node.mqtt.worker import MqttWorker
-from nearcast.backoff import ReconnectLimits
-from tests.integration.mqtt_parts import Device, Doubler, user_of
+from tests.integration.mqtt_parts import Device, Doubler, serving, user_of
 
 X = np.ones((1, 2), dtype=np.float32).tobytes()
-FAST = MqttLimits(reconnect=ReconnectLimits(base_s=0.02, max_s=0.05), will_delay_s=0)
 
 
 class Deaf:
@@ -34,44 +27,25 @@ class Deaf:
         return b"" if self.is_deaf and not is_client and frame[0] >> 4 == PUBACK else frame
 
 
-@asynccontextmanager
-async def serving(port, folder, boot=None, drain_s=2.0):
-    handler = Doubler()
-    worker = MqttWorker(
-        handler, handler, node="n1", host="127.0.0.1", port=port, inbox=folder / "inbox.sqlite", limits=FAST, boot=boot
-    )
-    await worker.start()
-    try:
-        async with asyncio.timeout(10):
-            await worker.wait_connected()
-        yield handler
-    finally:
-        await worker.drain(drain_s)
-
-
-@pytest.mark.skipif(mosquitto_path() is None, reason="mosquitto is not installed")
 @pytest.mark.parametrize("boot", [None, "another boot"])
-async def test_what_is_sent_again_says_so(tmp_path, boot):
-    broker, link = await Broker.start(tmp_path / "broker", kind="mosquitto"), Deaf()
-    try:
-        async with Proxy(broker.port, link.watch) as proxy:
-            with Device(broker.port, "d1") as device:
-                async with serving(proxy.port, tmp_path, drain_s=0.0) as handler:
-                    correlation = device.ask(X)
-                    answers = [await device.answer()]
-                    for session in list(link.sessions):
-                        session.end()
-                    answers.append(await device.answer())
-                link.is_deaf = False
-                async with serving(proxy.port, tmp_path, boot) as successor:
-                    answers.append(await device.answer())
-                    fresh = device.ask(2 * X)
-                    last = await device.answer()
-                async with serving(proxy.port, tmp_path, boot):
-                    with pytest.raises(queue.Empty):  # the broker has confirmed all of it
-                        await asyncio.to_thread(device.reply, 0.15)
-    finally:
-        await broker.stop()
+async def test_what_is_sent_again_says_so(broker, tmp_path, boot):
+    link, handler, successor = Deaf(), Doubler(), Doubler()
+    async with Proxy(broker.port, link.watch) as proxy:
+        with Device(broker.port, "d1") as device:
+            async with serving(proxy.port, tmp_path, handler, drain_s=0.0):
+                correlation = device.ask(X)
+                answers = [await device.answer()]
+                for session in list(link.sessions):
+                    session.end()
+                answers.append(await device.answer())
+            link.is_deaf = False
+            async with serving(proxy.port, tmp_path, successor, boot=boot):
+                answers.append(await device.answer())
+                fresh = device.ask(2 * X)
+                last = await device.answer()
+            async with serving(proxy.port, tmp_path, successor, boot=boot):
+                with pytest.raises(queue.Empty):  # the broker has confirmed all of it
+                    await asyncio.to_thread(device.reply, 0.15)
     assert [user_of(answer).get("dedup") for answer in answers] == [None, "1", "1"]
     assert {answer.properties.CorrelationData for answer in answers} == {correlation}
     assert len({answer.payload for answer in answers}) == 1

@@ -4,64 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import sqlite3
 import subprocess
 import sys
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edge_node.broker import Broker
-from edge_node.broker.process import mosquitto_path
-from edge_node.mqtt.limits import MqttLimits
-from edge_node.mqtt.worker import MqttWorker
-from nearcast.backoff import ReconnectLimits
+from edge_node.mqtt.limits import MqttLimits, RequestLimits, SessionLimits
 from nearcast.errors import Code, MeshError
+from tests.integration.mqtt_parts import Device, Doubler, serving, until, user_of
 
 PARTS = Path(__file__).with_name("mqtt_parts.py")
-_spec = importlib.util.spec_from_file_location("mqtt_parts", PARTS)
-assert _spec is not None
-assert _spec.loader is not None
-parts = importlib.util.module_from_spec(_spec)
-sys.modules["mqtt_parts"] = parts
-_spec.loader.exec_module(parts)
-Device, Doubler, until, user_of = parts.Device, parts.Doubler, parts.until, parts.user_of
 
 X = np.array([[1.0, 2.0]], dtype=np.float32).tobytes()
-FAST = {"reconnect": ReconnectLimits(base_s=0.05, max_s=0.2), "will_delay_s": 0}
 
 
-@pytest.fixture
-async def broker(tmp_path):
-    if mosquitto_path() is None:
-        pytest.skip("mosquitto is not installed")
-    broker = await Broker.start(tmp_path / "broker", kind="mosquitto")
-    yield broker
-    await broker.stop()
-
-
-@asynccontextmanager
-async def serving(broker, folder, handler, *, durability="full", drain_s=2.0, **limits):
-    worker = MqttWorker(
-        handler,
-        handler,
-        node="n1",
-        host=broker.host,
-        port=broker.port,
-        inbox=folder / "inbox.sqlite",
-        limits=MqttLimits(**FAST | limits),
-        durability=durability,
-    )
-    await worker.start()
-    try:
-        async with asyncio.timeout(10):
-            await worker.wait_connected()
-        yield worker
-    finally:
-        await worker.drain(drain_s)
+def holding(hold_ms):
+    return MqttLimits(requests=RequestLimits(hold_ms=hold_ms))
 
 
 def rows(folder):
@@ -83,7 +44,7 @@ class Busy(Doubler):
 @pytest.mark.parametrize("durability", ["full", "none"])
 async def test_a_refused_request_may_come_again_and_is_answered_then(broker, tmp_path, durability):
     handler = Busy()
-    async with serving(broker, tmp_path, handler, durability=durability):
+    async with serving(broker.port, tmp_path, handler, durability=durability):
         with Device(broker.port, "d1") as device:
             seen = []
             for _ in range(3):
@@ -97,7 +58,7 @@ async def test_a_refused_request_may_come_again_and_is_answered_then(broker, tmp
 
 async def test_a_slow_request_is_accepted_before_its_answer_and_runs_once(broker, tmp_path):
     handler = Doubler(delay_s=0.2)
-    async with serving(broker, tmp_path, handler, hold_ms=1.0):
+    async with serving(broker.port, tmp_path, handler, limits=holding(1.0)):
         with Device(broker.port, "d1") as device:
             device.ask(X, correlation=b"slow")
             await until(lambda: rows(tmp_path) == ["pending"])
@@ -109,7 +70,7 @@ async def test_a_slow_request_is_accepted_before_its_answer_and_runs_once(broker
 
 async def test_a_repetition_within_the_hold_runs_once(broker, tmp_path):
     handler = Doubler(delay_s=0.1)
-    async with serving(broker, tmp_path, handler, hold_ms=10_000.0):
+    async with serving(broker.port, tmp_path, handler, limits=holding(10_000.0)):
         with Device(broker.port, "d1") as device:
             device.ask(X, correlation=b"twice")
             device.ask(X, correlation=b"twice")
@@ -121,7 +82,7 @@ async def test_a_repetition_within_the_hold_runs_once(broker, tmp_path):
 
 async def test_qos_0_leaves_nothing_on_disk(broker, tmp_path):
     handler = Doubler()
-    async with serving(broker, tmp_path, handler):
+    async with serving(broker.port, tmp_path, handler):
         with Device(broker.port, "d1") as device:
             device.client.publish("nc/v1/local/d1/up/infer/double/bin", X, 0)
             await until(lambda: handler.executed)
@@ -140,7 +101,7 @@ async def test_without_durability_the_broker_gives_a_killed_worker_its_requests_
         process.kill()
         await process.wait()
         assert rows(tmp_path) == []
-        async with serving(broker, tmp_path, Doubler(), durability="none"):
+        async with serving(broker.port, tmp_path, Doubler(), durability="none"):
             answers = [await device.answer() for _ in asked]
     assert {answer.properties.CorrelationData for answer in answers} == asked
     assert {user_of(answer)["status"] for answer in answers} == {"200"}
@@ -148,8 +109,9 @@ async def test_without_durability_the_broker_gives_a_killed_worker_its_requests_
 
 async def test_without_durability_a_slow_model_does_not_hold_the_window_for_ever(broker, tmp_path, monkeypatch):
     monkeypatch.setattr("edge_node.mqtt.worker.WATCH_INTERVAL_S", 0.05)
-    handler, told = Doubler(delay_s=30.0), {"durability": "none", "drain_s": 0.0, "unacknowledged_age_max_s": 0.1}
-    async with serving(broker, tmp_path, handler, **told) as worker:
+    handler = Doubler(delay_s=30.0)
+    limits = MqttLimits(session=SessionLimits(unacknowledged_age_max_s=0.1))
+    async with serving(broker.port, tmp_path, handler, durability="none", drain_s=0.0, limits=limits) as worker:
         with Device(broker.port, "d1") as device:
             device.ask(X, ttl_ms="60000")
             await until(lambda: worker.metrics.registry.get_sample_value("nc_mqtt_acknowledged_early_total") == 1)

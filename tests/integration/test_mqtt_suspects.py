@@ -10,14 +10,13 @@ import numpy as np
 from edge_node.mqtt.admission import Request, admit
 from edge_node.mqtt.ledger.ledger import Ledger, boot_identity
 from edge_node.mqtt.ledger.records import Input
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import LedgerLimits, MessageLimits
 from edge_node.mqtt.streams.definition import StreamDefinition
 from edge_node.mqtt.worker import MqttWorker
 from nearcast.transport.mqtt.message import Message
 from tests.integration.mqtt_parts import Doubler, until
 
 X = np.ones((1, 2), dtype=np.float32).tobytes()
-LIMITS = MqttLimits()
 NOWHERE = 1
 
 
@@ -40,11 +39,12 @@ class Counting(Doubler):
 async def crashed_ledger(folder):
     """The file of a node that died with two requests and two samples of streams, all of which may have been running."""
     loop = asyncio.get_running_loop()
-    ledger = Ledger(folder / "before" / "inbox.sqlite", boot=boot_identity(), limits=LIMITS)
+    ledger = Ledger(folder / "before" / "inbox.sqlite", boot=boot_identity(), limits=LedgerLimits())
     await ledger.open(loop.time())
     for number in range(2):
         topic = f"nc/v1/local/d{number}/up/infer/double"
-        request = admit(Message(topic=topic, payload=X, correlation=b"%d" % number), loop.time(), LIMITS, nonce=b"")
+        message = Message(topic=topic, payload=X, correlation=b"%d" % number)
+        request = admit(message, loop.time(), MessageLimits(), nonce=b"")
         assert isinstance(request, Request)
         await ledger.accept(request, X)
         sample = Input(tenant="local", device=f"s{number}", stream="twice", arrived=loop.time())
@@ -63,7 +63,6 @@ async def test_suspects_of_all_kinds_run_one_at_a_time(tmp_path):
         host="127.0.0.1",
         port=NOWHERE,
         inbox=await crashed_ledger(tmp_path),
-        limits=LIMITS,
         streams=(StreamDefinition(name="twice", model="double"),),
     )
     await worker.start()

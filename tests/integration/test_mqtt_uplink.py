@@ -10,10 +10,11 @@ import pytest
 
 from edge_node.broker import Broker
 from edge_node.config import EdgeConfig, MqttConfig, UpstreamConfig
+from edge_node.mqtt.backlog import BacklogLimits
 from edge_node.mqtt.ledger.ledger import Ledger
 from edge_node.mqtt.ledger.letters import list_letters
 from edge_node.mqtt.ledger.records import Event, Input
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import LedgerLimits, PublishLimits
 from edge_node.mqtt.metrics import MqttMetrics
 from edge_node.mqtt.publisher import Publisher
 from edge_node.mqtt.uplink import Uplink
@@ -21,10 +22,11 @@ from nearcast.backoff import ReconnectLimits
 from nearcast.clock import SYSTEM_CLOCK
 from nearcast.transport.mqtt.connection import Connection, ConnectionSettings
 
-LIMITS = MqttLimits(
-    live_rows_max=4, page_rows_max=8, backlog_window=4, refusals_max=2,
-    reconnect=ReconnectLimits(base_s=0.02, max_s=0.05), refusal_retry_base_s=0.001, outbox_bytes_max=100_000,
-)  # fmt: skip
+LIMITS = LedgerLimits(outbox_bytes_max=100_000)
+PUBLISH = PublishLimits(
+    lanes=BacklogLimits(live_rows_max=4, page_rows_max=8), backlog_window=4, refusals_max=2, refusal_retry_base_s=0.001
+)
+QUICK = ReconnectLimits(base_s=0.02, max_s=0.05)
 
 
 class Node:
@@ -33,9 +35,9 @@ class Node:
     def __init__(self, folder, port, limits=LIMITS):
         self.ledger = Ledger(folder / "inbox.sqlite", boot="b", limits=limits, links=("upstream",))
         self.metrics = MqttMetrics()
-        publisher = Publisher(self.ledger, limits, SYSTEM_CLOCK, on_drop=self.metrics.dropped, link="upstream")
+        publisher = Publisher(self.ledger, PUBLISH, SYSTEM_CLOCK, on_drop=self.metrics.dropped, link="upstream")
         settings = ConnectionSettings(host="127.0.0.1", port=port, client_id="node")
-        self.uplink = Uplink(settings, publisher, limits=limits.reconnect, metrics=self.metrics)
+        self.uplink = Uplink(settings, publisher, limits=QUICK, metrics=self.metrics)
         self.seq = 0
 
     async def emit(self, *streams, size=1):
@@ -141,7 +143,7 @@ async def test_the_oldest_events_go_when_the_disk_is_full_and_a_dead_letter_tell
         kept = (await node.ledger.owed("upstream", 0, 100, 1 << 20)).rows
         numbers = [int(row.message.payload) for row in kept if row.message.topic.endswith("/a")]
         assert numbers == list(range(61 - len(numbers), 61))
-    async with running(tmp_path, free_port(), MqttLimits(outbox_bytes_max=100_000, when_full="reject")) as node:
+    async with running(tmp_path, free_port(), LedgerLimits(outbox_bytes_max=100_000, when_full="reject")) as node:
         before = (await node.ledger.owed("upstream", 0, 100, 1 << 20)).rows
         await node.emit(*("a" * 60), size=4000)
         after = (await node.ledger.owed("upstream", 0, 100, 1 << 20)).rows

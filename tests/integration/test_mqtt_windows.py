@@ -3,58 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
-import pytest
-
-from edge_node.broker import Broker
-from edge_node.broker.process import mosquitto_path
-from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.worker import MqttWorker, _Epoch
-from nearcast.backoff import ReconnectLimits
-from tests.integration.mqtt_parts import Device, Doubler, until, user_of
-
-FAST = MqttLimits(reconnect=ReconnectLimits(base_s=0.02, max_s=0.05), will_delay_s=0)
-
-
-@asynccontextmanager
-async def serving(broker, folder):
-    handler = Doubler()
-    worker = MqttWorker(
-        handler, handler, node="n1", host=broker.host, port=broker.port, inbox=folder / "inbox.sqlite", limits=FAST
-    )
-    await worker.start()
-    try:
-        async with asyncio.timeout(10):
-            await worker.wait_connected()
-        yield worker
-    finally:
-        await worker.drain(2.0)
-
-
-@pytest.fixture
-async def broker(tmp_path):
-    if mosquitto_path() is None:
-        pytest.skip("mosquitto is not installed")
-    broker = await Broker.start(tmp_path / "broker", kind="mosquitto")
-    yield broker
-    await broker.stop()
+from tests.integration.mqtt_parts import Device, Doubler, serving, until, user_of
 
 
 async def test_what_is_refused_while_the_node_connects_is_answered_and_acknowledged(broker, tmp_path):
-    async with serving(broker, tmp_path):
+    async with serving(broker.port, tmp_path, Doubler()):
         pass  # the broker has a session for the node now
     with Device(broker.port, "d1") as device:
         device.ask(b"x", content_type="text/plain")
         await asyncio.sleep(0.1)
-        async with serving(broker, tmp_path) as worker:
+        async with serving(broker.port, tmp_path, Doubler()) as worker:
             assert user_of(await device.answer())["status"] == "415"
             await until(lambda: len(worker._epoch.window) == 0)
 
 
 async def test_a_message_that_breaks_the_node_s_code_does_not_come_again(broker, tmp_path, monkeypatch):
-    async with serving(broker, tmp_path) as worker:
+    async with serving(broker.port, tmp_path, Doubler()) as worker:
         epoch = worker._epoch
         with Device(broker.port, "d1") as device:
             with monkeypatch.context() as patch:

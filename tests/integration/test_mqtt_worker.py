@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import json
 import shutil
 import sqlite3
@@ -12,7 +11,6 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import cbor2
@@ -20,62 +18,22 @@ import numpy as np
 import pytest
 from paho.mqtt import client as paho
 
-from edge_node.broker import Broker, find_broker
-from edge_node.mqtt.limits import MqttLimits
-from edge_node.mqtt.worker import MqttWorker
-from nearcast.backoff import ReconnectLimits
+from edge_node.broker import find_broker
+from edge_node.mqtt.limits import MessageLimits, MqttLimits, RequestLimits
 from nearcast.handler import Served
 from nearcast.wire.request import TensorRequest
 from nearcast.wire.response import WireResponse
+from tests.integration.mqtt_parts import Device, Doubler, serving, until, user_of
 
 PARTS = Path(__file__).with_name("mqtt_parts.py")
-_spec = importlib.util.spec_from_file_location("mqtt_parts", PARTS)
-assert _spec is not None
-assert _spec.loader is not None
-parts = importlib.util.module_from_spec(_spec)
-sys.modules["mqtt_parts"] = parts
-_spec.loader.exec_module(parts)
-Device, Doubler, until, user_of = parts.Device, parts.Doubler, parts.until, parts.user_of
 
-FAST = MqttLimits(reconnect=ReconnectLimits(base_s=0.05, max_s=0.2), will_delay_s=0)
 X = np.array([[1.0, 2.0]], dtype=np.float32)
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-@pytest.fixture
-async def broker(tmp_path):
-    if shutil.which("mosquitto") is None and not Path("/usr/sbin/mosquitto").exists():
-        pytest.skip("mosquitto is not installed")
-    broker = await Broker.start(tmp_path / "broker", kind="mosquitto")
-    yield broker
-    await broker.stop()
-
-
-@asynccontextmanager
-async def serving(broker, folder, handler, *, limits=FAST, boot=None, connected=True):
-    worker = MqttWorker(
-        handler,
-        handler,
-        node="n1",
-        host=broker.host,
-        port=broker.port,
-        inbox=folder / "inbox.sqlite",
-        limits=limits,
-        boot=boot,
-    )
-    await worker.start()
-    try:
-        if connected:
-            async with asyncio.timeout(10):
-                await worker.wait_connected()
-        yield worker
-    finally:
-        await worker.drain(2.0)
-
-
 async def test_octets_in_octets_out(broker, tmp_path):
     handler = Doubler()
-    async with serving(broker, tmp_path, handler):
+    async with serving(broker.port, tmp_path, handler):
         with Device(broker.port, "d1") as device:
             correlation = device.ask(X.tobytes(), dtype="FP32", shape="1,2", traceparent=TRACE)
             answer = await device.answer()
@@ -95,7 +53,7 @@ async def test_octets_in_octets_out(broker, tmp_path):
 
 
 async def test_shape_and_dtype_default_to_the_model(broker, tmp_path):
-    async with serving(broker, tmp_path, Doubler()):
+    async with serving(broker.port, tmp_path, Doubler()):
         with Device(broker.port, "d1") as device:
             device.ask(np.arange(6, dtype=np.float32).tobytes())
             answer = await device.answer()
@@ -104,7 +62,7 @@ async def test_shape_and_dtype_default_to_the_model(broker, tmp_path):
 
 async def test_protobuf(broker, tmp_path):
     body = TensorRequest(model="double", inputs={"x": X}, id="abc").encode()
-    async with serving(broker, tmp_path, Doubler()):
+    async with serving(broker.port, tmp_path, Doubler()):
         with Device(broker.port, "d1") as device:
             device.ask(body, content_type="application/x-protobuf; messageType=inference.ModelInferRequest")
             answer = await device.answer()
@@ -115,7 +73,7 @@ async def test_protobuf(broker, tmp_path):
 
 async def test_json(broker, tmp_path):
     body = {"id": "j1", "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]}]}
-    async with serving(broker, tmp_path, Doubler()):
+    async with serving(broker.port, tmp_path, Doubler()):
         with Device(broker.port, "d1") as device:
             device.ask(json.dumps(body).encode(), content_type="application/json")
             answer = await device.answer()
@@ -135,7 +93,7 @@ async def test_old_device_speaks_mqtt_3_1_1(broker, tmp_path):
         "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]}],
     }
     handler = Doubler()
-    async with serving(broker, tmp_path, handler):
+    async with serving(broker.port, tmp_path, handler):
         with Device(broker.port, "old", protocol=paho.MQTTv311) as device:
             for copy in range(2):
                 device.client.publish("nc/v1/local/old/up/infer/double", json.dumps(body), 1)
@@ -159,7 +117,7 @@ async def test_old_device_speaks_mqtt_3_1_1(broker, tmp_path):
 @pytest.mark.skipif(shutil.which("mosquitto_rr") is None, reason="mosquitto_rr is not installed")
 async def test_mosquitto_rr_gets_an_answer(broker, tmp_path):
     body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]}]}
-    async with serving(broker, tmp_path, Doubler()):
+    async with serving(broker.port, tmp_path, Doubler()):
         command = ["mosquitto_rr", "-V", "mqttv5", "-p", str(broker.port), "-q", "1", "-W", "5", "-m", json.dumps(body)]
         command += ["-t", "nc/v1/local/rr/up/infer/double", "-e", "nc/v1/local/rr/down/reply/x"]
         command += ["-D", "publish", "content-type", "application/json"]
@@ -176,7 +134,7 @@ async def test_mosquitto_rr_gets_an_answer(broker, tmp_path):
 async def test_old_device_announces_its_format_in_the_topic(broker, tmp_path):
     handler = Doubler()
     body = {"id": "c-1", "ttl_ms": 5000, "inputs": {"x": cbor2.CBORTag(85, X.tobytes())}}
-    async with serving(broker, tmp_path, handler):
+    async with serving(broker.port, tmp_path, handler):
         with Device(broker.port, "old", protocol=paho.MQTTv311) as device:
             for copy in range(2):
                 device.client.publish("nc/v1/local/old/up/infer/double/cbor", cbor2.dumps(body), 1)
@@ -200,12 +158,12 @@ async def test_old_device_announces_its_format_in_the_topic(broker, tmp_path):
 async def test_a_duplicate_gets_the_same_answer_and_runs_once_also_after_a_restart(broker, tmp_path):
     handler = Doubler()
     with Device(broker.port, "d1") as device:
-        async with serving(broker, tmp_path, handler):
+        async with serving(broker.port, tmp_path, handler):
             correlation = device.ask(X.tobytes())
             first = await device.answer()
             device.ask(X.tobytes(), correlation=correlation)
             second = await device.answer()
-        async with serving(broker, tmp_path, handler):
+        async with serving(broker.port, tmp_path, handler):
             device.ask(X.tobytes(), correlation=correlation)
             third = await device.answer()
             device.ask(2 * X.tobytes(), correlation=correlation)
@@ -219,7 +177,7 @@ async def test_a_duplicate_gets_the_same_answer_and_runs_once_also_after_a_resta
 
 async def test_the_same_correlation_of_two_devices_is_two_requests(broker, tmp_path):
     handler = Doubler()
-    async with serving(broker, tmp_path, handler):
+    async with serving(broker.port, tmp_path, handler):
         with Device(broker.port, "d1") as one, Device(broker.port, "d2") as two:
             one.ask(X.tobytes(), correlation=b"same")
             two.ask(X.tobytes(), correlation=b"same")
@@ -232,7 +190,7 @@ async def test_the_same_correlation_of_two_devices_is_two_requests(broker, tmp_p
 
 async def test_hidden_state_is_per_device_and_in_order(broker, tmp_path):
     handler = Doubler(delay_s=0.002)
-    async with serving(broker, tmp_path, handler):
+    async with serving(broker.port, tmp_path, handler):
         with Device(broker.port, "mic1") as one, Device(broker.port, "mic2") as two:
             for value in range(1, 21):
                 one.ask(np.full((1, 2), value, np.float32).tobytes(), model="sum")
@@ -249,10 +207,10 @@ async def test_hidden_state_is_per_device_and_in_order(broker, tmp_path):
 
 
 async def test_bad_requests_get_one_clear_status_each(broker, tmp_path):
-    limits = MqttLimits(payload_bytes_max=1000, image_bytes_max=500, reconnect=ReconnectLimits(base_s=0.05, max_s=3.0))
+    limits = MqttLimits(messages=MessageLimits(payload_bytes_max=1000, image_bytes_max=500))
     own = "nc/v1/local/d1/down/reply/test"
     handler = Doubler()
-    async with serving(broker, tmp_path, handler, limits=limits):
+    async with serving(broker.port, tmp_path, handler, limits=limits):
         with Device(broker.port, "d1") as device, Device(broker.port, "victim") as victim:
             cases = [
                 ("413", own, lambda: device.ask(b"x" * 1001)),
@@ -299,8 +257,8 @@ async def test_bad_requests_get_one_clear_status_each(broker, tmp_path):
 
 async def test_what_is_too_late_is_not_run(broker, tmp_path):
     handler = Doubler(delay_s=0.3)
-    limits = MqttLimits(in_flight_max=1, reconnect=ReconnectLimits(base_s=0.05, max_s=3.0))
-    async with serving(broker, tmp_path, handler, limits=limits):
+    limits = MqttLimits(requests=RequestLimits(in_flight_max=1))
+    async with serving(broker.port, tmp_path, handler, limits=limits):
         with Device(broker.port, "d1") as device:
             device.ask(X.tobytes(), correlation=b"a")
             device.ask(X.tobytes(), correlation=b"b", ttl_ms="50")
@@ -314,8 +272,8 @@ async def test_what_is_too_late_is_not_run(broker, tmp_path):
 
 async def test_a_full_queue_refuses_with_a_hint(broker, tmp_path):
     handler = Doubler(delay_s=0.2)
-    limits = MqttLimits(pending_max=3, in_flight_max=1, reconnect=ReconnectLimits(base_s=0.05, max_s=3.0))
-    async with serving(broker, tmp_path, handler, limits=limits) as worker:
+    limits = MqttLimits(requests=RequestLimits(pending_max=3, in_flight_max=1))
+    async with serving(broker.port, tmp_path, handler, limits=limits) as worker:
         with Device(broker.port, "d1") as device:
             asked = [device.ask(X.tobytes()) for _ in range(10)]
             answers = [await device.answer() for _ in range(10)]
@@ -329,7 +287,7 @@ async def test_a_full_queue_refuses_with_a_hint(broker, tmp_path):
 async def test_the_broker_may_come_later_and_may_restart(broker, tmp_path):
     handler = Doubler()
     await broker.stop()
-    async with serving(broker, tmp_path, handler, connected=False) as worker:
+    async with serving(broker.port, tmp_path, handler, connected=False) as worker:
         await asyncio.sleep(0.2)
         assert not worker.connected
         assert await broker.launch() == ""
@@ -349,7 +307,7 @@ async def test_the_broker_may_come_later_and_may_restart(broker, tmp_path):
 
 async def test_a_device_that_asks_again_after_an_outage_is_answered_once_executed(broker, tmp_path):
     handler = Doubler(delay_s=0.3)
-    async with serving(broker, tmp_path, handler) as worker:
+    async with serving(broker.port, tmp_path, handler) as worker:
         with Device(broker.port, "d1") as device:
             device.ask(X.tobytes(), correlation=b"late")
             await until(lambda: handler.executed)
@@ -368,7 +326,7 @@ async def test_a_device_that_asks_again_after_an_outage_is_answered_once_execute
 async def test_answers_survive_an_outage_for_a_device_with_a_session(broker, tmp_path):
     """The broker stops in order, so it keeps sessions; the answer is made while it is away."""
     handler = Doubler(delay_s=0.3)
-    async with serving(broker, tmp_path, handler) as worker:
+    async with serving(broker.port, tmp_path, handler) as worker:
         with Device(broker.port, "d1", session_expiry_s=600) as device:
             device.ask(X.tobytes(), correlation=b"late")
             await until(lambda: handler.executed)
@@ -420,7 +378,7 @@ async def test_a_killed_worker_answers_after_its_restart(broker, tmp_path):
 
 
 async def test_a_request_that_crashes_the_node_is_quarantined(broker, tmp_path):
-    limits = MqttLimits(attempts_max=2, reconnect=ReconnectLimits(base_s=0.05, max_s=3.0))
+    limits = MqttLimits(requests=RequestLimits(attempts_max=2))
     journal = tmp_path / "inbox.journal"
     with Device(broker.port, "d1") as device:
         for life in range(3):
@@ -431,7 +389,7 @@ async def test_a_request_that_crashes_the_node_is_quarantined(broker, tmp_path):
             process.kill()
             await process.wait()
         handler = Doubler()
-        async with serving(broker, tmp_path, handler, limits=limits):
+        async with serving(broker.port, tmp_path, handler, limits=limits):
             answer = await device.answer()
     assert (answer.properties.CorrelationData, user_of(answer)["status"]) == (b"poison", "500")
     assert handler.executed == []
@@ -451,7 +409,7 @@ async def test_after_a_reboot_old_requests_are_expired_not_run(broker, tmp_path)
         process.kill()
         await process.wait()
         handler = Doubler()
-        async with serving(broker, tmp_path, handler, boot="another boot"):
+        async with serving(broker.port, tmp_path, handler, boot="another boot"):
             answer = await device.answer()
     assert user_of(answer)["status"] == "408"
     assert handler.executed == []
@@ -460,7 +418,7 @@ async def test_after_a_reboot_old_requests_are_expired_not_run(broker, tmp_path)
 async def test_latency_and_that_nothing_is_left_behind(broker, tmp_path):
     handler = Doubler()
     rounds = []
-    async with serving(broker, tmp_path, handler):
+    async with serving(broker.port, tmp_path, handler):
         # The client blocks its own thread, not the loop of the worker: both share two cores, as a device never would.
         def run():
             with Device(broker.port, "d1") as device:

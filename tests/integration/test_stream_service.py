@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from edge_node.mqtt.ledger.ledger import Ledger
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import LedgerLimits, MessageLimits, StreamLimits
 from edge_node.mqtt.streams.batches import BATCH_MAX
 from edge_node.mqtt.streams.definition import StreamDefinition, by_name
 from edge_node.mqtt.streams.metrics import StreamMetrics
@@ -24,7 +24,7 @@ from nearcast.handler import ModelMetadata, Served, TensorSpec
 from nearcast.transport.mqtt.message import Message
 from nearcast.wire.response import TensorResponse
 
-LIMITS = MqttLimits(input_retry_base_s=0.002, input_retry_max_s=0.004)
+LIMITS = StreamLimits(retry_base_s=0.002, retry_max_s=0.004)
 POISON = -1.0
 
 
@@ -125,7 +125,14 @@ class Node:
         ledger.on_commit(lambda committed: [self._send(outgoing) for outgoing in committed.added])
         metrics = StreamMetrics(registry)
         self.service = StreamService(
-            handler, handler, ledger, definitions, limits=limits, clock=SYSTEM_CLOCK, metrics=metrics
+            handler,
+            handler,
+            ledger,
+            definitions,
+            limits=limits,
+            messages=MessageLimits(),
+            clock=SYSTEM_CLOCK,
+            metrics=metrics,
         )
 
     def _send(self, outgoing):
@@ -157,7 +164,7 @@ class Node:
 async def life(folder, handler, *, limits=LIMITS, crash=False, **fields):
     """A node from its start to its end, or to a moment at which it just stops."""
     definition = StreamDefinition(name="add", model="sum", window=2, **fields)
-    ledger = Ledger(folder / "ledger.sqlite", boot="boot", limits=limits)
+    ledger = Ledger(folder / "ledger.sqlite", boot="boot", limits=LedgerLimits())
     recovered = await ledger.open(SYSTEM_CLOCK.monotonic())
     node = Node(handler, ledger, CollectorRegistry(), by_name([definition]), limits)
     node.service.recover(recovered.inputs, crashed=recovered.crashed)
@@ -285,7 +292,7 @@ async def test_a_stream_waits_for_its_model_in_order_and_others_do_not_wait_for_
     handler = Accumulator()
     handler.failure = MeshError(code, "not now")
     handler.fails = 10**9
-    limits = MqttLimits(input_retry_base_s=0.002, input_retry_max_s=0.004, inputs_in_hand_max=8)
+    limits = StreamLimits(retry_base_s=0.002, retry_max_s=0.004, in_hand_max=8)
     async with life(tmp_path, handler, limits=limits) as node:
         for seq in range(1, 201):
             node.push([1, 0], seq=seq)
@@ -300,7 +307,7 @@ async def test_a_stream_waits_for_its_model_in_order_and_others_do_not_wait_for_
 
 async def test_a_message_at_which_the_model_breaks_again_and_again_is_buried(tmp_path):
     handler = Accumulator()
-    handler.failure, handler.fails = MeshError(Code.INTERNAL, "The model broke."), LIMITS.input_tries_max
+    handler.failure, handler.fails = MeshError(Code.INTERNAL, "The model broke."), LIMITS.tries_max
     async with life(tmp_path, handler) as node:
         node.push([1, 1])
         node.push([2, 2])
@@ -323,7 +330,7 @@ async def test_live_streams_go_before_a_backlog_and_the_backlog_keeps_its_order(
     assert after.scores("d1") == [float(n) for n in range(1, 501)]
     assert after.scores("live") == [float(n) for n in range(1, 21)]
     last = max(place for place, event in enumerate(after.events) if event["device"] == "live")
-    assert last < 20 + 3 * MqttLimits().inputs_in_hand_max // BACKLOG_SHARE, (
+    assert last < 20 + 3 * StreamLimits().in_hand_max // BACKLOG_SHARE, (
         "live messages wait for what is in hand already, not for the backlog"
     )
 
@@ -359,6 +366,7 @@ async def test_without_a_disk_the_broker_keeps_a_message_until_its_event_is_on_i
         store,
         definitions,
         limits=LIMITS,
+        messages=MessageLimits(),
         clock=SYSTEM_CLOCK,
         metrics=StreamMetrics(CollectorRegistry()),
         hold=store.hold,
@@ -395,8 +403,8 @@ async def test_without_a_disk_the_broker_keeps_a_message_until_its_event_is_on_i
 
 
 def test_a_batch_fits_into_what_may_be_in_hand():
-    assert MqttLimits().inputs_in_hand_max >= 2 * BATCH_MAX
-    assert MqttLimits().inputs_in_hand_max >= 2 * BACKLOG_SHARE, "a backlog of several messages makes a batch"
+    assert StreamLimits().in_hand_max >= 2 * BATCH_MAX
+    assert StreamLimits().in_hand_max >= 2 * BACKLOG_SHARE, "a backlog of several messages makes a batch"
 
 
 async def test_a_message_that_could_not_be_stored_is_not_overtaken(tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -12,16 +11,14 @@ import numpy as np
 import pymicro_wakeword
 import pytest
 
-from edge_node.broker import Broker
-from edge_node.mqtt.limits import MqttLimits
 from edge_node.mqtt.streams.definition import StreamDefinition
 from edge_node.mqtt.worker import MqttWorker
-from nearcast.backoff import ReconnectLimits
 from nearcast.cli.demo.samples import load_clips
 from nearcast.client.mqtt import MqttDevice
 from nearcast.serving import ModelHost
 from nearcast.store import Store
 from nearcast.transport.mqtt.connection import Connection, ConnectionSettings
+from tests.integration.mqtt_parts import FAST
 from tests.tiny_models import activate, install, recurrent_model, tensor
 
 STEP = 120
@@ -39,15 +36,6 @@ STREAMS = (
     ),
     StreamDefinition(name="meter", model="recurrent", window=3),
 )
-
-
-@pytest.fixture
-async def broker(tmp_path):
-    if shutil.which("mosquitto") is None and not Path("/usr/sbin/mosquitto").exists():
-        pytest.skip("mosquitto is not installed")
-    broker = await Broker.start(tmp_path / "broker", kind="mosquitto")
-    yield broker
-    await broker.stop()
 
 
 @pytest.fixture
@@ -90,7 +78,7 @@ async def node(broker, store, folder, **options):
         port=broker.port,
         inbox=folder / "ledger.sqlite",
         streams=STREAMS,
-        limits=MqttLimits(reconnect=ReconnectLimits(base_s=0.05, max_s=0.2)),
+        limits=FAST,
         **options,
     )
     await worker.start()

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as arrays
 
 from edge_node.mqtt import envelope
 from edge_node.mqtt.admission import Refusal, admit
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import MessageLimits
 from nearcast.errors import Code, MeshError
 from nearcast.handler import ModelMetadata, TensorSpec
 from nearcast.transport.mqtt import content_types as types
@@ -141,7 +141,7 @@ PAYLOADS = st.binary(max_size=40) | CBOR_VALUES.map(cbor2.dumps) | st.dictionari
 def test_whatever_bytes_come_they_are_read_or_refused(payload, suffix, kind, model, user):
     topic = f"nc/v1/local/cam/up/infer/m/{suffix}".removesuffix("/")
     message = Message(topic=topic, payload=payload, content_type=kind, user=user)
-    verdict = admit(message, 0.0, MqttLimits(), nonce=b"nonce")
+    verdict = admit(message, 0.0, MessageLimits(), nonce=b"nonce")
     if isinstance(verdict, Refusal):
         assert verdict.status in (400, 415)
         assert envelope.refusal_message(verdict).topic.startswith("nc/v1/local/cam/down/reply/m")

@@ -6,14 +6,14 @@ from hypothesis import strategies as st
 from edge_node.mqtt.ack_window import AckWindow
 from edge_node.mqtt.admission import Refusal, admit
 from edge_node.mqtt.idempotency import Known, decide, digest_of
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import MessageLimits
 from nearcast.transport.mqtt import content_types as types
 from nearcast.transport.mqtt import topics
 from nearcast.transport.mqtt.message import Message
 
 IDS = st.from_regex(topics.ID_PATTERN, fullmatch=True).filter(lambda name: name not in topics.RESERVED_DEVICES)
 VERSIONS = st.just("") | st.from_regex(topics.VERSION_PATTERN, fullmatch=True)
-LIMITS = MqttLimits(payload_bytes_max=256)
+LIMITS = MessageLimits(payload_bytes_max=256)
 
 
 @given(IDS, IDS, IDS, VERSIONS)

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from edge_node.mqtt.admission import Request
 from edge_node.mqtt.ledger.ledger import Ledger
 from edge_node.mqtt.ledger.records import Reply
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import LedgerLimits
 from nearcast.cli import main
 from nearcast.runtime import ExitCode
 
@@ -24,7 +24,7 @@ def data_dir(tmp_path):
     """A node's folder with one dead request."""
 
     async def bury():
-        ledger = Ledger(tmp_path / "inbox.sqlite", boot="b", limits=MqttLimits())
+        ledger = Ledger(tmp_path / "inbox.sqlite", boot="b", limits=LedgerLimits())
         await ledger.open(0.0)
         request = Request(
             tenant="local", device="cam", model="digits", correlation=b"c", reply_topic=REPLY, arrived=1.0,

@@ -12,7 +12,7 @@ from edge_node.mqtt.admission import Request
 from edge_node.mqtt.ledger.ledger import Ledger
 from edge_node.mqtt.ledger.letters import list_letters, mark_for_replay, read_letter
 from edge_node.mqtt.ledger.records import Event, Input, Intake, Reply
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import LedgerLimits
 from nearcast.errors import Code, MeshError
 
 
@@ -41,7 +41,7 @@ async def crash(ledger):
 
 
 def make(path, *, boot="boot-1", links=("device",), **limits):
-    return Ledger(path / "inbox.sqlite", boot=boot, links=links, limits=MqttLimits(**limits))
+    return Ledger(path / "inbox.sqlite", boot=boot, links=links, limits=LedgerLimits(**limits))
 
 
 async def test_what_was_accepted_is_unanswered_after_a_restart(tmp_path):

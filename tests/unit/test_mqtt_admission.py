@@ -5,10 +5,10 @@ import json
 import pytest
 
 from edge_node.mqtt.admission import Refusal, Request, admit
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import MessageLimits
 from nearcast.transport.mqtt.message import Message
 
-LIMITS = MqttLimits(
+LIMITS = MessageLimits(
     payload_bytes_max=64, image_bytes_max=32, json_bytes_max=62, correlation_bytes_max=8, ttl_max_ms=60_000
 )
 TOPIC = "nc/v1/local/cam/up/infer/digits"

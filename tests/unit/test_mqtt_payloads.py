@@ -14,7 +14,7 @@ import pytest
 from benchmarks.fuzz_payloads import STATUSES
 from edge_node.mqtt import envelope
 from edge_node.mqtt.admission import Refusal, Request, admit
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import MessageLimits
 from nearcast.cli import demo
 from nearcast.errors import Code, MeshError
 from nearcast.handler import ModelMetadata, Served, TensorSpec
@@ -373,7 +373,7 @@ def test_a_repeated_answer_without_an_envelope_stays_as_it_is():
 
 def asked_without_properties(suffix, payload):
     message = Message(topic=f"nc/v1/local/cam/up/infer/m/{suffix}", payload=payload)
-    request = admit(message, 0.0, MqttLimits(), nonce=b"nonce")
+    request = admit(message, 0.0, MessageLimits(), nonce=b"nonce")
     assert isinstance(request, Request)
     return request
 
@@ -408,7 +408,7 @@ def test_every_error_reaches_a_device_without_properties(code, suffix):
 @pytest.mark.parametrize("kind", types.REQUEST_TYPES)
 def test_every_error_is_raised_again_where_it_was_asked(code, kind):
     message = Message(topic="nc/v1/local/cam/up/infer/m", content_type=kind, correlation=b"key")
-    request = admit(message, 0.0, MqttLimits(), nonce=b"nonce")
+    request = admit(message, 0.0, MessageLimits(), nonce=b"nonce")
     answer = envelope.error_reply(request, MeshError(code, "why", retry_after_ms=5), status=None, expires=1.0)
     assert (answer.correlation, answer.user["status"]) == (b"key", str(STATUS[code]))
     with pytest.raises(MeshError, match="why") as caught:
@@ -418,6 +418,6 @@ def test_every_error_is_raised_again_where_it_was_asked(code, kind):
 
 def test_too_many_items_are_413_also_without_properties():
     message = Message(topic="nc/v1/local/cam/up/infer/m/cbor", payload=b"\x80" * 70_000)
-    refusal = admit(message, 0.0, MqttLimits(), nonce=b"nonce")
+    refusal = admit(message, 0.0, MessageLimits(), nonce=b"nonce")
     assert isinstance(refusal, Refusal)
     assert refusal.status == 413

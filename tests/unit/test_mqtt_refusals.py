@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 from edge_node.mqtt.backlog import UNSTORED
 from edge_node.mqtt.ledger.records import Committed, Outgoing
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import PublishLimits
 from edge_node.mqtt.publisher import Publisher
 from nearcast.clock import SYSTEM_CLOCK
 from nearcast.transport.mqtt.message import Message
 
-LIMITS = MqttLimits(refusals_max=2, refusal_retry_base_s=0.001, refusal_retry_max_s=30.0)
+LIMITS = PublishLimits(refusals_max=2, refusal_retry_base_s=0.001, refusal_retry_max_s=30.0)
 
 
 class Ledger:
@@ -82,7 +82,7 @@ async def test_behind_a_message_that_was_buried_the_next_of_its_topic_is_offered
 
 async def test_what_is_only_in_memory_is_bounded_by_number_and_by_bytes():
     dropped, handed = [], []
-    limits = MqttLimits(unstored_max=2, unstored_bytes_max=100)
+    limits = PublishLimits(unstored_max=2, unstored_bytes_max=100)
     publisher = Publisher(Ledger(), limits, SYSTEM_CLOCK, on_drop=dropped.append)
     for number, size_bytes in enumerate((1, 100, 1, 1)):
         answer = Outgoing(UNSTORED, Message(topic="t"), SYSTEM_CLOCK.monotonic() + 60, size_bytes=size_bytes)

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from edge_node.mqtt.ledger.records import Admission, Outgoing, Reply
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import MessageLimits, RequestLimits
 from edge_node.mqtt.metrics import MqttMetrics
 from edge_node.mqtt.requests import RequestService
 from nearcast.clock import SYSTEM_CLOCK
@@ -102,7 +102,8 @@ def serve(ledger=None, *, durable, **limits):
         ledger or Ledger(),
         executor,
         publisher,
-        limits=MqttLimits(**limits),
+        limits=RequestLimits(**limits),
+        messages=MessageLimits(),
         clock=SYSTEM_CLOCK,
         metrics=MqttMetrics(),
         durable=durable,

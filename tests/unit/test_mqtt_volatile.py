@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edge_node.mqtt.admission import Request
 from edge_node.mqtt.ledger.records import Advance, Event, Input, Reply
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import RequestLimits, StreamLimits
 from edge_node.mqtt.streams.volatile import VolatileInputs
 from edge_node.mqtt.volatile import ROW_BYTES, Volatile
 
@@ -33,7 +33,7 @@ def key(correlation: bytes) -> tuple[str, str, bytes]:
 
 
 def test_a_repeated_request_gets_the_same_answer_marked():
-    volatile, first = Volatile(MqttLimits()), request(b"1")
+    volatile, first = Volatile(RequestLimits()), request(b"1")
     assert not volatile.knows(key(b"1"))
     assert volatile.accept(first, has_room=True).verdict == "accept"
     assert volatile.accept(first, has_room=True).verdict == "pending"
@@ -49,14 +49,14 @@ def test_a_repeated_request_gets_the_same_answer_marked():
 
 
 def test_what_was_refused_may_come_again():
-    volatile = Volatile(MqttLimits())
+    volatile = Volatile(RequestLimits())
     volatile.accept(request(b"1"), has_room=True)
     volatile.forget(key(b"1"))
     assert volatile.accept(request(b"1"), has_room=True).verdict == "accept"
 
 
 def test_answers_are_bounded_by_bytes_and_by_age():
-    volatile = Volatile(MqttLimits(memory_replies_bytes_max=2 * (ROW_BYTES + 100), replies_age_max_s=10.0))
+    volatile = Volatile(RequestLimits(memory_replies_bytes_max=2 * (ROW_BYTES + 100), memory_replies_age_max_s=10.0))
     for number, now in ((b"1", 0.0), (b"2", 1.0), (b"3", 2.0)):
         volatile.accept(request(number), has_room=True)
         volatile.finish(request(number), reply(b"x" * 100), now)
@@ -68,7 +68,7 @@ def test_answers_are_bounded_by_bytes_and_by_age():
 
 async def test_each_copy_of_a_stream_s_message_is_acknowledged_with_its_event():
     sent, acknowledged = [], []
-    store = VolatileInputs(lambda _outgoing, handed: sent.append(handed), MqttLimits())
+    store = VolatileInputs(lambda _outgoing, handed: sent.append(handed), StreamLimits())
     item = Input(tenant="local", device="d1", stream="s", boot="b", seq=1, arrived=0.0)
     row = (await store.take(item, b"")).id
     store.hold(row, lambda: acknowledged.append("first"))
@@ -81,7 +81,7 @@ async def test_each_copy_of_a_stream_s_message_is_acknowledged_with_its_event():
 
 
 async def test_messages_of_streams_without_a_payload_are_bounded_too():
-    store = VolatileInputs(lambda _outgoing, _handed: None, MqttLimits(pending_bytes_max=10_000))
+    store = VolatileInputs(lambda _outgoing, _handed: None, StreamLimits(memory_bytes_max=10_000))
     item = Input(tenant="local", device="d1", stream="s", arrived=0.0)
     verdicts = [(await store.take(item, b"")).verdict for _ in range(12)]
     assert (verdicts[0], verdicts[-1]) == ("accept", "full")

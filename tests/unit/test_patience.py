@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import RequestLimits
 from edge_node.mqtt.patience import Patience
 from nearcast.errors import Code, MeshError
 
-LIMITS = MqttLimits()
+LIMITS = RequestLimits()
 
 
 def wait_s(code=Code.UNAVAILABLE, *, attempt=0, remaining_s=30.0, sent=False, missed=False, safe=True, waiting=0):

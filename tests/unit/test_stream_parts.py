@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_node.mqtt.ledger.records import Input, StoredInput
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import MessageLimits, StreamLimits
 from edge_node.mqtt.streams import events
 from edge_node.mqtt.streams.admission import SEQ_MAX, Dropped, admit_input
 from edge_node.mqtt.streams.batches import is_hopeless
@@ -26,7 +26,7 @@ from nearcast.handler import ModelMetadata, TensorSpec
 from nearcast.transport.mqtt.message import Message
 
 TOPIC = "nc/v1/local/cam-1/up/data/mic"
-LIMITS = MqttLimits(payload_bytes_max=100)
+LIMITS = MessageLimits(payload_bytes_max=100)
 SILERO = ModelMetadata(
     name="vad",
     versions=("1",),
@@ -200,7 +200,7 @@ def test_what_is_no_score_is_refused():
     ],
 )
 def test_what_stays_wrong_is_not_tried_again(code, tries, hopeless):
-    assert is_hopeless(MeshError(code, "."), tries, LIMITS) == hopeless
+    assert is_hopeless(MeshError(code, "."), tries, StreamLimits()) == hopeless
 
 
 def test_state_comes_back_from_bytes_as_it_was():

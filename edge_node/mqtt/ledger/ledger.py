@@ -42,7 +42,7 @@ from edge_node.mqtt.ledger.records import (
 from edge_node.mqtt.ledger.requests import Key, Requests
 from edge_node.mqtt.ledger.schema import SCHEMA, UPGRADES, VERSION
 from edge_node.mqtt.ledger.streams import Streams
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import LedgerLimits
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import Code, MeshError
 from nearcast.transport.mqtt import topics
@@ -67,7 +67,7 @@ class Ledger:
         path: Path,
         *,
         boot: str,
-        limits: MqttLimits,
+        limits: LedgerLimits,
         node: str = "edge",
         tenant: str = "local",
         links: Sequence[Link] = ("device",),

@@ -14,7 +14,7 @@ import msgspec
 
 from edge_node.mqtt.ledger.outbox import Outbox
 from edge_node.mqtt.ledger.records import LINK_BITS, Event, Kind, Letter, Link, Outgoing
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import LedgerLimits
 from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError
 from nearcast.transport.mqtt import topics
@@ -31,7 +31,7 @@ class Letters:
         clock: its wall time dates them.
     """
 
-    def __init__(self, node: str, limits: MqttLimits, outbox: Outbox, clock: Clock) -> None:
+    def __init__(self, node: str, limits: LedgerLimits, outbox: Outbox, clock: Clock) -> None:
         self._node = node
         self._limits = limits
         self._outbox = outbox

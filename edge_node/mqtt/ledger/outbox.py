@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from edge_node.mqtt.ledger.changes import Changes
-from edge_node.mqtt.ledger.records import LINK_BITS, Event, Link, Outgoing, Page, Reply
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.ledger.records import LINK_BITS, NOTICE_EXPIRY_S, Event, Link, Outgoing, Page, Reply
+from edge_node.mqtt.limits import LedgerLimits
 from nearcast.transport.mqtt.message import Message
 from nearcast.transport.mqtt.payload_envelope import mark_repeated
 
@@ -40,7 +40,7 @@ class Outbox:
         changes: told what comes and goes.
     """
 
-    def __init__(self, boot: int, links: Iterable[Link], opened: float, limits: MqttLimits, changes: Changes) -> None:
+    def __init__(self, boot: int, links: Iterable[Link], opened: float, limits: LedgerLimits, changes: Changes) -> None:
         self._boot = boot
         self._limits = limits
         self._changes = changes
@@ -199,7 +199,7 @@ class Outbox:
             answer = msgspec.structs.replace(msgspec.msgpack.decode(reply, type=Reply), topic=topic)
             # An answer's deadline is an instant of its boot. After another one nobody knows what is left of it: whoever
             # still waits is told, for as long as he would be told that it has passed.
-            expires = expires if boot == self._boot else self._opened + self._limits.expired_notice_s
+            expires = expires if boot == self._boot else self._opened + NOTICE_EXPIRY_S
             may_be_sent = bool(dedup) or row <= self._left  # a former life may have sent it
             return Outgoing(row, reply_message(answer, dedup=may_be_sent), expires, links, size_bytes + len(reply))
         decoded = msgspec.msgpack.decode(head or b"", type=_Head)

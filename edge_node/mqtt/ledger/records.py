@@ -17,6 +17,8 @@ Link: TypeAlias = Literal["device", "upstream"]
 LINK_BITS: Mapping[Link, int] = {"device": 1, "upstream": 2}
 Kind: TypeAlias = Literal["request", "input", "outgoing", "dropped"]
 """What a dead letter was: a request, a stream's message, one that a broker refused; or a note of what was dropped."""
+NOTICE_EXPIRY_S = 30
+"""Message Expiry of an answer for which nobody may wait any more, such as 408."""
 T = TypeVar("T")
 
 

@@ -12,7 +12,7 @@ from edge_node.mqtt.idempotency import Known, decide
 from edge_node.mqtt.ledger.letters import Letters
 from edge_node.mqtt.ledger.outbox import Outbox
 from edge_node.mqtt.ledger.records import Admission, Outgoing, Reply, Unanswered
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import LedgerLimits
 
 PRUNE_BATCH = 1024
 Key: TypeAlias = tuple[str, str, bytes]
@@ -24,7 +24,7 @@ ROW_BYTES = 512
 class Requests:
     """Rows of requests, from their acceptance until their answer is too old to be repeated."""
 
-    def __init__(self, boot: int, limits: MqttLimits, outbox: Outbox, letters: Letters) -> None:
+    def __init__(self, boot: int, limits: LedgerLimits, outbox: Outbox, letters: Letters) -> None:
         self._boot = boot
         self._limits = limits
         self._outbox = outbox

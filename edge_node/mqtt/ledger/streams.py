@@ -12,7 +12,7 @@ from edge_node.mqtt.ledger.changes import Changes
 from edge_node.mqtt.ledger.letters import Letters
 from edge_node.mqtt.ledger.outbox import Outbox, last_id
 from edge_node.mqtt.ledger.records import Advance, Event, Input, Intake, Outgoing, Page, StoredInput
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import LedgerLimits
 from nearcast.errors import Code, MeshError
 
 ROW_BYTES = 64
@@ -28,7 +28,7 @@ class Streams:
     """Rows of inputs, each until its events are committed; one row per stream with its position and state."""
 
     def __init__(
-        self, boot: int, limits: MqttLimits, outbox: Outbox, letters: Letters, opened: float, changes: Changes
+        self, boot: int, limits: LedgerLimits, outbox: Outbox, letters: Letters, opened: float, changes: Changes
     ) -> None:
         self._boot = boot
         self._opened = opened

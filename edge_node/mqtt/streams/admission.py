@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from edge_node.mqtt.ledger.records import Input
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import MessageLimits
 from nearcast.transport.mqtt import topics
 from nearcast.transport.mqtt.message import Message
 
@@ -30,7 +30,7 @@ class Dropped:
 
 
 def admit_input(
-    message: Message, now: float, wall: float, limits: MqttLimits, streams: Container[str]
+    message: Message, now: float, wall: float, limits: MessageLimits, streams: Container[str]
 ) -> Input | Dropped:
     """Judge a message on a stream's topic.
 
@@ -38,7 +38,7 @@ def admit_input(
         message: as the broker delivered it.
         now: monotonic instant of its arrival in seconds.
         wall: the node's wall clock, seconds since 1970: the time of a message that says none itself.
-        limits: bounds of the worker.
+        limits: bounds.
         streams: names of the streams that mean something here.
     """
     found = topics.parse_data(message.topic)

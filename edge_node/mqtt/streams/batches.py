@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from edge_node.mqtt.ledger.records import Advance, Input, Intake, Outgoing, Page, StoredInput
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import StreamLimits
 from edge_node.mqtt.streams.metrics import StreamMetrics
 from edge_node.mqtt.streams.plan import Plan
 from edge_node.mqtt.streams.runner import Effect, Runner
@@ -69,7 +69,7 @@ class Batches:
         runner: Runner,
         store: InputStore,
         *,
-        limits: MqttLimits,
+        limits: StreamLimits,
         clock: Clock,
         metrics: StreamMetrics,
         tell: Callable[[Input], None] | None = None,
@@ -164,7 +164,7 @@ class Batches:
             _log.warning("a message of a stream was buried", stream=row.input.key, error=error.message)
             return Advance(row.id, buried=error.message), state
         except Exception as error:
-            if tries + 1 < self._limits.input_tries_max:
+            if tries + 1 < self._limits.tries_max:
                 raise MeshError(Code.INTERNAL, "The node failed on this message; see its log.") from error
             _log.exception("a message of a stream failed unexpectedly", stream=row.input.key)
             return Advance(row.id, buried="The node failed on this message; see its log."), state
@@ -205,12 +205,12 @@ def _step(row: StoredInput, effect: Effect) -> Advance:
     return Advance(row.id, () if effect.event is None else (effect.event,))
 
 
-def is_hopeless(error: MeshError, tries: int, limits: MqttLimits) -> bool:
+def is_hopeless(error: MeshError, tries: int, limits: StreamLimits) -> bool:
     """Whether a message that failed with `error`, after `tries` earlier failures, is not tried again. Pure.
 
     What is wrong with the message stays wrong. A model that breaks or takes too long is given some tries. What is not
     here, or has no room, may be there later: such a message waits.
     """
     if error.code in (Code.INTERNAL, Code.DEADLINE):
-        return tries + 1 >= limits.input_tries_max
+        return tries + 1 >= limits.tries_max
     return error.retry is Retry.NEVER and error.code not in (Code.CANCELLED, Code.SUPERSEDED)

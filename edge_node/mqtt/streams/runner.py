@@ -12,7 +12,7 @@ import numpy as np
 
 from edge_node.mqtt.lanes import Recent
 from edge_node.mqtt.ledger.records import Event, Input, StoredInput
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import StreamLimits
 from edge_node.mqtt.models import KnownModels
 from edge_node.mqtt.streams import events
 from edge_node.mqtt.streams.definition import StreamDefinition
@@ -58,7 +58,7 @@ class Runner:
         directory: ModelDirectory,
         definitions: Mapping[str, StreamDefinition],
         *,
-        limits: MqttLimits,
+        limits: StreamLimits,
         clock: Clock,
     ) -> None:
         self.definitions = definitions

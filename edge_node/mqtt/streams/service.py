@@ -6,11 +6,11 @@ import asyncio
 import random
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from edge_node.mqtt.backlog import Backlog, BacklogLimits, Row
+from edge_node.mqtt.backlog import Backlog, Row
 from edge_node.mqtt.ledger.records import Input, Intake, StoredInput
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import MessageLimits, StreamLimits
 from edge_node.mqtt.streams.admission import Dropped, admit_input
 from edge_node.mqtt.streams.batches import BATCH_MAX, Batches, InputStore, Progress
 from edge_node.mqtt.streams.definition import StreamDefinition
@@ -61,7 +61,7 @@ class StreamService:
         directory: tells the models' tensors.
         store: the ledger, which sees to it that events leave too.
         definitions: what each stream means, by name.
-        limits: bounds.
+        limits: bounds. messages: of what a device may send.
         clock: monotonic and wall time.
         metrics: counts.
         hold: keeps the acknowledgement of a message until its effect is on its way; None = it is given as soon as the
@@ -77,7 +77,8 @@ class StreamService:
         store: InputStore,
         definitions: Mapping[str, StreamDefinition],
         *,
-        limits: MqttLimits,
+        limits: StreamLimits,
+        messages: MessageLimits,
         clock: Clock,
         metrics: StreamMetrics,
         hold: Callable[[int, Callable[[], None]], None] | None = None,
@@ -92,11 +93,12 @@ class StreamService:
         self._intake = IntakeQueue(store, self._taken)
         self._store = store
         self._limits = limits
+        self._messages = messages
         self._clock = clock
         self._metrics = metrics
         self._generator = random.Random()
         self._loop = asyncio.get_running_loop()
-        self._backlog: Backlog[StoredInput] = Backlog(_lanes(limits))
+        self._backlog: Backlog[StoredInput] = Backlog(limits.lanes)
         self._lanes: dict[str, _Lane] = {}
         self._suspected: set[str] = set()
         self._in_hand = 0
@@ -114,7 +116,7 @@ class StreamService:
 
     def recover(self, left: Mapping[str, int], *, crashed: bool) -> None:
         """Begin with what a former life left: the last row of each stream."""
-        self._backlog = Backlog(_lanes(self._limits), left)
+        self._backlog = Backlog(self._limits.lanes, left)
         if crashed:
             self._suspected = set(left)
         self._pump()
@@ -122,7 +124,7 @@ class StreamService:
     def receive(self, message: Message, acknowledge: Callable[[], None]) -> None:
         """Take in a message on a stream's topic; `acknowledge` is called once, when the broker may forget it."""
         clock = self._clock
-        verdict = admit_input(message, clock.monotonic(), clock.wall(), self._limits, self._runner.definitions)
+        verdict = admit_input(message, clock.monotonic(), clock.wall(), self._messages, self._runner.definitions)
         if isinstance(verdict, Dropped):
             self._metrics.taken(verdict.reason)
             _log.warning("a message of a stream was dropped", topic=message.topic[:200], reason=verdict.detail)
@@ -171,7 +173,7 @@ class StreamService:
 
         A backlog gets a small part of the room: a live message waits for what is under way.
         """
-        room = self._limits.inputs_in_hand_max
+        room = self._limits.in_hand_max
         while not self._closing and self._in_hand < room:
             row = self._backlog.next(live_only=self._in_hand * BACKLOG_SHARE >= room)
             if row is None:
@@ -197,7 +199,7 @@ class StreamService:
 
     async def _read_page(self, after: int) -> None:
         try:
-            page = await self._store.inputs(after, self._limits.input_page_rows_max)
+            page = await self._store.inputs(after, self._limits.lanes.page_rows_max)
         except MeshError:
             self._backlog.failed()
             self._loop.call_later(STORE_RETRY_S, self._pump)
@@ -256,7 +258,7 @@ class StreamService:
             self._in_hand -= sum(map(_weight, lane.waiting))
             lane.waiting.clear()
         limits = self._limits
-        base_s, max_s = limits.input_retry_base_s, limits.input_retry_max_s
+        base_s, max_s = limits.retry_base_s, limits.retry_max_s
         delay_s = full_jitter_s(lane.failures, self._generator, base_s=base_s, max_s=max_s)
         self._loop.call_later(delay_s, self._rise, lane)
         self._pump()
@@ -274,7 +276,7 @@ class StreamService:
         """
         assert lane.left_out is not None
         first, last = lane.left_out
-        page = await self._store.inputs(first - 1, self._limits.input_page_rows_max, key=lane.key)
+        page = await self._store.inputs(first - 1, self._limits.lanes.page_rows_max, key=lane.key)
         last = lane.left_out[1]  # more may have come meanwhile
         found = [stored for stored in page.rows if stored.id <= last]
         lane.waiting.extend(found)
@@ -286,10 +288,6 @@ class StreamService:
         if task is not None:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-
-
-def _lanes(limits: MqttLimits) -> BacklogLimits:
-    return replace(limits.lanes, page_rows_max=limits.input_page_rows_max)
 
 
 def _weight(stored: StoredInput) -> int:

@@ -16,7 +16,7 @@ from typing import TypeVar
 from edge_node.mqtt.backlog import UNSTORED
 from edge_node.mqtt.idempotency import Position, follow
 from edge_node.mqtt.ledger.records import Advance, Event, Input, Intake, Outgoing, Page, StoredInput
-from edge_node.mqtt.limits import MqttLimits
+from edge_node.mqtt.limits import StreamLimits
 from nearcast.telemetry import get_logger
 from nearcast.transport.mqtt.message import Message
 
@@ -42,7 +42,7 @@ class VolatileInputs:
         limits: bounds of messages and streams.
     """
 
-    def __init__(self, send: Callable[[Outgoing, Callable[[], None]], None], limits: MqttLimits) -> None:
+    def __init__(self, send: Callable[[Outgoing, Callable[[], None]], None], limits: StreamLimits) -> None:
         self._send = send
         self._limits = limits
         self._loop = asyncio.get_running_loop()
@@ -72,7 +72,7 @@ class VolatileInputs:
             assert item.seq is not None
             return self._resolved(Intake("duplicate", self._numbered.get((item.key, item.boot, item.seq), 0)))
         size_bytes = len(payload) + ROW_BYTES
-        if self._size_bytes + size_bytes > self._limits.pending_bytes_max:
+        if self._size_bytes + size_bytes > self._limits.memory_bytes_max:
             return self._resolved(Intake("full"))
         stream.positions = step.positions
         row = self._last = next(self._ids)
