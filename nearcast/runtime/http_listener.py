@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 BACKLOG = 128
 """Connections that may wait to be accepted: until the server is made, too."""
+RETRY_S = 1.0
+"""After a server could not be made."""
 _SERVER = "aiohttp"
 _log = logging.getLogger(__name__)
 
@@ -104,17 +106,18 @@ class HttpListener:
         self._making = asyncio.get_running_loop().create_task(self._serve())
 
     async def _serve(self) -> None:
-        try:
-            # In a thread: other requests are answered meanwhile.
-            await asyncio.get_running_loop().run_in_executor(None, import_module, f"{_SERVER}.web")
-            from aiohttp import web
+        while self._runner is None:
+            try:
+                # In a thread: other requests are answered meanwhile.
+                await asyncio.get_running_loop().run_in_executor(None, import_module, f"{_SERVER}.web")
+                self._runner = await self._make()
+            except Exception:  # noqa: BLE001 (descriptors or memory may be short just now; the other listeners serve on)
+                _log.exception("no HTTP server for %s yet", self.address)
+                await asyncio.sleep(RETRY_S)
+        from aiohttp import web
 
-            self._runner = await self._make()
-            for each in self._sockets:
-                await web.SockSite(self._runner, each, ssl_context=self._tls, backlog=BACKLOG).start()
-        except Exception:  # noqa: BLE001 (the other listeners serve on)
-            _log.exception("no HTTP server for %s", self.address)
-            self._close_sockets()
+        for each in self._sockets:
+            await web.SockSite(self._runner, each, ssl_context=self._tls, backlog=BACKLOG).start()
 
     def _stop_watching(self) -> None:
         loop = asyncio.get_running_loop()
