@@ -19,6 +19,8 @@ import structlog
 from nearcast.runtime.http_listener import HttpListener
 
 if TYPE_CHECKING:
+    import asyncio
+
     from aiohttp import web
 
 Answering: TypeAlias = "Callable[[web.Request], Awaitable[web.Response]]"
@@ -32,6 +34,8 @@ LIKE_EVENTS_MAX = 50
 LIKE_EVENTS_S = 10.0
 EVENTS_MAX = 1024
 """Different events told apart within that time."""
+CONNECTIONS_MAX = 64
+"""To the metrics; the oldest goes for a newer one, and whoever scrapes comes again."""
 _log = logging.getLogger(__name__)
 
 
@@ -73,6 +77,8 @@ class Telemetry:
                 app.router.add_get(path, answer)
             runner = web.AppRunner(app, access_log=None)
             await runner.setup()
+            assert runner.server is not None
+            _bound_connections(runner.server)
             return runner
 
         listener = HttpListener(address, make_runner, tls=tls)
@@ -92,6 +98,18 @@ class Telemetry:
 
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         return web.Response(body=encode(self.registry), headers={"Content-Type": content_type})
+
+
+def _bound_connections(server: web.Server) -> None:
+    made = server.connection_made
+
+    def connection_made(handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        made(handler, transport)
+        if len(server.connections) > CONNECTIONS_MAX:
+            server.connections[0].force_close()
+
+    # The library has hooks for requests, none for connections.
+    server.connection_made = connection_made  # type: ignore[method-assign]
 
 
 class Repetition(logging.Filter):

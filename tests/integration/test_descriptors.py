@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import aiohttp
 import numpy as np
 import pytest
 
 from nearcast.client import AsyncClient
 from nearcast.runtime.descriptors import Shortage
 from nearcast.store import Store
+from nearcast.telemetry import CONNECTIONS_MAX, Telemetry
 from tests.tiny_models import activate, affine_model, install
 
 DESCRIPTORS = 96
@@ -91,6 +93,19 @@ async def test_a_node_out_of_descriptors_serves_on_and_says_so(node: Node) -> No
         await ask_until(lambda: "enough file descriptors again" in node.log.read_text())
         async with AsyncClient([node.addresses["grpc"]]) as newcomer:
             await newcomer.infer("affine", INPUTS)
+
+
+async def test_who_holds_connections_to_the_metrics_keeps_nobody_out() -> None:
+    observed = Telemetry("test")
+    address = await observed.serve_metrics("127.0.0.1:0")
+    host, port = address.split(":")
+    held = [await asyncio.open_connection(host, int(port)) for _ in range(CONNECTIONS_MAX)]
+    async with aiohttp.ClientSession() as session, session.get(f"http://{address}/metrics") as answer:
+        assert answer.status == 200
+    assert await held[0][0].read() == b"", "the oldest is closed"
+    for _, writer in held:
+        writer.close()
+    await observed.close()
 
 
 def test_what_is_short_is_said_once_until_it_is_clearly_over() -> None:
