@@ -30,8 +30,9 @@ miss it even alone."""
 _HISTORY_MAX = 64
 """Deadlines of what is over that may stay in the heap: far ones would gather there."""
 _NEVER = float("inf")
-_MARGIN = 0.1
-"""What is let in has so much more time than its run needs, so that it is seldom refused later, when it has waited."""
+_MARGIN = 0.5
+"""What is to wait must have so much more time than its run needs. With less it is refused after all when a run before
+it takes longer, and that has to be known at once; with more the engine waits for work (`benchmarks ar`, virtual)."""
 _GAP_WEIGHT = 0.1
 _SAVING_MIN = 0.05
 """Rows are joined if the cost of a run that does not depend on its rows is at least this share of a lone row's."""

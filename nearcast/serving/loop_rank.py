@@ -16,6 +16,8 @@ FIRST_WINDOW_S = 0.2
 costs an idle node 0.05 % of a core."""
 ORDINARY_WINDOW_S = 1.0
 """How long an ordinary one must be quiet: a flood that comes and goes is first a sixth of the time at most."""
+ORDINARY_WINDOW_S_MAX = 32.0
+"""Twice as long each time that it did not stay quiet for one window as the first: what gets little is not quiet."""
 
 
 class LoopRank:
@@ -26,18 +28,19 @@ class LoopRank:
         share: of a core, in the last window.
     """
 
-    __slots__ = ("_looked", "_used_s", "is_first", "share")
+    __slots__ = ("_looked", "_ordinary_s", "_used_s", "is_first", "share")
 
     def __init__(self, now: float, used_s: float) -> None:
         self._looked = now
         self._used_s = used_s
+        self._ordinary_s = ORDINARY_WINDOW_S
         self.is_first = False
         self.share = 0.0
 
     @property
     def window_s(self) -> float:
         """When to look again."""
-        return FIRST_WINDOW_S if self.is_first else ORDINARY_WINDOW_S
+        return FIRST_WINDOW_S if self.is_first else self._ordinary_s
 
     def look(self, now: float, used_s: float) -> bool:
         """Judge the time since the last look; whether `is_first` has changed."""
@@ -47,4 +50,7 @@ class LoopRank:
         self.share = (used_s - self._used_s) / (now - self._looked)
         self._looked, self._used_s = now, used_s
         self.is_first = self.share <= (BUSY_SHARE if was_first else QUIET_SHARE)
+        if self.is_first:
+            # Doubled beforehand, for if it does not last.
+            self._ordinary_s = ORDINARY_WINDOW_S if was_first else min(ORDINARY_WINDOW_S_MAX, 2 * self._ordinary_s)
         return self.is_first is not was_first

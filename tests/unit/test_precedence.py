@@ -13,11 +13,18 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nearcast.serving import loop_rank
-from nearcast.serving.loop_rank import BUSY_SHARE, FIRST_WINDOW_S, ORDINARY_WINDOW_S, QUIET_SHARE, LoopRank
+from nearcast.serving.loop_rank import (
+    BUSY_SHARE,
+    FIRST_WINDOW_S,
+    ORDINARY_WINDOW_S,
+    ORDINARY_WINDOW_S_MAX,
+    QUIET_SHARE,
+    LoopRank,
+)
 from nearcast.serving.precedence import NICENESS, LoopPrecedence, give_way_to_loop
 
 on_linux = pytest.mark.skipif(
@@ -49,18 +56,39 @@ def is_granted() -> bool:
         return thread.submit(ask).result()
 
 
+@settings(max_examples=40)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=50))
 def test_only_a_quiet_loop_is_first(shares: list[float]) -> None:
     rank, now, used_s = LoopRank(0.0, 0.0), 0.0, 0.0
     for share in shares:
         was_first, window_s = rank.is_first, rank.window_s
-        assert window_s == (FIRST_WINDOW_S if was_first else ORDINARY_WINDOW_S)
+        assert window_s == FIRST_WINDOW_S if was_first else ORDINARY_WINDOW_S <= window_s <= ORDINARY_WINDOW_S_MAX
         now, used_s = now + window_s, used_s + share * window_s
         changed = rank.look(now, used_s)
         assert changed == (rank.is_first is not was_first)
         assert rank.share == pytest.approx(share, abs=1e-6)
         if abs(share - BUSY_SHARE) > 1e-6 and abs(share - QUIET_SHARE) > 1e-6:
             assert rank.is_first == (share < (BUSY_SHARE if was_first else QUIET_SHARE))
+
+
+def test_a_flood_that_looks_quiet_because_it_gets_little_is_first_less_and_less() -> None:
+    rank, now, used_s = LoopRank(0.0, 0.0), 0.0, 0.0
+    first_s, ordinary_s = 0.0, []
+    for _ in range(40):
+        share, window_s = (0.95, rank.window_s) if rank.is_first else (0.1, rank.window_s)
+        if rank.is_first:
+            first_s += window_s
+        else:
+            ordinary_s.append(window_s)
+        now, used_s = now + window_s, used_s + share * window_s
+        rank.look(now, used_s)
+    assert ordinary_s == [min(ORDINARY_WINDOW_S_MAX, ORDINARY_WINDOW_S * 2**time) for time in range(20)]
+    assert first_s <= 0.01 * now
+    assert not rank.is_first
+    for share in (0.1, 0.1, 0.9):
+        now, used_s = now + rank.window_s, used_s + share * rank.window_s
+        rank.look(now, used_s)
+    assert rank.window_s == ORDINARY_WINDOW_S, "it was quiet for a while"
 
 
 def test_a_look_at_no_time_changes_nothing() -> None:
