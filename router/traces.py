@@ -113,9 +113,11 @@ class Traces:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         parent = TraceContextTextMapPropagator().extract({"traceparent": context.trace})
-        attributes = {"nearcast.model": request.model, "nearcast.forwarded": context.forwarded}
         span = self._tracer.start_span(
-            f"infer {request.model}", context=parent, kind=SpanKind.SERVER, attributes=attributes
+            f"infer {request.model}",
+            context=parent,
+            kind=SpanKind.SERVER,
+            attributes={"nearcast.model": request.model, "nearcast.forwarded": context.forwarded},
         )
         made = span.get_span_context()
         trace = f"00-{made.trace_id:032x}-{made.span_id:016x}-01"
