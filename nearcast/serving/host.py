@@ -107,6 +107,7 @@ class ModelHost:
         """Load every model of the store. A model that cannot be loaded is reported, not raised."""
         self._precedence.start()
         await self.refresh(None)
+        self._residency.begin_serving()
         self._started = True
 
     async def refresh(self, model: str | None = None) -> None:

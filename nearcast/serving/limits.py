@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-SLOTS = max(1, min(16, len(os.sched_getaffinity(0))))
+CORES = len(os.sched_getaffinity(0))
+SLOTS = max(1, min(16, CORES))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,7 @@ class HostLimits:
         cache_bytes_max: answers that are remembered for models whose manifest allows it, of all models together.
         cache_request_bytes_max: a larger request is not looked up.
         loads_concurrent_max: versions that load at the same time.
+        loads_at_start_max: the same before the host answers anybody, and at most one for each processor.
         drain_timeout_s: how long a version that was replaced waits for its requests and sequences.
         sequences_max: open sequences of one version with hidden state.
         sequence_idle_s: a sequence without requests for this long is dropped.
@@ -73,6 +75,7 @@ class HostLimits:
     cache_bytes_max: int = 64 * 1024 * 1024
     cache_request_bytes_max: int = 1024 * 1024
     loads_concurrent_max: int = 1
+    loads_at_start_max: int = 2
     drain_timeout_s: float = 30.0
     sequences_max: int = 256
     sequence_idle_s: float = 60.0

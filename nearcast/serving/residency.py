@@ -16,7 +16,7 @@ from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError
 from nearcast.serving.engines import LoadedModel, estimate_memory_bytes
 from nearcast.serving.heap import share_arena, trim_heap, trim_heap_if_large
-from nearcast.serving.limits import HostLimits
+from nearcast.serving.limits import CORES, HostLimits
 from nearcast.serving.loading import Loaded, load_version
 from nearcast.serving.memory import Alarm, Evict, Held, Key, Memory, Reason, Refuse
 from nearcast.serving.precedence import give_way_to_loop, yield_to_serving
@@ -55,7 +55,8 @@ class Residency:
         )
         share_arena()
         self._workers = Workers(limits.slots, "nearcast-run", give_way_to_loop)
-        self._loader = ThreadPoolExecutor(limits.loads_concurrent_max, "nearcast-load", initializer=yield_to_serving)
+        self._loader = _make_pool(limits.loads_concurrent_max)
+        self._starter: ThreadPoolExecutor | None = _make_pool(min(limits.loads_at_start_max, CORES))
         self._tasks: set[asyncio.Task[Any]] = set()
         self._granted: dict[Key, int] = {}
         self._default = Setting(threads=limits.threads, rows_max=limits.batch_rows_max)
@@ -88,6 +89,12 @@ class Residency:
                 raise result
         await self._run_in_loader(trim_heap)
 
+    def begin_serving(self) -> None:
+        """From now on others are answered while versions load."""
+        starter, self._starter = self._starter, None
+        if starter is not None:
+            starter.shutdown(wait=False)
+
     async def follow(self, model: str, reason: Reason = "deploy") -> None:
         """Follow one pointer.
 
@@ -117,6 +124,7 @@ class Residency:
     async def close(self) -> None:
         """Unload everything, after what is in flight or `drain_timeout_s`."""
         self._closed = True
+        self.begin_serving()
         self._tuner.close()
         for slot in self.slots.values():
             slot.stable = None
@@ -199,7 +207,7 @@ class Residency:
                 return refusal
             self._granted[slot.name, release] = self._need_bytes(slot, release)
             loaded = await asyncio.get_running_loop().run_in_executor(
-                self._loader,
+                self._starter or self._loader,
                 load_version,
                 self._store,
                 slot.name,
@@ -385,6 +393,10 @@ def unknown_model(model: str, known: Iterable[str]) -> MeshError:
 
 def _busy(key: Key, size_bytes: int) -> Held:
     return Held(key=key, size_bytes=size_bytes, used_at=0.0, since=0.0, leases=1)
+
+
+def _make_pool(loads_max: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(loads_max, "nearcast-load", initializer=yield_to_serving)
 
 
 def _free(engine: LoadedModel) -> None:

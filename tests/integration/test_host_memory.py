@@ -264,6 +264,35 @@ async def test_loading_yields_to_serving(store: Store, monkeypatch: pytest.Monke
     assert os.sched_getscheduler(0) != os.SCHED_BATCH, "its own thread alone"
 
 
+async def test_two_models_load_at_once_until_the_host_serves(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Barrier(2, timeout=20.0)
+
+    def load(*arguments: Any) -> Loaded:
+        both.wait()
+        return load_version(*arguments)
+
+    monkeypatch.setattr(residency, "CORES", 2)
+    monkeypatch.setattr(residency, "load_version", load)
+    async with running(store, room_for(store, 8)) as host:
+        assert hot(host) == set(NAMES)
+        inside: list[int] = []
+        most: list[int] = []
+
+        def load_alone(*arguments: Any) -> Loaded:
+            inside.append(1)
+            most.append(len(inside))
+            loaded = load_version(*arguments)
+            inside.pop()
+            return loaded
+
+        monkeypatch.setattr(residency, "load_version", load_alone)
+        for name in NAMES:
+            install(store, affine_model(1.0), name=name, release=2)
+            activate(store, name, stable=2)
+        await host.refresh()
+        assert most == [1] * len(NAMES)
+
+
 MEASURE = """
 import sys
 from pathlib import Path
