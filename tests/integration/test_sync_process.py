@@ -12,14 +12,17 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+import pytest
 from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
+from click.testing import CliRunner, Result
 
 from model_sync.controller.api import answer_errors
 from model_sync.publisher.control_client import ControlClient
 from model_sync.publisher.push import push
 from model_sync.publisher.rotation import renew_roles
 from model_sync.repository.layout import models_path
+from nearcast.cli import main
 from nearcast.errors import Code
 from nearcast.identity import JoinToken, join
 from tests.integration.sync_parts import READY_S, Sync, enrol, make_bundle, read, refused
@@ -95,19 +98,17 @@ def test_a_restart_keeps_state_and_port(tmp_path: Path) -> None:
             sync.stop(kill=True)
 
 
-def test_the_commands(sync: Sync, tmp_path: Path) -> None:
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("NEARCAST_")}
-    environ["NEARCAST_HOME"] = str(sync.home)
+def test_the_commands(sync: Sync, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("NEARCAST_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NEARCAST_HOME", str(sync.home))
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", "from nearcast.cli import main; main()", *arguments],
-            capture_output=True, text=True, timeout=READY_S, env=environ, check=False,
-        )  # fmt: skip
+    def run(*arguments: str) -> Result:
+        return CliRunner().invoke(main, arguments)
 
     first, second = make_bundle(tmp_path, 1, name="said"), make_bundle(tmp_path, 2, name="said")
     done = run("push", str(first), "--channel", "cli")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert "said 1 is stable" in done.stdout
     assert "candidate for 20%" in run("push", str(second), "--channel", "cli", "--share", "0.2").stdout
     shown = json.loads(run("rollout", "status", "--channel", "cli", "--json").stdout)
@@ -117,15 +118,15 @@ def test_the_commands(sync: Sync, tmp_path: Path) -> None:
     assert (newest["action"], newest["release"], newest["replaced"], newest["by"]) == ("candidate", 2, 1, "operator")
     assert "instead of" in run("rollout", "history", "said").stdout
     assert "50%" in run("rollout", "start", "said", "--release", "2", "--share", "0.5", "--channel", "cli").stdout
-    assert run("rollout", "promote", "said", "--channel", "cli").returncode == 0
+    assert run("rollout", "promote", "said", "--channel", "cli").exit_code == 0
     again = run("rollout", "stop", "said", "--channel", "cli")
-    assert again.returncode == 75
+    assert again.exit_code == 75
     assert "on trial" in again.stderr
     assert "Traceback" not in again.stderr
     back = run("rollback", "said", "--to", "1", "--channel", "cli", "--json")
     assert json.loads(back.stdout)["intent"] == 5
-    assert run("rollout", "start", "said", "--release", "2", "--channel", "cli").returncode == 0
-    assert run("rollback", "said", "--to", "1", "--channel", "cli").returncode == 0
+    assert run("rollout", "start", "said", "--release", "2", "--channel", "cli").exit_code == 0
+    assert run("rollback", "said", "--to", "1", "--channel", "cli").exit_code == 0
     (newest, *_) = json.loads(run("rollout", "history", "said", "--json").stdout)
     assert (newest["action"], newest["release"], newest["replaced"]) == ("rollback", 1, 2)
     token = run("nodes", "invite", "cli-node", "--role", "router").stdout.strip()
@@ -134,11 +135,11 @@ def test_the_commands(sync: Sync, tmp_path: Path) -> None:
     names = [node["name"] for node in json.loads(run("nodes", "list", "--json").stdout)["nodes"]]
     assert "cli-node" in names
     assert "cli-node" in run("nodes", "list").stdout
-    assert run("nodes", "remove", "cli-node").returncode == 0
-    assert run("bundle", "verify", str(first)).returncode == 0
+    assert run("nodes", "remove", "cli-node").exit_code == 0
+    assert run("bundle", "verify", str(first)).exit_code == 0
     assert "model.onnx" in run("bundle", "inspect", str(first)).stdout
     assert "overwritten" in run("keys", "init").stderr
-    assert run("push", str(tmp_path)).returncode == 64
+    assert run("push", str(tmp_path)).exit_code == 64
 
 
 async def test_a_full_disk_is_said_in_so_many_words() -> None:
