@@ -193,9 +193,10 @@ async def test_traffic_through_a_death_fails_at_most_three(bench: Bench) -> None
             failures.append(error)
 
     tasks = []
-    for i in range(240):
+    for i in range(220):
         tasks.append(asyncio.ensure_future(ask(i)))
         if i == 100:
+            tasks += [asyncio.ensure_future(ask(j)) for j in range(20)]  # enough for both, however slow we are
             await until(lambda: next(t for t in router.policy.targets if t.name == "a").own >= 5)
             child.send_signal(signal.SIGKILL)
         await asyncio.sleep(0.005)
@@ -217,7 +218,7 @@ async def test_a_hedge_saves_a_stalled_request_and_cancels_the_loser(bench: Benc
     router, _ = await bench.router(await bench.node(slow), await bench.node(fast))
     for i in range(20):
         await router.infer(request(i), context())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         # On a busy machine one late answer is enough, and nobody asks it for a while.
         while (await router.infer(request(), context())) and preferred(router) != "a":
             await asyncio.sleep(0.01)
