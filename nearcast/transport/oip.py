@@ -13,7 +13,7 @@ from nearcast.transport.latest import Frame, LatestStream
 from nearcast.transport.oip_extended import encode_extended, read_extended
 from nearcast.transport.oip_models import NOT_OFFERED, QUESTIONS, Answer, refuse
 from nearcast.transport.seam import Call, Methods, PassMethod, Reply, Responder, Taken, UnaryMethod
-from nearcast.transport.service import InferenceService
+from nearcast.transport.service import InferenceService, repeat_id
 from nearcast.transport.stream_answers import encode_error
 from nearcast.wire.framing import encode_prefix
 from nearcast.wire.message import encode_parameters
@@ -96,7 +96,7 @@ def _infer(service: InferenceService, *, trusted: bool) -> UnaryMethod:
         if request.is_extended:
             return await _answer(service, request, context, call)
         # As `_answer` does; this way costs a coroutine less.
-        response = await service.infer(request, context, kept=call.deadline)
+        response = repeat_id(request, await service.ask(request, context, kept=call.deadline))
         return Reply(response_pieces(response), fields=served_to_fields(response.served))
 
     return infer

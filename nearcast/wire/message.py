@@ -172,19 +172,21 @@ def encode_message(
     if parameters:
         head.append(encode_parameters(parameters))
     raws: list[bytes] = []
-    size_bytes_max = 0
+    is_small = True
     for name, array in tensors.items():
         if type(array) is not np.ndarray:
             array = np.asarray(array)  # noqa: PLW2901 - engines may hand out numpy scalars
         key = name, array.dtype, array.shape, raw_field
         header, prefix = _FIELDS.get(key) or _tensor_fields(*key)
-        raw = array.tobytes() if prefix else to_raw(array)
-        size_bytes = len(raw)
-        if size_bytes > size_bytes_max:
-            size_bytes_max = size_bytes
         head.append(header)
-        raws += (prefix or encode_prefix(raw_field, size_bytes), raw)
-    if size_bytes_max < LIMITS.zero_copy_size_bytes_min:
+        if prefix:
+            raws += (prefix, array.tobytes())
+        else:
+            # Large, or not sent byte by byte.
+            raw = to_raw(array)
+            is_small = is_small and len(raw) < LIMITS.zero_copy_size_bytes_min
+            raws += (encode_prefix(raw_field, len(raw)), raw)
+    if is_small:
         return (b"".join((*head, sixth, *raws)),)
     return _large_apart([*head, sixth], raws)
 
@@ -290,12 +292,13 @@ _FIELDS_MAX = 1024
 
 
 def _tensor_fields(name: str, dtype: np.dtype[Any], shape: tuple[int, ...], raw_field: int) -> tuple[bytes, bytes]:
-    """Field 5 of a tensor, and tag and length of its raw contents; b"" if its array is not sent byte by byte."""
+    """Field 5 of a tensor, and tag and length of its raw contents; b"" if it is large or not sent byte by byte."""
     datatype = datatype_of(dtype)
     packed = b"".join(encode_varint(size) for size in shape)
     inner = encode_field(1, encode_text(name)) + encode_field(2, datatype.encode()) + encode_field(3, packed)
-    is_plain = datatype != "BYTES" and dtype.byteorder != ">"
-    prefix = encode_prefix(raw_field, dtype.itemsize * prod(shape)) if is_plain else b""
+    size_bytes = dtype.itemsize * prod(shape)
+    is_plain = datatype != "BYTES" and dtype.byteorder != ">" and size_bytes < LIMITS.zero_copy_size_bytes_min
+    prefix = encode_prefix(raw_field, size_bytes) if is_plain else b""
     found = encode_prefix(5, len(inner)) + inner, prefix
     if len(name) <= HEADER_CACHE_SIZE_BYTES_MAX:
         if len(_FIELDS) >= _FIELDS_MAX:
