@@ -136,18 +136,19 @@ check: install-dev ## format, lint, types, layers, stubs
 	@$(MAKE) stubs-check
 	@echo "check: all fine"
 
-# Three parts at once: tests over processes and sockets mostly wait, those of the agent's processes most of all.
+# Groups of tests, those that take longest first. Each is a process of pytest; three at a time: most of them mostly wait.
+AGENTS := $(wildcard tests/integration/test_agent_*.py tests/integration/test_attacks_*.py)
+SYNC := $(patsubst %,tests/integration/test_%.py,certificate_renewal controller enrolment github_action key_drills sync_process trial)
 ABUSE := $(wildcard tests/integration/test_abuse_*.py)
-PROCESSES := $(patsubst %,tests/integration/test_%.py,agent_process certificate_renewal controller github_action key_drills trial)
+ELSE := tests/integration $(foreach path,$(AGENTS) $(SYNC) $(ABUSE),--ignore=$(path))
+RUN := log=$$(mktemp -p $$0); $(BIN)/pytest -p no:cacheprovider $$1 >$$log 2>&1; code=$$?; cat $$log; exit $$code
 .PHONY: test
 test: install-dev $(S3_VENV)/.s3 $(GMQTT)/.gmqtt $(NODE_CLIENT)/.npm $(NODE_DEVICE)/.npm $(MOBILE)/.npm ## run the tests; ARGS="-k name" narrows them
 	@if [ -n "$(ARGS)" ]; then exec $(BIN)/pytest $(ARGS); fi; \
-	logs=$$(mktemp -d); trap 'rm -rf "$$logs"' EXIT; run() { $(BIN)/pytest -p no:cacheprovider "$$@"; }; \
-	run tests/unit tests/e2e >"$$logs/1" 2>&1 & first=$$!; \
-	run $(PROCESSES) $(ABUSE) tests/compat tests/property tests/architecture tests/crash >"$$logs/2" 2>&1 & second=$$!; failed=0; \
-	run tests/integration $(foreach path,$(ABUSE) $(PROCESSES),--ignore=$(path)) || failed=$$?; \
-	wait $$second || failed=$$?; wait $$first || failed=$$?; \
-	cat "$$logs/2" "$$logs/1"; exit $$failed
+	logs=$$(mktemp -d); trap 'rm -rf "$$logs"' EXIT; \
+	printf '%s\n' "$(ELSE)" tests/e2e "$(AGENTS)" "$(SYNC)" tests/unit "tests/crash tests/compat" \
+		"tests/property tests/architecture" "$(ABUSE)" \
+		| xargs -d '\n' -P 3 -n 1 sh -c '$(RUN)' "$$logs"
 
 # The suite is not ours and not in this repository: https://github.com/theupdateframework/tuf-conformance
 .PHONY: conformance

@@ -34,9 +34,9 @@ from nearcast.cli.demo.samples import FILES, load_digits
 from nearcast.cli.demo.traffic import Answer, Traffic
 from nearcast.cli.processes import Mesh, MeshConfig
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 POLL_S = 0.02
-COMMAND_TIMEOUT_S = 30.0
+COMMAND_TIMEOUT_S = 60.0
 EDGES = ("edge-1", "edge-2")
 EDGE_MODELS = ("digits", "magika", "wake_word")
 CONFIG = MeshConfig(edges=len(EDGES), first_ports=False, edge_settings=("agent.probation_s=0.3",))

@@ -20,7 +20,7 @@ from tests.e2e.fleet import ask_http, image, image_json
 from tests.integration.mqtt_parts import Device, user_of
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
-TIMEOUT_S = 10.0
+TIMEOUT_S = 30.0
 HUGE = 100_000_000
 GOOD = TensorRequest(model="digits", inputs={"image": image(7)}).encode()
 

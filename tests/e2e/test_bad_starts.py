@@ -24,7 +24,7 @@ from nearcast.wire.tensors import to_raw
 from tests.e2e.fleet import ask_http, image, image_json, nearcast
 from tests.integration.mqtt_parts import Device, user_of
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 @pytest.mark.parametrize(

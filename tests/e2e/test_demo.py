@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ONCE_TIMEOUT_S = 110
+ONCE_TIMEOUT_S = 300
 DRAIN_S = 5.0 + 2.0  # drain, and the interpreter's own end
 
 
@@ -28,7 +28,7 @@ def test_the_demo_checks_itself_and_ends_with_0(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(240)
 def test_ctrl_c_ends_a_mesh_in_time_and_leaves_nothing_behind(tmp_path):
     command = [
         sys.executable,
@@ -47,7 +47,7 @@ def test_ctrl_c_ends_a_mesh_in_time_and_leaves_nothing_behind(tmp_path):
         assert "addresses" in child.stdout.readline() + child.stdout.readline() + child.stdout.readline()
         began = time.monotonic()
         os.kill(child.pid, signal.SIGINT)
-        assert child.wait(timeout=30) == 0
+        assert child.wait(timeout=120) == 0
         assert time.monotonic() - began < DRAIN_S
     finally:
         if child.poll() is None:

@@ -15,7 +15,7 @@ from nearcast.identity import load_identity
 from nearcast.transport.grpc import make_channel
 from nearcast.transport.mesh import REPORT
 
-WAIT_S = 40.0
+WAIT_S = 60.0
 TOKEN_START = b"eyJ"  # base64 of a JSON object
 
 

@@ -16,7 +16,7 @@ from nearcast.cli.processes import Mesh, MeshConfig
 from nearcast.errors import Code, MeshError
 
 pytestmark = pytest.mark.skipif(not Path("/usr/sbin/mosquitto").exists(), reason="mosquitto is not installed")
-WAIT_S = 40.0
+WAIT_S = 60.0
 
 
 def processes_of(folder: Path) -> list[str]:

@@ -16,7 +16,7 @@ RATE_PER_S = 200.0
 BEFORE_S, AFTER_S = 1.0, 2.0
 IN_FLIGHT_MIN = 8
 FAILED_MAX = 3
-BACK_S = 10.0
+BACK_S = 60.0
 
 
 @pytest.mark.parametrize("by", ["client", "router"])

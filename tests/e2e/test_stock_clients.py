@@ -20,7 +20,7 @@ from nearcast.wire.tensors import to_raw
 from tests.e2e.fleet import EDGES, image, image_json, is_html, nearcast, page
 from tests.integration.mqtt_parts import Device, user_of
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 30.0
 ALL_DIGITS = list(range(10))
 ALL = np.concatenate([image(digit) for digit in ALL_DIGITS])
 
