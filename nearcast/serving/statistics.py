@@ -7,6 +7,7 @@ The histogram follows HdrHistogram's layout: eight linear sub-buckets per power 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import sub
 
 from nearcast.counts import VersionCounts
 from nearcast.errors import Code
@@ -295,5 +296,5 @@ class Statistics:
         if now - taken >= window_s and sum(self.compute) - sum(previous) >= samples_min:
             self._snapshot = (now, list(self.compute), previous)
             older = previous
-        recent = [new - old for new, old in zip(self.compute, older, strict=True)]
+        recent = list(map(sub, self.compute, older))
         return [quantile_us(recent, each) for each in q] if sum(recent) >= samples_min else []

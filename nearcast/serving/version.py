@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections.abc import Coroutine
+from typing import Any
 
 import msgspec
 
@@ -163,7 +165,9 @@ class HotVersion:
             return timed if isinstance(timed, tuple) else await timed
         return await self.submit(inputs, size, context, size_bytes)
 
-    async def submit(self, inputs: Tensors, size: Size, context: RequestContext, size_bytes: int) -> Timed:
+    def submit(
+        self, inputs: Tensors, size: Size, context: RequestContext, size_bytes: int
+    ) -> Coroutine[Any, Any, Timed]:
         """Run in a thread, alone or in a batch, once an engine is free.
 
         Raises:
@@ -171,7 +175,7 @@ class HotVersion:
                 the model raised.
         """
         key = self.signature.key(inputs)
-        return await self._dispatch.submit(inputs, context, rows=size.rows, key=key, size_bytes=size_bytes)
+        return self._dispatch.submit(inputs, context, rows=size.rows, key=key, size_bytes=size_bytes)
 
     def drained(self, *, keep_sequences: bool) -> asyncio.Future[None]:
         """Done once nothing is in flight (and no sequence is open); only requests of those may still be sent here."""
