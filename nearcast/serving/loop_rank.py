@@ -7,9 +7,9 @@ short window after it uses more.
 
 from __future__ import annotations
 
-BUSY_SHARE = 0.5
-"""Of a core, above which it is first no longer."""
-QUIET_SHARE = 0.25
+BUSY_SHARE = 0.4
+"""Of a core, above which it is first no longer: two nodes on one core leave some of it."""
+QUIET_SHARE = 0.2
 """Below which it is first again; less than the other, so that a load between the two changes nothing."""
 FIRST_WINDOW_S = 0.2
 """How often a loop that is first is looked at: for so long can a flood keep others from the core. Five times a second
