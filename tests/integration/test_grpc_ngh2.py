@@ -15,6 +15,7 @@ from nearcast.transport.ngh2_channel import Ngh2Channel
 from nearcast.transport.ngh2_connection import split_address
 from nearcast.transport.ngh2_server import Ngh2Server
 from nearcast.transport.seam import DEFAULT_LIMITS, Call, Limits, Methods, Reply
+from tests.patience import until
 
 MEBIBYTE = 1 << 20
 # The replacement is a hook that would change the loop of everybody else's tests too.
@@ -200,7 +201,7 @@ async def test_unread_replies_hold_back_further_calls() -> None:
 async def test_an_idle_connection_is_closed_and_remade() -> None:
     async with serving(Limits(idle_timeout_s=0.2)) as server, calling(server.address) as channel:
         assert await works(channel)
-        await asyncio.sleep(1.6)
+        await until(lambda: not server._state.connections, "the idle connection is closed")
         assert await works(channel)
 
 
