@@ -28,8 +28,8 @@ WARM_UP_TIME_S = 0.01
 class WarmUp:
     """What warming taught: batch-1 model times, the elements of the inputs they hold for, and a new sequence's time.
 
-    `busy_p50_us` and `busy_p99_us` are the processor time of a run where one thread does all of it: what the loop would
-    lag by, whatever else the machine was doing while the version was loaded.
+    Where one thread does all of a run its time is processor time: what the loop would lag by, whatever else the machine
+    was doing while the version was loaded.
 
     Without data that the model accepts, `runs` is 0 and the times are unknown.
     """
@@ -37,8 +37,6 @@ class WarmUp:
     runs: int = 0
     p50_us: float = 0.0
     p99_us: float = 0.0
-    busy_p50_us: float = 0.0
-    busy_p99_us: float = 0.0
     elements: int = 1
     sequence_us: float = 0.0
 
@@ -117,24 +115,19 @@ def warm(engine: LoadedModel, manifest: Manifest, vectors: list[dict[str, Any]],
         return WarmUp(sequence_us=sequence_us)
     busy_s = time.thread_time if threads == 1 else time.perf_counter
     times: list[float] = []
-    busy: list[float] = []
     until = time.perf_counter() + WARM_UP_TIME_S
     for tensors in itertools.cycle(inputs):
         before, busy_before = time.perf_counter(), busy_s()
         runner.run(tensors)
+        times.append((busy_s() - busy_before) * 1e6)
         after = time.perf_counter()
-        times.append((after - before) * 1e6)
-        busy.append((busy_s() - busy_before) * 1e6)
         if len(times) >= WARM_UP_RUNS_MAX or 2 * after - before > until:  # another run would end too late
             break
     times.sort()
-    busy.sort()
     return WarmUp(
         runs=len(times),
         p50_us=times[len(times) // 2],
         p99_us=times[round(0.98 * (len(times) - 1))],
-        busy_p50_us=busy[len(busy) // 2],
-        busy_p99_us=busy[round(0.98 * (len(busy) - 1))],
         elements=max(1, min(sum(array.size for array in each.values()) for each in inputs)),
         sequence_us=sequence_us,
     )

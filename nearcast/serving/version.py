@@ -60,9 +60,9 @@ class HotVersion:
         self.told_at = 0.0
         warm_up = loaded.warm_up
         steady = not decodes(loaded.manifest)
-        self.inline = steady and warm_up.runs > 0 and warm_up.busy_p99_us <= limits.inline_us_max
+        self.inline = steady and warm_up.runs > 0 and warm_up.p99_us <= limits.inline_us_max
         self._inline_elements_max = (
-            int(warm_up.elements * limits.inline_us_max / max(1.0, warm_up.busy_p99_us)) if self.inline else 0
+            int(warm_up.elements * limits.inline_us_max / max(1.0, warm_up.p99_us)) if self.inline else 0
         )
         self._limits = limits
         self._clock = clock
@@ -209,7 +209,7 @@ class HotVersion:
         with the protocol's code between any two runs takes a tenth longer, and so does the protocol.
         """
         limits = self._limits
-        fitting = int(limits.inline_us_max / max(1.0, self.warm_up.busy_p99_us))
+        fitting = int(limits.inline_us_max / max(1.0, self.warm_up.p99_us))
         self._turn_rows = TurnRows(fitting, limits.inline_us_max, rows_max=rows_max)
         most = self._turn_rows.rows if self._joins else limits.queue_rows_max
         return Turn(self._run_turn, lambda waiting: waiting.rows, rows_max=most)
