@@ -36,6 +36,7 @@ NAMES = (
     "reports",
     "cascade",
     "wire",
+    "steps",
     "coldstart",
     "footprint",
     "reload",

@@ -11,6 +11,8 @@ from collections.abc import Coroutine, Generator
 from contextvars import copy_context
 from typing import Any
 
+_NAME = "call"
+
 
 def start(coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> asyncio.Task[None] | None:
     """Run a coroutine up to its first wait; a task does the rest. None = there is no rest.
@@ -31,7 +33,8 @@ def start(coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop)
         return None
     finally:
         asyncio._leave_task(loop, beginning)  # noqa: SLF001
-    task = loop.create_task(_Rest(coroutine, waited), context=context)
+    # Without the loop, whose way is longer, and with a name, or it would be given a number in words each time.
+    task = asyncio.Task(_Rest(coroutine, waited), loop=loop, name=_NAME, context=context)
     beginning.become(task)
     return task
 
@@ -70,7 +73,7 @@ class _Beginning:
         return asyncio.get_running_loop()
 
     def get_name(self) -> str:
-        return "call" if self._task is None else self._task.get_name()
+        return _NAME
 
 
 class _Rest(Coroutine[Any, Any, None]):
