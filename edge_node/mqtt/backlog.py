@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-PACE_S = 0.01
-"""A backlog that is ahead of its pace is looked after this often."""
 UNSTORED = 0
 """The id of what has no row on disk."""
 
@@ -55,31 +53,6 @@ class _Span:
 
     first: int
     last: int
-
-
-class Pace:
-    """How fast a backlog may go. Who drains it as fast as he can is late for everybody else meanwhile.
-
-    Args:
-        per_s: rows a second.
-        rest_s: once it was too fast it rests so long: several rows at once are less work than one after the other.
-    """
-
-    def __init__(self, per_s: float, *, rest_s: float = 0.0) -> None:
-        self._row_s = 1.0 / per_s
-        self._rest_s = rest_s
-        self._due = 0.0
-        self._rests = False
-
-    def allows(self, now: float) -> bool:
-        """Whether the next row may go now."""
-        self._due = max(self._due, now - self._rest_s - PACE_S)
-        self._rests = self._due > now - self._rests * self._rest_s
-        return not self._rests
-
-    def count(self) -> None:
-        """A row went."""
-        self._due += self._row_s
 
 
 class Backlog(Generic[T]):

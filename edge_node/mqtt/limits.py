@@ -158,8 +158,7 @@ class StreamLimits:
     """Streams between ledger and models.
 
     Attributes:
-        lanes: of what waits, so much is in memory; a page of it becomes batches. backlog_per_s: messages of backlogs
-            that are executed in a second.
+        lanes: of what waits, so much is in memory; a page of it becomes batches.
         in_hand_max: messages, or 64 KiB each, between ledger and models. windows_max: that one may complete.
         states_cached_max: streams whose state is kept in memory too.
         tries_max: a message at which its model fails so often becomes a dead letter.
@@ -170,7 +169,6 @@ class StreamLimits:
     """
 
     lanes: BacklogLimits = field(default_factory=BacklogLimits)
-    backlog_per_s: float = 2400.0
     in_hand_max: int = 128
     windows_max: int = 4096
     states_cached_max: int = 1024

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from edge_node.mqtt.backlog import PACE_S, UNSTORED, Backlog, Pace, Row
+from edge_node.mqtt.backlog import UNSTORED, Backlog, Row
 from edge_node.mqtt.group_commit import ignore_failure
 from edge_node.mqtt.ledger.ledger import Ledger
 from edge_node.mqtt.ledger.outbox import repeated
@@ -26,6 +26,8 @@ from nearcast.transport.mqtt import topics
 from nearcast.transport.mqtt.connection import Connection
 from nearcast.transport.mqtt.message import Message
 
+PACE_S = 0.01
+"""A backlog is looked after this often, while it is ahead of its pace."""
 _log = get_logger("nearcast.mqtt")
 
 
@@ -70,7 +72,7 @@ class Publisher:
         self._refusals: dict[int, int] = {}
         self._parked: dict[str, list[Row[_Parcel]]] = {}
         self._refused_until: dict[str, float] = {}
-        self._pace = Pace(limits.backlog_per_s)
+        self._backlog_due = 0.0
         self._pacing: asyncio.TimerHandle | None = None
         self._forgetting: asyncio.TimerHandle | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -170,8 +172,7 @@ class Publisher:
             row = self._lanes.next(live_only=not self._may_send_backlog())
             if row is None:
                 break
-            if self._lanes.was_behind:
-                self._pace.count()
+            self._backlog_due += self._lanes.was_behind / self._limits.backlog_per_s
             remaining_s = row.item.outgoing.expires - self._clock.monotonic()
             if row.stream in self._parked:
                 self._parked[row.stream].append(row)
@@ -189,7 +190,10 @@ class Publisher:
         return device in self._denied and f"/{device}/down/" in topic
 
     def _may_send_backlog(self) -> bool:
-        if self._pace.allows(self._clock.monotonic()):
+        """The backlog leaves at a pace: who drains it as fast as he can is late for everybody else meanwhile."""
+        now = self._clock.monotonic()
+        self._backlog_due = max(self._backlog_due, now - PACE_S)
+        if self._backlog_due <= now:
             return len(self._in_flight) < self._limits.backlog_window
         if self._pacing is None and self._lanes.has_page:
             self._pacing = asyncio.get_running_loop().call_later(PACE_S, self._keep_pace)

@@ -6,7 +6,6 @@ from random import Random
 import pytest
 
 from edge_node.mqtt.ack_window import AckWindow
-from edge_node.mqtt.backlog import PACE_S, Pace
 from edge_node.mqtt.idempotency import BOOTS_MAX, Known, Position, Step, decide, follow
 from edge_node.mqtt.lanes import Lanes, Recent
 from nearcast.backoff import ReconnectLimits, Reconnects, full_jitter_s
@@ -99,25 +98,6 @@ def test_waits_grow_to_their_bound_and_are_spread():
         assert all(0 < wait <= bound for wait in found)
         assert max(found) > 0.9 * bound
         assert min(found) < 0.1 * bound
-
-
-@pytest.mark.parametrize("rest_s", [0.0, PACE_S])
-def test_a_backlog_keeps_its_pace_in_bursts_of_its_choice(rest_s):
-    pace, gone = Pace(2400.0, rest_s=rest_s), []
-    for step in range(10_000):  # a second, looked at ten times in a millisecond
-        now = 100.0 + step / 10_000
-        while pace.allows(now):
-            pace.count()
-            gone.append(now)
-    assert 2400 <= len(gone) <= 2400 * (1.0 + 2 * PACE_S) + 2
-    bursts = [each for before, each in zip([0.0, *gone], gone, strict=False) if each - before > 0.001]
-    assert len(bursts) <= (1 if rest_s == 0.0 else 1.0 / PACE_S + 1)
-    assert pace.allows(200.0)
-    taken = 0
-    while pace.allows(200.0):
-        pace.count()
-        taken += 1
-    assert taken <= 2400 * 2 * PACE_S + 2, "a rest saves up for one burst"
 
 
 def test_only_a_connection_that_lasted_makes_the_next_wait_short_again():

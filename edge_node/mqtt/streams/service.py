@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 
-from edge_node.mqtt.backlog import PACE_S, Backlog, Pace, Row
+from edge_node.mqtt.backlog import Backlog, Row
 from edge_node.mqtt.ledger.records import Input, Intake, StoredInput
 from edge_node.mqtt.limits import MessageLimits, StreamLimits
 from edge_node.mqtt.streams.admission import Dropped, admit_input
@@ -25,7 +25,7 @@ from nearcast.telemetry import get_logger
 from nearcast.transport import eager
 from nearcast.transport.mqtt.message import Message
 
-BACKLOG_SHARE = 16
+BACKLOG_SHARE = 32
 """A backlog has at most one part in so many of what is in hand."""
 WEIGHT_BYTES = 64 * 1024
 """A message of this size counts as another one."""
@@ -99,8 +99,6 @@ class StreamService:
         self._generator = random.Random()
         self._loop = asyncio.get_running_loop()
         self._backlog: Backlog[StoredInput] = Backlog(limits.lanes)
-        self._pace = Pace(limits.backlog_per_s, rest_s=PACE_S)
-        self._pacing: asyncio.TimerHandle | None = None
         self._lanes: dict[str, _Lane] = {}
         self._suspected: set[str] = set()
         self._in_hand = 0
@@ -173,29 +171,16 @@ class StreamService:
     def _pump(self) -> None:
         """Hand out messages while there is room, and read on where the next ones are only on disk.
 
-        A backlog gets a small part of the room, and goes at a pace: a live message waits for what is under way.
+        A backlog gets a small part of the room: a live message waits for what is under way.
         """
         room = self._limits.in_hand_max
         while not self._closing and self._in_hand < room:
-            row = self._backlog.next(live_only=not self._may_drain(room))
+            row = self._backlog.next(live_only=self._in_hand * BACKLOG_SHARE >= room)
             if row is None:
                 break
-            if self._backlog.was_behind:
-                self._pace.count()
             self._hand_out(row.stream, row.item)
         if not self._closing and (after := self._backlog.start_reading()) is not None:
             self._spawn(self._read_page(after))
-
-    def _may_drain(self, room: int) -> bool:
-        if self._pace.allows(self._clock.monotonic()):
-            return self._in_hand * BACKLOG_SHARE < room
-        if self._pacing is None and self._backlog.has_page:
-            self._pacing = self._loop.call_later(PACE_S, self._keep_pace)
-        return False
-
-    def _keep_pace(self) -> None:
-        self._pacing = None
-        self._pump()
 
     def _hand_out(self, key: str, stored: StoredInput) -> None:
         lane = self._lanes.get(key)
