@@ -1,8 +1,7 @@
 """Cameras in virtual time: the batcher itself, an engine whose runs stray, and what each frame is told when.
 
 As many frames as `benchmarks.ar` sends, without a network, a machine or a clock: what is left is the judgement of who
-is let in. Runs take what the model takes, some percent more or less; two in a hundred take up to 4 ms more, as on
-a machine that has other things to do.
+is let in. Runs take what the model takes or more, as the machine has other things to do.
 """
 
 from __future__ import annotations
@@ -16,15 +15,25 @@ from nearcast.serving.batching import Batcher, BatchingConfig, Expire, Instructi
 
 FPS = 30.0
 MODEL_S = 0.0052
-STRAY = 0.06
-SLOW_SHARE = 0.02
-SLOW_S_MAX = 0.004
 WARM_S = 1.0
 """Of frames that do not count: nothing is known about the model yet."""
 JITTER_S = 0.0008
 """Of a frame's arrival."""
 AT_ONCE_S = 0.004
 """In the server; the way there and back makes it 5 ms."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """How far runs stray: each by some percent (a normal deviate of `stray`), a few by up to `slow_s_max` beyond."""
+
+    stray: float
+    slow_share: float
+    slow_s_max: float
+
+
+QUIET = Machine(0.06, 0.02, 0.004)
+BUSY = Machine(0.4, 0.05, 0.012)
 
 
 @dataclass(slots=True)
@@ -49,14 +58,17 @@ class Outcome:
         return 1 - self.others_late / self.others
 
 
-def play(seed: int, *, cameras: int = 14, seconds: float = 60.0, timeout_s: float = 0.0135) -> Outcome:
+def play(
+    seed: int, machine: Machine = QUIET, *, cameras: int = 14, seconds: float = 60.0, timeout_s: float = 0.0135
+) -> Outcome:
     """One schedule from its seed to the last frame's end."""
-    return _Node(random.Random(seed), timeout_s).play(cameras, int(seconds * FPS))
+    return _Node(random.Random(seed), machine, timeout_s).play(cameras, int(seconds * FPS))
 
 
 class _Node:
-    def __init__(self, chance: random.Random, timeout_s: float) -> None:
+    def __init__(self, chance: random.Random, machine: Machine, timeout_s: float) -> None:
         self.chance = chance
+        self.machine = machine
         self.timeout_s = timeout_s
         self.batcher = Batcher(BatchingConfig(rows_max=1, late_quantile=0.95))
         self.events: list[tuple[float, int]] = []
@@ -97,9 +109,9 @@ class _Node:
             match instruction:
                 case Run(ids, _, _):
                     self.running = ids[0]
-                    took_s = MODEL_S * math.exp(self.chance.gauss(0, STRAY))
-                    if self.chance.random() < SLOW_SHARE:
-                        took_s += self.chance.uniform(0, SLOW_S_MAX)
+                    took_s = MODEL_S * math.exp(abs(self.chance.gauss(0, self.machine.stray)))
+                    if self.chance.random() < self.machine.slow_share:
+                        took_s += self.chance.uniform(0, self.machine.slow_s_max)
                     heapq.heappush(self.events, (self.now + took_s, self.running))
                 case Refuse(frame, _, _):
                     self._tell(frame)

@@ -94,7 +94,8 @@ class RunSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         threads: of one run, where no profile of the version advises others.
         batch_rows_max: rows of one run, whatever a profile advises.
         queue_rows_max: rows that may wait for one version.
-        late_quantile: what would be late at this quantile of the run times is refused at once; 0 = it is run.
+        late_quantile: what would have to wait and be late at this quantile of the run times is refused at once, and
+            what need not wait if it would be late at their median; 0 = it is run.
         cache_bytes_max: answers that are remembered, of models whose manifest allows it.
         real_time: the loop that listens and answers goes before everything ordinary on this machine while it uses
             little of a core, where the system grants that (CAP_SYS_NICE, or LimitRTPRIO of its systemd unit).

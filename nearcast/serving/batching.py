@@ -33,6 +33,9 @@ _NEVER = float("inf")
 _MARGIN = 0.5
 """What is to wait must have so much more time than its run needs. With less it is refused after all when a run before
 it takes longer, and that has to be known at once; with more the engine waits for work (`benchmarks ar`, virtual)."""
+_LIKELY = 0.5
+"""Who need not wait, or has waited already, runs if it is likelier to be in time than not: to be surer of that would
+leave an engine idle where run times stray far."""
 _GAP_WEIGHT = 0.1
 _SAVING_MIN = 0.05
 """Rows are joined if the cost of a run that does not depend on its rows is at least this share of a lone row's."""
@@ -46,8 +49,8 @@ class BatchingConfig:
         window_s_max: longest that a request is kept waiting for company; 0 = never.
         priority_levels: 1 is the highest; a request of level 0, or beyond the lowest, has `priority_default`.
         priority_age_s: what one level is worth.
-        late_quantile: work is refused if it would miss its deadline at this quantile of the measured run times;
-            0 = never.
+        late_quantile: what would have to wait is refused if it would miss its deadline at this quantile of the
+            measured run times, and what need not at the median; 0 = never.
     """
 
     rows_max: int = 32
@@ -274,8 +277,7 @@ class Batcher:
         quantile = self._config.late_quantile
         if entry.deadline is None or not quantile or not self.curve.is_known or self._may_try(now):
             return None
-        alone_s = self.curve.quantile_s(entry.rows, quantile)
-        if now + alone_s > entry.deadline:
+        if now + self.curve.quantile_s(entry.rows, _LIKELY) > entry.deadline:
             return Refuse(request_id, "hopeless", None)
         if not self._waiting and len(self._running) < self._config.engines:
             return None
@@ -285,7 +287,7 @@ class Batcher:
             ahead -= sum(self._waiting[behind].rows for _, behind in self._order[place:])
         cap = self._rows_cap()
         start_s = self._start_s(now, ahead // cap * cap, quantile)
-        own_s = self.curve.quantile_s(min(cap, ahead % cap) + entry.rows, quantile) if ahead % cap else alone_s
+        own_s = self.curve.quantile_s(ahead % cap + entry.rows, quantile)
         late_s = now + start_s + own_s * (1 + _MARGIN) - entry.deadline
         return Refuse(request_id, "late", late_s) if late_s > 0 else None
 
@@ -355,6 +357,7 @@ class Batcher:
         # The time of a run at the quantile, unless nobody has a deadline.
         fixed_s = self._own_s(now, 0) if self._open else 0.0
         row_s = self._own_s(now, 1) - fixed_s if self._open else 0.0
+        likely = self.curve.spread(_LIKELY) / self.curve.spread(self._config.late_quantile) if fixed_s + row_s else 0.0
         late: list[int] = []
         ids: list[int] = []
         rows, due, key = 0, _NEVER, None
@@ -363,7 +366,7 @@ class Batcher:
             if ids and entry.key != key:
                 continue
             deadline = _NEVER if entry.deadline is None else entry.deadline
-            if now + fixed_s + entry.rows * row_s > deadline:
+            if now + (fixed_s + entry.rows * row_s) * likely > deadline:
                 late.append(request_id)
                 continue
             total = rows + entry.rows

@@ -35,8 +35,8 @@ class HostLimits:
         priority_age_ms: a request of level p is overtaken only by what arrives within (p - 1) times this after it.
         real_time: the event loop's thread goes before all ordinary ones of the machine while it uses little of its
             core, where the system grants that; see `loop_rank`.
-        late_quantile: a request is refused at once if its deadline would be missed at this quantile of the measured
-            run times; 0 = it is run all the same.
+        late_quantile: a request that would have to wait is refused at once if its deadline would be missed at this
+            quantile of the measured run times, one that need not at their median; 0 = it is run all the same.
         cache_bytes_max: answers that are remembered for models whose manifest allows it, of all models together.
         cache_request_bytes_max: a larger request is not looked up.
         loads_concurrent_max: versions that load at the same time.
