@@ -295,9 +295,9 @@ async def test_equal_requests_are_answered_from_memory_and_counted(tmp_path: Pat
 async def test_equal_requests_at_the_same_time_run_once_unless_that_fails(tmp_path: Path) -> None:
     async with node(tmp_path, fields=CACHED) as one:
         leader, *rest = [asyncio.create_task(one.host.infer(request(1.0), CONTEXT)) for _ in range(4)]
-        hurried = asyncio.create_task(one.host.infer(request(1.0), RequestContext(deadline=time.monotonic() + 0.01)))
+        await until(lambda: one.ran == [1.0])
         with refused(Code.DEADLINE):
-            await hurried
+            await one.host.infer(request(1.0), RequestContext(deadline=time.monotonic() + 0.01))
         leader.cancel()
         await until(lambda: one.waiting == 1)
         assert one.ran == [1.0]

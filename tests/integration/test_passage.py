@@ -138,7 +138,8 @@ async def test_another_node_answers_what_one_does_not_hold(hop: Hop, count: int)
     lost, held = await hop.node("a"), await hop.node("b", delay_s=0.03)
     lost.fail = MeshError(Code.VERSION_MISMATCH, "Not here.")
     assert (await hop.ask(count)).served.node == "b"
-    assert hop.router.statistics.retries == 1
+    statistics = hop.router.statistics
+    assert statistics.retries + statistics.hedges == 1  # on a slow machine the hedge is on its way already
     assert held.answered == 1
 
 
@@ -191,14 +192,17 @@ async def test_a_hedge_wins_and_its_loser_is_cancelled(hop: Hop) -> None:
     stalled, quick = await hop.node("a", delay_s=0.001), await hop.node("b", delay_s=0.02)
     for _ in range(12):
         await hop.ask()
-    stalled.delay_s, before = 5.0, stalled.answered
-    assert before
-    async with asyncio.timeout(4):
-        while not hop.router.statistics.hedges_won:
-            answers = await asyncio.gather(*(hop.ask(count, timeout_s=4.0) for count in (SMALL, LARGE)))
+    assert stalled.answered
+    await until(lambda: stalled.in_flight == quick.in_flight == 0 and hop.is_even())
+    statistics, hedges, cancelled = hop.router.statistics, hop.router.statistics.hedges, stalled.cancelled
+    stalled.delay_s, statistics.hedges_won = 20.0, 0
+    async with asyncio.timeout(20):
+        while not statistics.hedges_won:
+            answers = await asyncio.gather(*(hop.ask(count, timeout_s=10.0) for count in (SMALL, LARGE)))
             assert {a.served.node for a in answers} == {"b"}
     await until(lambda: stalled.in_flight == 0 and hop.is_even())
-    assert stalled.cancelled == hop.router.statistics.hedges_won
+    # Who stalls never wins, whether it was asked first or as the hedge; a hedge may be called off before it arrives.
+    assert 1 <= stalled.cancelled - cancelled <= statistics.hedges - hedges
     assert quick.in_flight == 0
 
 
@@ -206,9 +210,17 @@ async def test_a_first_send_that_fails_waits_for_its_hedge(hop: Hop) -> None:
     failing, other = await hop.node("a", delay_s=0.001), await hop.node("b", delay_s=0.05)
     for _ in range(12):
         await hop.ask()
-    failing.delay_s = 5.0
-    asked = asyncio.ensure_future(hop.ask(timeout_s=4.0))
-    await until(lambda: failing.in_flight and other.in_flight)
+    failing.delay_s = 20.0
+    asked = asyncio.ensure_future(hop.ask(timeout_s=10.0))
+
+    async def are_both_asked() -> bool:
+        nonlocal asked
+        if asked.done():  # on a slow machine the other may have been the better choice
+            await asked
+            asked = asyncio.ensure_future(hop.ask(timeout_s=10.0))
+        return bool(failing.in_flight and other.in_flight)
+
+    await until(are_both_asked)
     hop.nodes["a"]._channel._connection.transport.abort()  # type: ignore[attr-defined]
     assert (await asked).served.node == "b"
     assert hop.router.statistics.retries == 0
