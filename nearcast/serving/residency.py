@@ -9,8 +9,9 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError
@@ -30,6 +31,7 @@ from nearcast.store import Manifest, Pointer, Store, is_model_name
 
 _LOG = logging.getLogger(__name__)
 _LOAD_GUESS_S = 0.2
+T = TypeVar("T")
 
 
 class Residency:
@@ -174,9 +176,7 @@ class Residency:
         slot.manifests = {release: known for release, known in slot.manifests.items() if release in releases}
         for release in releases - slot.manifests.keys():
             try:
-                slot.manifests[release] = await asyncio.get_running_loop().run_in_executor(
-                    self._loader, self._store.manifest, slot.name, release
-                )
+                slot.manifests[release] = await self._run_in_loader(self._store.manifest, slot.name, release)
             except MeshError as error:
                 _LOG.info("model %s release %d: %s", slot.name, release, error.message)
 
@@ -206,15 +206,9 @@ class Residency:
                 slot.cold.add(release)
                 return refusal
             self._granted[slot.name, release] = self._need_bytes(slot, release)
+            load = partial(load_version, self._store, slot.name, release, self._default)
             loaded = await asyncio.get_running_loop().run_in_executor(
-                self._starter or self._loader,
-                load_version,
-                self._store,
-                slot.name,
-                release,
-                self._default,
-                self._tuner.profiles,
-                self._tenant_keys,
+                self._starter or self._loader, load, self._tuner.profiles, self._tenant_keys
             )
         except MeshError as error:
             slot.failed[release] = error.message
@@ -381,8 +375,8 @@ class Residency:
         """Give the memory back to the system. Off the loop: weights and heap are large. Before the next load begins."""
         await self._run_in_loader(_free, engine)
 
-    async def _run_in_loader(self, work: Callable[..., Any], *arguments: Any) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._loader, work, *arguments)
+    async def _run_in_loader(self, work: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._loader, work, *arguments)
 
 
 def unknown_model(model: str, known: Iterable[str]) -> MeshError:
