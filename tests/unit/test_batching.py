@@ -216,7 +216,9 @@ def test_who_need_not_wait_runs_if_that_is_likelier_in_time_than_not() -> None:
     assert refusal.why == "late", "who is to wait has to be surer"
     assert made.add(0.0, 4, 1, deadline=3 * sure_s) == ()
     now = 3 * sure_s - 1.1 * likely_s
-    assert made.finish(now, 2, ran=False) == (Run((4,), 1, "full"),), "and need be no surer than that once it has waited"
+    assert made.finish(now, 2, ran=False) == (Run((4,), 1, "full"),), (
+        "and need be no surer than that once it has waited"
+    )
 
 
 def test_of_cameras_in_overload_each_frame_is_answered_in_time_or_refused_at_once() -> None:
