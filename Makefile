@@ -140,14 +140,15 @@ check: install-dev ## format, lint, types, layers, stubs
 AGENTS := $(wildcard tests/integration/test_agent_*.py tests/integration/test_attacks_*.py)
 SYNC := $(patsubst %,tests/integration/test_%.py,certificate_renewal controller enrolment github_action key_drills sync_process trial)
 ABUSE := $(wildcard tests/integration/test_abuse_*.py)
+OWN_MESH := $(patsubst %,tests/e2e/test_%.py,demo edge_app membership mesh_processes sealed_at_rest)
 ELSE := tests/integration $(foreach path,$(AGENTS) $(SYNC) $(ABUSE),--ignore=$(path))
 RUN := log=$$(mktemp -p $$0); $(BIN)/pytest -p no:cacheprovider $$1 >$$log 2>&1; code=$$?; cat $$log; exit $$code
 .PHONY: test
 test: install-dev $(S3_VENV)/.s3 $(GMQTT)/.gmqtt $(NODE_CLIENT)/.npm $(NODE_DEVICE)/.npm $(MOBILE)/.npm ## run the tests; ARGS="-k name" narrows them
 	@if [ -n "$(ARGS)" ]; then exec $(BIN)/pytest $(ARGS); fi; \
 	logs=$$(mktemp -d); trap 'rm -rf "$$logs"' EXIT; \
-	printf '%s\n' "$(ELSE)" tests/e2e "$(AGENTS)" "$(SYNC)" tests/unit "tests/crash tests/compat" \
-		"tests/property tests/architecture" "$(ABUSE)" \
+	printf '%s\n' "$(ELSE)" "$(AGENTS)" "tests/e2e $(OWN_MESH:%=--ignore=%)" "$(OWN_MESH)" tests/unit "$(SYNC)" \
+		"tests/crash tests/compat" "tests/property tests/architecture" "$(ABUSE)" \
 		| xargs -d '\n' -P 3 -n 1 sh -c '$(RUN)' "$$logs"
 
 # The suite is not ours and not in this repository: https://github.com/theupdateframework/tuf-conformance
