@@ -132,10 +132,13 @@ def quick_beside_slow(client: Any) -> None:
         client.infer(IDENTITY["FP32"], {"x": ONE_ROW})
         took.append(time.monotonic() - began)
 
-    for error in in_parallel([lambda: client.infer(SLOW, {"x": ONE_ROW})] * 4 + [quick]):
-        if error is not None:
-            raise error
-    expect(took[0] < 2 * slow_s, f"it waited {took[0] * 1e3:.0f} ms; one slow request takes {slow_s * 1e3:.0f} ms")
+    # The quickest of three: a server whose requests wait for each other is slow each time, a busy machine is not.
+    for _ in range(3):
+        for error in in_parallel([lambda: client.infer(SLOW, {"x": ONE_ROW})] * 4 + [quick]):
+            if error is not None:
+                raise error
+    waited_s = min(took)
+    expect(waited_s < 2 * slow_s, f"it waited {waited_s * 1e3:.0f} ms; one slow request takes {slow_s * 1e3:.0f} ms")
 
 
 @check("behaviour.gzip", RECOMMENDED)
