@@ -50,7 +50,7 @@ class BatchingConfig:
         priority_levels: 1 is the highest; a request of level 0, or beyond the lowest, has `priority_default`.
         priority_age_s: what one level is worth.
         late_quantile: what would have to wait is refused if it would miss its deadline at this quantile of the
-            measured run times, and what need not at the median; 0 = never.
+            measured run times, and what need not at the median, if that is lower; 0 = never.
     """
 
     rows_max: int = 32
@@ -277,7 +277,7 @@ class Batcher:
         quantile = self._config.late_quantile
         if entry.deadline is None or not quantile or not self.curve.is_known or self._may_try(now):
             return None
-        if now + self.curve.quantile_s(entry.rows, _LIKELY) > entry.deadline:
+        if now + self.curve.quantile_s(entry.rows, min(_LIKELY, quantile)) > entry.deadline:
             return Refuse(request_id, "hopeless", None)
         if not self._waiting and len(self._running) < self._config.engines:
             return None
@@ -357,7 +357,8 @@ class Batcher:
         # The time of a run at the quantile, unless nobody has a deadline.
         fixed_s = self._own_s(now, 0) if self._open else 0.0
         row_s = self._own_s(now, 1) - fixed_s if self._open else 0.0
-        likely = self.curve.spread(_LIKELY) / self.curve.spread(self._config.late_quantile) if fixed_s + row_s else 0.0
+        spread, quantile = self.curve.spread, self._config.late_quantile
+        likely = spread(min(_LIKELY, quantile)) / spread(quantile) if fixed_s + row_s else 0.0
         late: list[int] = []
         ids: list[int] = []
         rows, due, key = 0, _NEVER, None

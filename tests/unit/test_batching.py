@@ -221,6 +221,17 @@ def test_who_need_not_wait_runs_if_that_is_likelier_in_time_than_not() -> None:
     )
 
 
+def test_where_times_differ_by_shape_only_what_a_quick_run_could_not_save_is_refused() -> None:
+    made = batcher(late_quantile=1 - 0.95, rows_max=1)
+    for index in range(40):  # most shapes need 0.1 s, some 1 ms
+        made.curve.add(0.0, 1, 0.001 if index % 10 == 0 else 0.1)
+    quick_s = made.curve.quantile_s(1, 0.05)
+    assert made.add(0.0, 1, 1, deadline=0.9 * quick_s) == (Refuse(1, "hopeless", None),)
+    assert made.add(0.0, 2, 1, deadline=0.02) == (Run((2,), 1, "full"),), "an engine is idle"
+    assert made.add(0.0, 3, 1, deadline=0.02) == ()
+    assert made.finish(0.001, 2) == (Run((3,), 1, "full"),), "once it has waited it is judged no harder"
+
+
 def test_of_cameras_in_overload_each_frame_is_answered_in_time_or_refused_at_once() -> None:
     outcome = sum((ar_schedule.play(seed, seconds=20.0) for seed in range(3)), ar_schedule.Outcome())
     assert outcome.at_once_share >= 0.999
