@@ -163,7 +163,11 @@ class Dispatch:
 
     def _start(self, ids: tuple[int, ...]) -> None:
         batch = [self._open[request_id] for request_id in ids]
-        self._workers.run(partial(self.run_batch, batch), partial(self._finish, ids, batch))
+        try:
+            self._workers.run(partial(self.run_batch, batch), partial(self._finish, ids, batch))
+        except Exception as error:  # noqa: BLE001 (it is answered, and the engine is free again)
+            # Not at once: what waits is handed over next, and may fail like this.
+            asyncio.get_running_loop().call_soon(self._finish, ids, batch, error)
 
     def _finish(
         self, ids: tuple[int, ...], batch: list[Waiting], outcome: list[Timed | MeshError] | BaseException

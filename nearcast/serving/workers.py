@@ -44,7 +44,10 @@ class Workers:
         self._over: deque[tuple[Then, Any]] = deque()
         self._threads: list[threading.Thread] = []
         self._busy = 0
-        self._bell = -1
+        # Made at once: a node that runs short of descriptors later can still start threads.
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        # Not in `close`: a thread that still runs would ring whatever file has the number by then.
+        weakref.finalize(self, os.close, self._bell).atexit = False
         self._is_closed = False
 
     def run(self, work: Work, then: Then) -> None:
@@ -55,7 +58,7 @@ class Workers:
         if self._busy >= len(self._threads) < self._count:
             try:
                 self._start_thread()
-            except RuntimeError as error:  # the system has no thread left
+            except (RuntimeError, OSError) as error:  # the system has no thread left, or cannot watch the bell
                 if not self._threads:
                     asyncio.get_running_loop().call_soon(then, error)
                     return
@@ -74,17 +77,15 @@ class Workers:
         self._tell()
 
     def _start_thread(self) -> None:
-        if self._bell < 0:
-            self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            # Not in `close`: a thread that still runs would ring whatever file has the number by then.
-            weakref.finalize(self, os.close, self._bell).atexit = False
+        if not self._threads:
             asyncio.get_running_loop().add_reader(self._bell, self._hear)
-            # A process that ends under a running engine may crash in the engine's library.
-            atexit.register(self._wait_at_exit)
         # A daemon, because a process that fails before `close` must end all the same.
         thread = threading.Thread(target=self._work, name=f"{self._name}_{len(self._threads)}", daemon=True)
         thread.start()
         self._threads.append(thread)
+        if len(self._threads) == 1:
+            # A process that ends under a running engine may crash in the engine's library.
+            atexit.register(self._wait_at_exit)
 
     def _work(self) -> None:
         try:
@@ -115,7 +116,7 @@ class Workers:
                 then(outcome)
             except Exception:  # noqa: BLE001 (others wait for theirs)
                 _LOG.exception("what a thread did could not be told")
-        if self._is_closed and not self._busy and self._threads:
+        if self._is_closed and not self._busy:
             asyncio.get_running_loop().remove_reader(self._bell)
             atexit.unregister(self._wait_at_exit)
 

@@ -218,6 +218,23 @@ async def test_an_hour_of_timeouts_leaves_nothing_behind(tmp_path: Path) -> None
         assert [answer.decode()["y"][0, 0] for answer in answers] == [2.0 * i for i in range(60)]
 
 
+async def test_what_cannot_be_handed_to_a_thread_is_answered_and_holds_no_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise MemoryError
+
+    async with node(tmp_path) as one:
+        one.gate.set()
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            calls = [one.host.infer(request(float(value)), CONTEXT) for value in range(3)]
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert [getattr(each, "code", each) for each in outcomes] == [Code.INTERNAL] * 3
+        await one.host.infer(request(7.0), CONTEXT)
+        assert one.ran == [7.0]
+
+
 async def test_what_cannot_be_in_time_is_refused_before_it_waits(tmp_path: Path) -> None:
     async with node(tmp_path) as one:
         engine, run = one.version.engine, one.version.engine.run

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -119,6 +121,31 @@ async def test_without_a_thread_to_be_had_the_caller_is_told(monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         assert "can't start" in str(await told(workers, lambda: 1))
+    assert await told(workers, lambda: 1) == 1
+    workers.close()
+
+
+async def test_threads_start_where_no_file_can_be_opened_any_more(workers: Workers) -> None:
+    free = os.dup(0)
+    os.close(free)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            os.dup(0)
+        assert await told(workers, lambda: 1) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+async def test_a_loop_that_cannot_listen_is_told_to_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "too many watches")
+
+    workers = Workers(1, "test-run", lambda: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio.get_running_loop(), "add_reader", refuse)
+        assert "too many watches" in str(await told(workers, lambda: 1))
     assert await told(workers, lambda: 1) == 1
     workers.close()
 
