@@ -99,6 +99,7 @@ def yield_to_serving() -> None:
     """
     with suppress(OSError, AttributeError):
         os.sched_setscheduler(threading.get_native_id(), os.SCHED_BATCH, os.sched_param(0))
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _niceness())
 
 
 def _is_ordinary() -> bool:
@@ -122,8 +123,13 @@ def _become_real_time() -> bool:
     return True
 
 
+def _niceness() -> int:
+    """Of the calling thread, but no less than the process's: a thread that a real-time one makes starts at 0."""
+    return max(os.getpriority(os.PRIO_PROCESS, each) for each in (threading.get_native_id(), os.getpid()))
+
+
 def _be_ordinary(slice_ns: int, nicer: int, flags: int) -> bool:
-    niceness = min(19, os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) + nicer)
+    niceness = min(19, _niceness() + nicer)
     attributes = _ATTRIBUTES.pack(_ATTRIBUTES.size, _SCHED_OTHER, flags, niceness, 0, slice_ns, 0, 0)
     call = ctypes.CDLL(None, use_errno=True).syscall
     return bool(call(_SYSCALLS[platform.machine()], 0, attributes, 0) == 0)

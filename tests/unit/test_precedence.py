@@ -160,6 +160,27 @@ def test_the_loop_is_real_time_while_it_is_quiet_and_nobody_inherits_that(monkey
         thread.submit(asyncio.run, serve()).result()
 
 
+THREADS_OF_A_REAL_TIME_LOOP = """
+import os, threading
+from concurrent.futures import ThreadPoolExecutor
+from nearcast.serving.precedence import give_way_to_loop, yield_to_serving
+
+os.nice(5)
+os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+for prepare in (lambda: None, give_way_to_loop, yield_to_serving):
+    with ThreadPoolExecutor(1, initializer=prepare) as thread:
+        print(thread.submit(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())).result())
+"""
+
+
+@on_linux
+@pytest.mark.skipif(not is_granted(), reason="the system grants no real-time priority")
+def test_the_niceness_of_an_operator_reaches_the_threads_of_a_real_time_loop() -> None:
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    told = subprocess.run([sys.executable, "-c", THREADS_OF_A_REAL_TIME_LOOP], capture_output=True, check=True)
+    assert [int(line) for line in told.stdout.split()] == [0, min(19, own + 5 + NICENESS), min(19, own + 5)]
+
+
 @on_linux
 def test_what_an_operator_has_chosen_stays() -> None:
     async def serve() -> None:
