@@ -107,6 +107,8 @@ class Child:
                 *self._command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         if self._nice:
+            # The child of a real-time thread starts at 0, whatever the node's own niceness is.
+            niceness = min(19, os.getpriority(os.PRIO_PROCESS, 0) + self._nice)
             with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, self._process.pid, self._nice)
+                os.setpriority(os.PRIO_PROCESS, self._process.pid, niceness)
         return await self._process.wait()

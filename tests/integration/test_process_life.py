@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import signal
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import aiohttp
@@ -14,6 +17,8 @@ import pytest
 from nearcast.errors import MeshError
 from nearcast.runtime import ExitCode
 from nearcast.telemetry import Telemetry
+from router.child import Child
+from tests.patience import until
 
 ROOT = Path(__file__).parents[2]
 PREAMBLE = """
@@ -181,3 +186,21 @@ def test_a_daemon_call_returns_raises_and_is_not_waited_for() -> None:
     """)
     code, _, err = finish(process, signal.SIGTERM)
     assert (code, err) == (0, "")
+
+
+def test_a_child_is_nicer_than_the_node_whatever_that_ones_niceness_is(tmp_path: Path) -> None:
+    async def keep() -> int:
+        child = Child("c", ["sleep", "60"], log=tmp_path / "log", nice=2)
+        child.start()
+        try:
+            await until(lambda: bool(child.pid))
+            return os.getpriority(os.PRIO_PROCESS, child.pid)
+        finally:
+            await child.stop()
+
+    def keep_as_a_nicer_thread() -> tuple[int, int]:
+        return os.nice(5), asyncio.run(keep())
+
+    with ThreadPoolExecutor(1) as thread:
+        own, childs = thread.submit(keep_as_a_nicer_thread).result()
+    assert childs == min(19, own + 2)
