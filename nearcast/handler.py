@@ -18,6 +18,8 @@ import numpy.typing as npt
 from nearcast.counts import VersionCounts
 from nearcast.errors import Code, MeshError
 
+SEQUENCE_ID_CHARS_MAX = 256
+"""What of a sequence's name counts: it is remembered wherever the sequence's requests come by."""
 Parameter: TypeAlias = bool | int | float | str
 """A value of an Open Inference Protocol parameter."""
 Tensors: TypeAlias = Mapping[str, npt.NDArray[np.generic]]
@@ -69,7 +71,7 @@ class InferRequest(ABC):
     def sequence_id(self) -> str:
         """The sequence this request belongs to; "" outside any ("0" is the protocol's word for none)."""
         value = self.parameters.get("sequence_id", "")
-        return "" if value in (0, "0", "") else str(value)
+        return "" if value in (0, "0", "") else str(value)[:SEQUENCE_ID_CHARS_MAX]
 
 
 # Structs and not dataclasses where one is made per request: a frozen dataclass takes ten times as long to make.

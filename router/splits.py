@@ -80,6 +80,8 @@ class StoreSplits:
 
     def split(self, model: str) -> Split:
         entry = self._entries.get(model)
+        if entry is None and not is_model_name(model):
+            return NO_SPLIT  # nothing of a client's is remembered that may be of any length
         if entry is None or self._now() - entry.checked_at >= self._interval_s:
             entry = self._read(model, entry)
         return entry.split
@@ -100,11 +102,10 @@ class StoreSplits:
 
     def _read(self, model: str, entry: _Entry | None) -> _Entry:
         split = NO_SPLIT if entry is None else entry.split
-        if is_model_name(model):
-            try:
-                split = _from_pointer(self._store.pointer(model))
-            except MeshError as error:
-                _log.warning("pointer_unreadable", model=model, error=error.message)
+        try:
+            split = _from_pointer(self._store.pointer(model))
+        except MeshError as error:
+            _log.warning("pointer_unreadable", model=model, error=error.message)
         fresh = _Entry(self._now(), split)
         self._entries[model] = fresh
         self._entries.move_to_end(model)

@@ -75,7 +75,7 @@ class Sequences:
                 f"Model {self._title} keeps state between calls; send the parameter sequence_id (text, or a number "
                 "other than 0), and sequence_start=true with the first request.",
             )
-        return tenant, name[:256]
+        return tenant, name
 
     async def run(self, request: InferRequest, context: RequestContext, inputs: Tensors) -> Timed:
         """Run on the state of the request's sequence, after those of its requests that came before.

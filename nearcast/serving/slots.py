@@ -192,7 +192,7 @@ class Slot:
         self, request: InferRequest, context: RequestContext, otherwise: HotVersion | None
     ) -> HotVersion | None:
         """A sequence stays with the version that it began on until it ends, or that version is gone."""
-        key = (context.tenant, request.sequence_id[:256])
+        key = (context.tenant, request.sequence_id)
         if not key[1] or request.parameters.get("sequence_start") is True or (otherwise and key in otherwise.sequences):
             return otherwise
         for version in (*self.hot.values(), *self.draining):

@@ -27,7 +27,7 @@ from nearcast.wire.request import TensorRequest
 from router.config import ProbeConfig
 from router.policy import Policy, PolicyConfig, RequestFacts, Send
 from router.router import Router
-from router.splits import StoreSplits
+from router.splits import NO_SPLIT, StoreSplits
 from router.targets import ChannelFactory, NodeView, TargetSet
 from tests.patience import own_time, until
 
@@ -293,6 +293,12 @@ async def test_split_by_pointer(bench: Bench, tmp_path: Path) -> None:
     mine.versions = ("1", "2")
     router.observe_local()
     assert (await router.infer(request(), context())).version == "2"
+
+
+def test_no_pointer_of_what_is_no_models_name_is_remembered(tmp_path: Path) -> None:
+    splits = StoreSplits(Store(tmp_path))
+    assert (splits.split("unknown"), splits.split("x" * 1000), splits.alias("X", "1.0")) == (NO_SPLIT, NO_SPLIT, "")
+    assert list(splits._entries) == ["unknown"]
 
 
 async def test_without_a_pointer_the_nodes_own_decides_so_that_a_trial_never_leaks(bench: Bench) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from nearcast.errors import Code, MeshError
+from nearcast.handler import SEQUENCE_ID_CHARS_MAX
 from nearcast.wire.framing import LIMITS
 from nearcast.wire.request import TensorRequest, WireRequest
 from nearcast.wire.v1 import oip_pb2 as pb
@@ -269,3 +270,9 @@ def test_large_tensors_are_pieces_of_their_own():
     assert b"".join(pieces) == request.encode()
     parsed = pb.ModelInferRequest.FromString(request.encode())
     assert list(parsed.raw_input_contents) == [values.tobytes(), b"\0\0\x80?", values.tobytes()]
+
+
+def test_a_sequence_has_a_bounded_name():
+    message = make()
+    message.parameters["sequence_id"].string_param = "s" * 1000
+    assert WireRequest(message.SerializeToString()).sequence_id == "s" * SEQUENCE_ID_CHARS_MAX
