@@ -39,7 +39,8 @@ COUNTER_MAX = 2**53
 MESSAGE_CHARS_MAX = 2048
 """A longer `grpc-message` is cut: it has to fit the peer's header list beside everything else."""
 SERVED_CHARS_MAX = 512
-"""So is each longer text of what happened to a request; ours are far shorter, but some come from another server."""
+"""So is each longer text of what happened to a request, as it travels: a character may become twelve. Ours are far
+shorter, but some come from another server."""
 
 _ErrorT = TypeVar("_ErrorT", bound=MeshError)
 _Trailers = tuple[tuple[str, str], ...]
@@ -52,6 +53,8 @@ _LOAD_HEAD = "TEXT named_metrics.nc_in_flight="
 _QUEUE_US, _COMPUTE_US, _LOAD, _ESCALATE = (name.encode() for name in (QUEUE_US, COMPUTE_US, LOAD, ESCALATE))
 _LOAD_IN_FLIGHT = re.compile(r"(?:^TEXT |[ ,])named_metrics\.nc_in_flight=([0-9]{1,15})(?:\.0*)?(?:$|[ ,])")
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
+_CUT_ESCAPE = re.compile(r"(?:%[C-F].(?:%[89AB].){0,2})?(?:%.?)?$")
+"""The end of an encoded text that was cut: what may be part of an escape, or of the escapes of one character."""
 # A gRPC status without `nc-code` is another server's. One that the catalogue lacks means "it went wrong there".
 _FOREIGN: dict[int, Code] = {entry.grpc: code for code, entry in reversed(CATALOGUE.items())} | {
     6: Code.CONFLICT,
@@ -217,7 +220,10 @@ def _served_by(node: str, tier: str, version: str) -> _Fields:
 
 
 def _encode_short(text: str) -> bytes:
-    return encode_message(text[:SERVED_CHARS_MAX]).encode()
+    encoded = encode_message(text[:SERVED_CHARS_MAX])
+    if len(encoded) > SERVED_CHARS_MAX:
+        encoded = _CUT_ESCAPE.sub("", encoded[:SERVED_CHARS_MAX])
+    return encoded.encode()
 
 
 def _counter(text: str) -> int | None:

@@ -136,3 +136,16 @@ def test_malformed_reports(body):
     with pytest.raises(MeshError) as caught:
         decode_report(body)
     assert caught.value.code is Code.INTERNAL
+
+
+@pytest.mark.parametrize("start", ["", "a", "ab", "abc", "%", "é", "你a"])
+@pytest.mark.parametrize("char", ["😀", "你", "é", "%"])
+def test_what_is_escaped_is_cut_between_characters(start, char):
+    text = start + char * 512
+    said = Served(node=text, tier=text, version=text, load=text, escalate=text)
+    fields = status.served_to_fields(said)
+    assert sum(len(name) + len(value) + 32 for name, value in fields) < 4096
+    served = status.served_from_trailers((name.decode(), value.decode()) for name, value in fields)
+    for found in (served.node, served.tier, served.version, served.escalate):
+        assert text.startswith(found)
+        assert len(status.encode_message(found)) > status.SERVED_CHARS_MAX - 24
