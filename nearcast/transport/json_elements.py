@@ -74,7 +74,11 @@ def _take_brackets(name: str, data: bytes, shape: Sequence[int]) -> bytes:
     outer = shape[: shape.index(0) + 1] if 0 in shape else shape  # what an empty array would hold may be of any size
     if len(brackets) != _nesting_size(outer) or brackets != _nesting(outer):
         raise _misfit(name, shape)
-    return b"[]" if 0 in shape else b"[" + data.translate(None, _BRACKETS) + b"]"
+    if 0 not in shape:
+        return b"[" + data.translate(None, _BRACKETS) + b"]"
+    if data.translate(None, b"[],").strip():  # an element where the shape has none
+        raise _misfit(name, shape)
+    return b"[]"
 
 
 def _nesting_size(shape: Sequence[int]) -> int:

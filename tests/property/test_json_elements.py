@@ -71,3 +71,9 @@ def test_a_million_brackets_are_no_objects(element):
             read_elements("x", datatype, data, shape)
         assert raised.value.code in (Code.INVALID_REQUEST, Code.TOO_LARGE)
     assert read_elements("x", "FP32", b"[[],[]]", [2, 0, 10**9]) == []
+
+
+@pytest.mark.parametrize("text", ["[[1],[]]", "[[],[null]]", "[[{}],[]]", '[[],["x"]]'])
+def test_an_element_where_the_shape_has_none_is_refused(text):
+    assert read_or_none("[ [ ],\n[]]", [2, 0]) == []
+    assert read_or_none(text, [2, 0]) is None
