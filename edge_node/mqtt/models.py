@@ -18,6 +18,8 @@ AGE_S_MAX = 1.0
 WAIT_S_MAX = 0.1
 """Who knows an older answer waits so long for a new one: a link may swallow the question, and then a smaller model
 needs the time."""
+ASK_S_MAX = 10.0
+"""A question that nobody has answered by then counts as lost; the next one is asked anew."""
 Key: TypeAlias = tuple[str, str]
 
 
@@ -72,7 +74,11 @@ class KnownModels:
 
     async def _ask(self, key: Key, now: float) -> ModelMetadata:
         try:
-            metadata = await self._directory.metadata(*key)
+            async with asyncio.timeout(ASK_S_MAX):
+                metadata = await self._directory.metadata(*key)
+        except TimeoutError as error:
+            reason = f"Nobody said within {ASK_S_MAX:g} s what the model '{key[0]}' takes; ask again later."
+            raise MeshError(Code.UNAVAILABLE, reason) from error
         except MeshError as error:
             error.sent = False  # only a question was
             raise

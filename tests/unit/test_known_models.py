@@ -98,3 +98,20 @@ async def test_a_question_ends_with_the_node():
     await known.close()
     with pytest.raises(asyncio.CancelledError):
         await asking
+
+
+async def test_a_question_that_is_never_answered_counts_as_lost(monkeypatch):
+    monkeypatch.setattr(models, "WAIT_S_MAX", 0.0)
+    monkeypatch.setattr(models, "ASK_S_MAX", 0.001)
+    directory, clock, known = make()
+    await version_of(known)
+    clock.advance(AGE_S_MAX)
+    directory.gate.clear()
+    async with asyncio.timeout(10):
+        while directory.asked < 3:
+            assert await version_of(known) == "1"
+            await asyncio.sleep(0)
+        with pytest.raises(MeshError) as caught:
+            await known.metadata("other")
+    assert (caught.value.code, caught.value.sent) == (Code.UNAVAILABLE, False)
+    await known.close()
