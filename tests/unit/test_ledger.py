@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
+import tracemalloc
 
 import pytest
 
@@ -445,3 +446,24 @@ async def test_a_request_that_could_not_be_stored_leaves_nothing_in_memory(tmp_p
         await ledger.owed("device", 0, 1, 1)
         assert ledger.knows(key) == (name == b"stored")
     await ledger.close()
+
+
+async def test_a_letter_without_room_leaves_its_payload_on_disk(tmp_path):
+    path, payload = tmp_path / "inbox.sqlite", bytes(1 << 20)
+    ledger = make(tmp_path)
+    await ledger.open(0.0)
+    await ledger.take(input_of(1), b"x")
+    (event,) = await ledger.advance(1, 1.0, events=[event_of(payload)])
+    await ledger.refuse(event.id, "device", "not allowed", 2.0)
+    await ledger.close()
+    mark_for_replay(path, [1])
+    for when_full in ("reject", "drop-oldest"):
+        ledger = make(tmp_path, outbox_bytes_max=len(payload), when_full=when_full)
+        await ledger.open(3.0)
+        tracemalloc.start()
+        revived = await ledger.revive(3.0, 30.0)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        await ledger.close()
+        assert (revived.outgoing, len(list_letters(path))) == ([], 1)
+        assert peak_bytes < len(payload)

@@ -299,8 +299,9 @@ class Ledger:
 
     def _revive(self, connection: sqlite3.Connection, now: float, ttl_s: float) -> Revived:
         requests, inputs, outgoing, revived = [], [], [], []
-        for letter, head, payload in self._letters.marked(connection, self._links):
+        for letter, head in self._letters.marked(connection, self._links):
             if letter.kind == "request":
+                payload = self._letters.payload(connection, letter.id)
                 request = msgspec.msgpack.decode(head, type=Request)
                 request = msgspec.structs.replace(request, arrived=now, deadline=now + ttl_s)
                 # The first request keeps its answer; this is another one, which says so, with the same correlation.
@@ -309,14 +310,17 @@ class Ledger:
                 if row is not None:
                     requests.append(Unanswered(row, request, payload, 0, same_boot=True))
             elif letter.kind == "input":
+                payload = self._letters.payload(connection, letter.id)
                 item = msgspec.structs.replace(msgspec.msgpack.decode(head, type=Input), boot="", seq=None, arrived=now)
                 inputs.append(StoredInput(self._streams.put_back(connection, item, payload), item, payload))
             elif head:
-                event = msgspec.structs.replace(msgspec.msgpack.decode(head, type=Event), payload=payload)
+                event = msgspec.msgpack.decode(head, type=Event)
+                if not self._outbox.has_room(connection, event, letter.size_bytes - len(head)):
+                    continue  # it waits for room, as a letter, and its payload stays on disk
+                event = msgspec.structs.replace(event, payload=self._letters.payload(connection, letter.id))
                 link: Link = "upstream" if letter.name == "upstream" else "device"
                 sent = self._outbox.offer(connection, event, now, links=LINK_BITS[link])
-                if sent is None:
-                    continue  # it waits for room, as a letter
+                assert sent is not None
                 outgoing.append(sent)
             revived.append(letter.id)
         self._letters.remove(connection, revived)

@@ -67,15 +67,20 @@ class Letters:
         announced = self._outbox.add(connection, event, now)
         return () if announced is None else (announced,)
 
-    def marked(self, connection: sqlite3.Connection, links: Sequence[Link]) -> list[tuple[Letter, bytes, bytes]]:
-        """The letters that are to be tried again and can be on a node with these links: letter, head, payload."""
+    def marked(self, connection: sqlite3.Connection, links: Sequence[Link]) -> list[tuple[Letter, bytes]]:
+        """The letters that are to be tried again and can be on a node with these links: letter and head."""
         absent = msgspec.json.encode([link for link in LINK_BITS if link not in links]).decode()
         found = connection.execute(
-            "SELECT h.*, l.head, l.payload FROM letters l JOIN letter_heads h USING (id) WHERE l.replay"
+            "SELECT h.*, l.head FROM letters l JOIN letter_heads h USING (id) WHERE l.replay"
             " AND NOT (l.kind = 'outgoing' AND l.name IN (SELECT value FROM json_each(?))) ORDER BY id",
             (absent,),
         )
-        return [(_letter(row), row[-2], row[-1]) for row in found.fetchall()]
+        return [(_letter(row), row[-1]) for row in found.fetchall()]
+
+    def payload(self, connection: sqlite3.Connection, row: int) -> bytes:
+        """What a letter carries."""
+        (payload,) = connection.execute("SELECT payload FROM letters WHERE id = ?", (row,)).fetchone()
+        return bytes(payload)
 
     def remove(self, connection: sqlite3.Connection, rows: Iterable[int]) -> None:
         """Letters are something else again."""

@@ -89,8 +89,8 @@ class Outbox:
 
     def offer(self, connection: sqlite3.Connection, event: Event, now: float, *, links: int) -> Outgoing | None:
         """Order that an event be sent on `links`; None if there is no room for it."""
-        head = msgspec.msgpack.encode(_Head(event.content_type, event.user))
-        size_bytes = len(head) + len(event.payload) + len(event.topic) + ROW_BYTES
+        head = _encode_head(event)
+        size_bytes = _size_bytes(event, head, len(event.payload))
         if not self._make_room(connection, size_bytes):
             return None
         expires = now + event.ttl_s
@@ -103,6 +103,11 @@ class Outbox:
         self._resize(size_bytes)
         message = Message(topic=event.topic, payload=event.payload, content_type=event.content_type, user=event.user)
         return self._changes.add(Outgoing(added, message, expires, links, size_bytes, is_event=True))
+
+    def has_room(self, connection: sqlite3.Connection, event: Event, payload_bytes: int) -> bool:
+        """Whether `offer` would take the event with a payload of that size; nothing goes for it yet."""
+        waiting_bytes = self._size(connection) if self._limits.when_full == "reject" else 0
+        return waiting_bytes + _size_bytes(event, _encode_head(event), payload_bytes) <= self._limits.outbox_bytes_max
 
     def _size(self, connection: sqlite3.Connection) -> int:
         if self._event_bytes is None:
@@ -219,6 +224,14 @@ class Outbox:
         connection.execute(
             "UPDATE outbox SET links = links & ~? WHERE id IN (SELECT value FROM json_each(?))", (bit, ids)
         )
+
+
+def _encode_head(event: Event) -> bytes:
+    return msgspec.msgpack.encode(_Head(event.content_type, event.user))
+
+
+def _size_bytes(event: Event, head: bytes, payload_bytes: int) -> int:
+    return len(head) + payload_bytes + len(event.topic) + ROW_BYTES
 
 
 def last_id(connection: sqlite3.Connection, table: str) -> int:
