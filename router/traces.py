@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
@@ -27,11 +28,17 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
 SPANS_WAITING_MAX = 2048
-"""Spans that wait to be sent; further ones are lost, and a request never waits for them."""
+"""Spans that wait to be sent, each small by `TEXT_CHARS_MAX`; further ones are lost, and a request never waits."""
 SPANS_SENT_MAX = 512
 """Spans of one message to the collector."""
 SEND_INTERVAL_MS = 1000.0
 SEND_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 1.0
+"""For the last spans: the end of a process has little more for everything after its requests."""
+TEXT_CHARS_MAX = 128
+"""Of a span's name, of each of its attributes, and of why it failed: clients and other nodes choose them."""
+DRAWN_MAX = 1024
+"""Draws kept for requests that have yet to come to `infer`; beyond them it is drawn anew."""
 
 
 class TracesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -112,12 +119,13 @@ class Traces:
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+        model = _cut(request.model)
         parent = TraceContextTextMapPropagator().extract({"traceparent": context.trace})
         span = self._tracer.start_span(
-            f"infer {request.model}",
+            _cut(f"infer {model}"),
             context=parent,
             kind=SpanKind.SERVER,
-            attributes={"nearcast.model": request.model, "nearcast.forwarded": context.forwarded},
+            attributes={"nearcast.model": model, "nearcast.forwarded": context.forwarded},
         )
         made = span.get_span_context()
         trace = f"00-{made.trace_id:032x}-{made.span_id:016x}-01"
@@ -125,8 +133,8 @@ class Traces:
 
     def answered(self, span: Span, served: Served) -> None:
         """Write down who answered; where that was this node, also when it waited and when it computed."""
-        span.set_attribute("nearcast.served_by", served.node)
-        span.set_attribute("nearcast.version", served.version)
+        span.set_attribute("nearcast.served_by", _cut(served.node))
+        span.set_attribute("nearcast.version", _cut(served.version))
         if served.node != self._node:
             return
         from opentelemetry.trace import set_span_in_context
@@ -144,14 +152,19 @@ class Traces:
         """Write down why there was no answer."""
         from opentelemetry.trace import Status, StatusCode
 
-        span.set_attribute("error.type", code)
-        span.set_status(Status(StatusCode.ERROR, message))
+        span.set_attribute("error.type", _cut(code))
+        span.set_status(Status(StatusCode.ERROR, _cut(message)))
 
     async def close(self) -> None:
-        """Send what waits, within `SEND_TIMEOUT_S`."""
+        """Send what waits, within `CLOSE_TIMEOUT_S`."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(SEND_TIMEOUT_S):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await run_in_daemon(self._provider.shutdown, name="traces")
+
+
+def _cut(text: str) -> str:
+    # Not by the SDK's limits: it logs each text that it cuts, and knows none for names and for why something failed.
+    return text[:TEXT_CHARS_MAX]
 
 
 class TracedHandler:
@@ -166,8 +179,8 @@ class TracedHandler:
         self._handler = handler
         self._passing = handler if isinstance(handler, PassingHandler) and handler.passes else None
         self._traces = traces
-        # Requests that a trace begins with, and that have yet to come to `infer`.
-        self._drawn = 0
+        # Of requests that were not passed on and have yet to come to `infer`: whether a trace begins with them.
+        self._drawn: deque[bool] = deque(maxlen=DRAWN_MAX)
 
     @property
     def passes(self) -> bool:
@@ -184,10 +197,11 @@ class TracedHandler:
         """
         if self._passing is None:
             return None
-        if self._traces.wants(context):
-            self._drawn += not context.trace
-            return None
-        return self._passing.pass_on(request, context, responder, counts)
+        wanted = self._traces.wants(context)
+        taken = None if wanted else self._passing.pass_on(request, context, responder, counts)
+        if taken is None and not context.trace:
+            self._drawn.append(wanted)
+        return taken
 
     async def infer(self, request: InferRequest, context: RequestContext) -> InferResponse:
         """Answer one request.
@@ -195,9 +209,7 @@ class TracedHandler:
         Raises:
             MeshError: what the handler raises.
         """
-        if self._drawn and not context.trace:
-            self._drawn -= 1
-        elif not self._traces.wants(context):
+        if not (self._drawn.popleft() if self._drawn and not context.trace else self._traces.wants(context)):
             return await self._handler.infer(request, context)
         span, context = self._traces.begin(request, context)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import sys
 from collections.abc import AsyncIterator
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 from aiohttp import web
 
+import router.traces
 from nearcast.client import AsyncClient
 from nearcast.client.trace import current_trace
 from nearcast.config import ConfigError
 from nearcast.errors import Code, MeshError
-from nearcast.handler import InferenceHandler, ModelDirectory, RequestContext
+from nearcast.handler import InferenceHandler, ModelDirectory, RequestContext, Served
 from nearcast.serving import ModelHost
 from nearcast.store import Store
 from nearcast.transport.grpc import make_channel, make_server
@@ -27,7 +29,8 @@ from nearcast.transport.service import InferenceService
 from nearcast.wire.request import TensorRequest
 from router.policy import Policy, PolicyConfig
 from router.router import Router
-from router.traces import TracedHandler, Traces, TracesConfig, make_traces
+from router.shadow import ShadowConfig
+from router.traces import TEXT_CHARS_MAX, TracedHandler, Traces, TracesConfig, make_traces
 from tests.tiny_models import activate, affine_model, install
 
 needs_otel = pytest.mark.skipif(
@@ -173,6 +176,80 @@ async def test_a_share_of_the_requests_begins_a_trace(
     assert f"{last.context.trace_id:032x}" in SAMPLED
     assert last.attributes is not None
     assert last.attributes["nearcast.served_by"] == "near"
+
+
+@needs_otel
+async def test_a_request_that_the_router_does_not_pass_on_is_drawn_for_once(
+    tmp_path: Path, stack: AsyncExitStack
+) -> None:
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    draws = [0.6, 0.1, 0.7, 0.8]
+    left = iter(draws)
+    seen = InMemorySpanExporter()
+    traces = Traces(SimpleSpanProcessor(seen), node="front", role="router", share=0.5, draw=lambda: next(left))
+    stack.push_async_callback(traces.close)
+    host = await start_host(stack, tmp_path)
+    router = await start_router(stack, host, await listen(stack, host, host))
+    router.shadow([ShadowConfig(model="affine", to_version="2", share=0.0)])
+    node = RemoteNode(make_channel("ngh2", await listen(stack, TracedHandler(router, traces), router)))
+    stack.push_async_callback(node.close)
+    traced = []
+    for _ in draws:
+        await node.infer(ask(), RequestContext())
+        traced.append(len(seen.get_finished_spans()))
+    assert traced == [0, 1, 1, 1]
+    assert next(left, None) is None
+
+
+@needs_otel
+async def test_what_others_choose_is_cut_in_a_span(tmp_path: Path, stack: AsyncExitStack) -> None:
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    seen = InMemorySpanExporter()
+    traces = Traces(SimpleSpanProcessor(seen), node="near", role="edge", share=0.0)
+    stack.push_async_callback(traces.close)
+    host = await start_host(stack, tmp_path)
+    with pytest.raises(MeshError):
+        await TracedHandler(host, traces).infer(ask("m" * 4096), RequestContext(trace=SAMPLED))
+    span, _ = traces.begin(ask(), RequestContext(trace=SAMPLED))
+    traces.answered(span, Served(node="n" * 4096, version="v" * 4096))
+    traces.failed(span, "c" * 4096, "why" * 4096)
+    span.end()
+    for each in seen.get_finished_spans():
+        assert each.attributes is not None
+        texts = [each.name, each.status.description, *each.attributes.values()]
+        assert max(len(text) for text in texts if isinstance(text, str)) == TEXT_CHARS_MAX
+
+
+@needs_otel
+async def test_a_collector_that_never_answers_holds_up_no_end(
+    stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, ends = asyncio.Event(), asyncio.Event()
+
+    async def hold(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await ends.wait()
+        writer.close()
+
+    server = await asyncio.start_server(hold, "127.0.0.1", 0)
+    stack.push_async_callback(server.wait_closed)
+    stack.callback(server.close)
+    stack.callback(ends.set)
+    host, port = server.sockets[0].getsockname()
+    made = make_traces(TracesConfig(otlp=f"http://{host}:{port}"), node="near", role="edge")
+    assert made is not None
+    span, _ = made.begin(ask(), RequestContext(trace=SAMPLED))
+    span.end()
+    # The margin of a cloud core after its requests is 2 s, for everything.
+    assert router.traces.CLOSE_TIMEOUT_S <= 1.0
+    monkeypatch.setattr(router.traces, "CLOSE_TIMEOUT_S", 0.01)
+    await made.close()
+    assert not ends.is_set()
+    await asked.wait()
 
 
 def test_nobody_is_told_without_a_collector(monkeypatch: pytest.MonkeyPatch) -> None:
