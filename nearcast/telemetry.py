@@ -105,8 +105,9 @@ def _bound_connections(server: web.Server) -> None:
 
     def connection_made(handler: web.RequestHandler, transport: asyncio.Transport) -> None:
         made(handler, transport)
-        if len(server.connections) > CONNECTIONS_MAX:
-            server.connections[0].force_close()
+        # All beyond the bound: one that was told to close stays among them until the loop's next turn.
+        for oldest in server.connections[:-CONNECTIONS_MAX]:
+            oldest.force_close()
 
     # The library has hooks for requests, none for connections.
     server.connection_made = connection_made  # type: ignore[method-assign]

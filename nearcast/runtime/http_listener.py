@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import socket
 import ssl
+from collections import deque
 from collections.abc import Awaitable, Callable
 from importlib import import_module
 from pathlib import Path
@@ -106,18 +107,29 @@ class HttpListener:
         self._making = asyncio.get_running_loop().create_task(self._serve())
 
     async def _serve(self) -> None:
-        while self._runner is None:
+        waiting = deque(self._sockets)
+        while waiting:
             try:
-                # In a thread: other requests are answered meanwhile.
-                await asyncio.get_running_loop().run_in_executor(None, import_module, f"{_SERVER}.web")
-                self._runner = await self._make()
+                if self._runner is None:
+                    # In a thread: other requests are answered meanwhile.
+                    await asyncio.get_running_loop().run_in_executor(None, import_module, f"{_SERVER}.web")
+                    self._runner = await self._make()
+                await self._accept(self._runner, waiting[0])
+                waiting.popleft()
             except Exception:  # noqa: BLE001 (descriptors or memory may be short just now; the other listeners serve on)
                 _log.exception("no HTTP server for %s yet", self.address)
+                waiting.rotate()  # one that fails for ever keeps no other from its turn
                 await asyncio.sleep(RETRY_S)
+
+    async def _accept(self, runner: web.AppRunner, listening: socket.socket) -> None:
         from aiohttp import web
 
-        for each in self._sockets:
-            await web.SockSite(self._runner, each, ssl_context=self._tls, backlog=BACKLOG).start()
+        site = web.SockSite(runner, listening, ssl_context=self._tls, backlog=BACKLOG)
+        try:
+            await site.start()
+        except Exception:
+            await site.stop()  # or the runner would keep each that failed
+            raise
 
     def _stop_watching(self) -> None:
         loop = asyncio.get_running_loop()

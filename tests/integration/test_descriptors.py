@@ -103,8 +103,14 @@ async def test_who_holds_connections_to_the_metrics_keeps_nobody_out() -> None:
     async with aiohttp.ClientSession() as session, session.get(f"http://{address}/metrics") as answer:
         assert answer.status == 200
     assert await held[0][0].read() == b"", "the oldest is closed"
+    # All of these wait in the backlog when the loop next looks: they are accepted in one turn.
+    burst = [socket.create_connection((host, int(port))) for _ in range(CONNECTIONS_MAX)]
+    async with asyncio.timeout(WAIT_S):
+        assert await asyncio.gather(*(reader.read() for reader, _ in held)) == [b""] * CONNECTIONS_MAX
     for _, writer in held:
         writer.close()
+    for connection in burst:
+        connection.close()
     await observed.close()
 
 

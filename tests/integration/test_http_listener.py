@@ -17,6 +17,8 @@ from nearcast.errors import Code, MeshError
 from nearcast.runtime import http_listener
 from nearcast.runtime.http_listener import HttpListener
 
+WAIT_S = 30.0
+
 
 class Maker:
     """Makes a server that says hello, after as many failures as it is told; counts its calls."""
@@ -74,6 +76,27 @@ async def test_a_server_that_cannot_be_made_is_tried_again(
     monkeypatch.setattr(http_listener, "RETRY_S", 0.001)
     async with listening(Maker(failures=2)) as listener:
         assert await get(f"http://{listener.address}/") == "hello"
+    assert caplog.text.count(f"no HTTP server for {listener.address} yet") == 2
+
+
+async def test_a_server_that_cannot_take_its_socket_over_tries_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(http_listener, "RETRY_S", 0.001)
+    maker, start, failures = Maker(), web.SockSite.start, [OSError(errno.ENOMEM, "Cannot allocate memory")] * 2
+
+    async def start_at_last(site: web.SockSite) -> None:
+        await web.BaseSite.start(site)
+        await web.BaseSite.stop(site)
+        if failures:
+            raise failures.pop()
+        await start(site)
+
+    monkeypatch.setattr(web.SockSite, "start", start_at_last)
+    async with listening(maker) as listener:
+        async with asyncio.timeout(WAIT_S):
+            assert await get(f"http://{listener.address}/") == "hello"
+        assert maker.calls == 1, "a server that was made is kept"
     assert caplog.text.count(f"no HTTP server for {listener.address} yet") == 2
 
 
