@@ -247,7 +247,8 @@ async def test_a_collector_that_never_answers_holds_up_no_end(
     # The margin of a cloud core after its requests is 2 s, for everything.
     assert router.traces.CLOSE_TIMEOUT_S <= 1.0
     monkeypatch.setattr(router.traces, "CLOSE_TIMEOUT_S", 0.01)
-    await made.close()
+    async with asyncio.timeout(router.traces.SEND_TIMEOUT_S / 2):
+        await made.close()
     assert not ends.is_set()
     await asked.wait()
 
