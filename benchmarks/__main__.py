@@ -13,6 +13,7 @@ import json
 import platform
 import sys
 import tomllib
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,7 @@ def main() -> int:
     targets = tomllib.loads((HERE / "targets.toml").read_text())
     judged: list[dict[str, Any]] = []
     for name in names:
-        rows = judge(
-            importlib.import_module(f"benchmarks.{name}").run(quick=options.quick),
-            bars(targets.get(name, {}), quick=options.quick),
-        )
+        rows = judge(run(name, quick=options.quick), bars(targets.get(name, {}), quick=options.quick))
         judged += rows
         if not options.json:
             print_rows(rows)
@@ -97,6 +95,16 @@ def main() -> int:
     if options.json:
         print(json.dumps({"machine": machine(), "rows": judged}, indent=1))
     return 0 if all(row["ok"] is not False for row in judged) else 1
+
+
+def run(name: str, *, quick: bool) -> list[Row]:
+    """The rows of one benchmark. One that breaks has none, so that its bars read as not measured and the others run."""
+    try:
+        rows: list[Row] = importlib.import_module(f"benchmarks.{name}").run(quick=quick)
+    except Exception:  # noqa: BLE001 - whatever it was, it is printed
+        traceback.print_exc()
+        return []
+    return rows
 
 
 def bars(targets: dict[str, dict[str, Any]], *, quick: bool) -> dict[str, dict[str, Any]]:

@@ -109,7 +109,7 @@ def load_h2(
     rate = re.search(r"finished in [^,]+, ([\d.]+) req/s", out)
     counts = re.search(r"(\d+) succeeded, (\d+) failed, (\d+) errored", out)
     mean = re.search(r"time for request:\s+\S+\s+\S+\s+([\d.]+)(us|ms|s)", out)
-    if result.returncode or rate is None or counts is None or mean is None:
+    if result.returncode or rate is None or counts is None or mean is None or not latencies:
         raise RuntimeError(f"h2load failed: {out}{result.stderr}")
     scale = {"us": 1.0, "ms": 1e3, "s": 1e6}[mean[2]]
     failed = requests - int(counts[1])
