@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 FAULTS = frozenset({Code.INTERNAL, Code.UNAVAILABLE, Code.DEADLINE})
 """Codes that speak against the target. OVERLOADED is an honest answer and only pushes back."""
+MISPLACED = frozenset({Code.MODEL_NOT_FOUND, Code.VERSION_MISMATCH})
+"""Codes of a target that does not serve what was asked for."""
 
 
 class Outcome(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -15,20 +15,18 @@ from router.policy.candidates import Candidates
 from router.policy.choose import Choice, Chooser
 from router.policy.config import LASTING, PolicyConfig
 from router.policy.degrade import Degrader, Found
-from router.policy.events import FAULTS, Attempt, Outcome
+from router.policy.events import MISPLACED, Attempt, Outcome
 from router.policy.facts import Decision, Reject, RequestFacts, Send
 from router.policy.fleet import Fleet
 from router.policy.generator import SplitMix
 from router.policy.health import Health
 from router.policy.hedge import Hedger, hedge_delay_s
+from router.policy.learn import Learner
 from router.policy.sequences import Sequences
 from router.policy.state import VersionState
 from router.policy.target import TargetState
 
 _FOREVER_S = 1e9
-_PUSHBACK_DEFAULT_MS = 20
-_MISPLACED = frozenset({Code.MODEL_NOT_FOUND, Code.VERSION_MISMATCH})
-_MISPLACED_S = 1.0
 _SETTLE_PAUSE_S = 0.001
 _DOUBTED = "second_opinion"
 
@@ -51,6 +49,7 @@ class Policy:
         draw = random or self._generator.random
         self._chooser = Chooser(config, draw)
         self._health = Health(config, self._fleet)
+        self._learner = Learner(config, self._fleet, self._health)
         self._admission = Admission(config, draw, self._health.full)
         self._degrader = Degrader(self._fleet, self._chooser, self._admission)
         self._hedger = Hedger(
@@ -74,7 +73,7 @@ class Policy:
         if changed := [name for name in sorted(LASTING) if getattr(config, name) != getattr(self.config, name)]:
             raise ValueError(f"{', '.join(changed)} hold for the whole life of a policy")
         self.config = config
-        for part in (self._fleet, self._chooser, self._health, self._admission):
+        for part in (self._fleet, self._chooser, self._health, self._learner, self._admission):
             part.configure(config)
         self._hedger.configure(
             share=config.hedge_share,
@@ -163,7 +162,7 @@ class Policy:
         """The connection to a target broke: nothing goes there until it has had time, or answers a probe."""
         target = self._fleet.targets.get(name)
         if target is not None:
-            self._lose(now, target)
+            self._learner.lose(now, target)
 
     # One request -----------------------------------------------------------------------------------------------------
 
@@ -256,12 +255,12 @@ class Policy:
         if attempt.timed and not attempt.passed_delay:
             self._hedger.gate(target.tier).note(0.0)
         if outcome.code is None:
-            self._learn_answer(now, attempt, outcome)
+            self._learner.take_answer(now, attempt, outcome)
         elif attempt.doubted and outcome.code is Code.INTERNAL:
             # Two fail alike: rather the request is to blame than both, and the first has answered for it.
             self._fleet.settle(now, target)
         else:
-            self._learn_failure(now, attempt, outcome, outcome.code)
+            self._learner.take_failure(now, attempt, outcome, outcome.code)
         if outcome.code is not None:
             version.settle(now)
         elif now - version.settled_at >= _SETTLE_PAUSE_S:
@@ -314,7 +313,7 @@ class Policy:
         code = outcome.code
         if code is None or len(tried) >= self.config.attempts_max:
             return None
-        refused = code in _MISPLACED or (code is Code.UNAVAILABLE and not outcome.sent)
+        refused = code in MISPLACED or (code is Code.UNAVAILABLE and not outcome.sent)
         if not refused:
             if code not in (Code.UNAVAILABLE, Code.INTERNAL, Code.OVERLOADED):
                 return None
@@ -328,7 +327,7 @@ class Policy:
         stand_in = "" if model == facts.model else model
         for version in (attempt.release, *(() if stand_in else facts.fallbacks)):
             # Who does not serve this version may serve the fallback.
-            here_too = code in _MISPLACED and version != attempt.release
+            here_too = code in MISPLACED and version != attempt.release
             table = self._table(model, version)
             if table is None:
                 continue
@@ -442,57 +441,3 @@ class Policy:
         names = dict.fromkeys((facts.version or index.newest, *facts.fallbacks, *bound))
         tables = [("", index.versions[name]) for name in names if name in index.versions]
         return explanation.explain(now, facts, decision, tables + self._degrader.stand_ins(facts, index), limit)
-
-    def _lose(self, now: float, target: TargetState) -> None:
-        if target.tier != "local":
-            target.breaker.open(now)
-            self._fleet.settle(now, target)
-
-    def _learn_answer(self, now: float, attempt: Attempt, outcome: Outcome) -> None:
-        version = attempt.version
-        target = version.target
-        # What nobody waits for teaches how long it takes, and nothing else.
-        counts = attempt.kind != "shadow"
-        if counts:
-            target.breaker.succeed()
-            version.breaker.succeed()
-        latency = max(0.0, now - attempt.sent_at)
-        version.observe(now, latency, outcome.served, attempt.size_bytes, attempt.load_at_send)
-        if counts:
-            self._health.note(now, attempt, outcome)
-            if attempt.trials or version.breaker.state != "closed":
-                self._fleet.settle(now, target)
-
-    def _learn_failure(self, now: float, attempt: Attempt, outcome: Outcome, code: Code) -> None:
-        version = attempt.version
-        target = version.target
-        latency = max(0.0, now - attempt.sent_at)
-        if code is Code.CANCELLED:
-            if attempt.passed_delay:
-                # The loser of a hedge took at least this long; without it a slow target would never look slow.
-                version.sample(now, latency - target.rtt_s, attempt.size_bytes, 0.0)
-            return
-        if attempt.kind == "shadow":
-            # Its failures must not set a target aside for users.
-            return
-        if code not in FAULTS:
-            target.breaker.succeed()
-            version.breaker.succeed()
-        if code is Code.OVERLOADED:
-            wait_ms = _PUSHBACK_DEFAULT_MS if outcome.retry_after_ms is None else outcome.retry_after_ms
-            wait_s = min(float(wait_ms), self.config.pushback_ms_max) / 1e3
-            # Who was refused for being in a hurry says nothing to those who have time.
-            target.pushed_back_until = now + min(wait_s, attempt.remaining_s or wait_s)
-            self._fleet.settle(now, target)
-        elif code in _MISPLACED:
-            version.unserved_until = now + _MISPLACED_S
-        elif code is Code.UNAVAILABLE and target.tier != "local" and not (outcome.told and outcome.sent):
-            # A target that lives and tells of somebody else's death, behind it, is not lost itself.
-            version.observe_fault()
-            self._lose(now, target)
-        elif code is Code.UNAVAILABLE or code is Code.INTERNAL or (code is Code.DEADLINE and latency > version.base95):
-            version.observe_fault()
-            version.breaker.fail(now, trial=version.breaker in attempt.trials)
-        self._health.note(now, attempt, outcome)
-        if version.breaker.state != "closed" or attempt.trials:
-            self._fleet.settle(now, target)

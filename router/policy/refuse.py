@@ -66,8 +66,10 @@ def nothing_feasible(
     if not usable:
         wait_ms = _milliseconds(min(waits)) if waits else _RETRY_UNAVAILABLE_MS
         reasons = {version.obstacle(now)[0] for version in candidates}
-        if reasons == {"pushed_back"}:
-            return Reject(Code.OVERLOADED, f"All targets of {model!r} are overloaded.", wait_ms, "pushed_back")
+        if "pushed_back" in reasons:
+            return Reject(
+                Code.OVERLOADED, f"All targets of {model!r} that can be reached are overloaded.", wait_ms, "pushed_back"
+            )
         return Reject(
             Code.UNAVAILABLE, f"No target of {model!r} can be reached now; try again.", wait_ms, "unreachable"
         )

@@ -39,9 +39,9 @@ class VersionState:
     __slots__ = (
         "base50", "base95", "breaker", "candidates", "claimed", "cost", "crowding95_s", "crowding_s", "delay_s",
         "drain_factor", "drain_s", "error", "forgiven", "load_s", "model", "number", "offer_s", "own",
-        "p50_claim_s", "p95_claim_s", "panic", "plain", "price", "quality", "ready_at", "relapses", "residency", "row",
-        "sampled_at", "services", "settled_at", "slow_until", "smaller", "stateful", "target", "told_at",
-        "unserved_until", "version", "wait_claim_s",
+        "p50_claim_s", "p95_claim_s", "panic", "plain", "price", "pushed_back_until", "quality", "ready_at",
+        "relapses", "residency", "row", "sampled_at", "services", "settled_at", "slow_until", "smaller", "stateful",
+        "target", "told_at", "unserved_until", "version", "wait_claim_s",
     )  # fmt: skip
 
     def __init__(self, target: TargetState, model: str, version: str) -> None:
@@ -52,6 +52,7 @@ class VersionState:
         self.residency = "hot"
         self.ready_at = 0.0
         self.load_s = 0.0
+        self.pushed_back_until = 0.0
         self.unserved_until = 0.0
         self.stateful = False
         self.p50_claim_s = 0.0
@@ -209,7 +210,7 @@ class VersionState:
             not target.draining
             and not target.gone
             and self.residency == "hot"
-            and now >= target.pushed_back_until
+            and now >= self.pushed_back_until
             and now >= self.unserved_until
             and self.breaker.state == "closed"
             and target.breaker.state == "closed"
@@ -280,8 +281,8 @@ class VersionState:
             return ("draining" if target.draining else "gone"), 0.0
         if not target.breaker.admits(now):
             return "connection_lost", max(0.0, target.breaker.until - now)
-        if now < target.pushed_back_until:
-            return "pushed_back", target.pushed_back_until - now
+        if now < self.pushed_back_until:
+            return "pushed_back", self.pushed_back_until - now
         if now < self.unserved_until:
             return "not_resident", self.unserved_until - now
         delay_s = 0.0 if self.residency == "hot" else self.load_s or max(0.0, self.ready_at - now)

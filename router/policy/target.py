@@ -31,8 +31,8 @@ class TargetState:
 
     __slots__ = (
         "answered", "breaker", "breakers", "config", "domain", "draining", "forgive_s", "gate", "gone", "hot_above",
-        "jitter_s", "name", "others", "own", "penalty_s", "place", "probed_at", "pushed_back_until", "queues",
-        "rate_per_s", "reported_at", "rtt_measured", "rtt_s", "s_per_byte", "slots", "tier", "travelling", "versions",
+        "jitter_s", "name", "others", "own", "penalty_s", "place", "probed_at", "queues", "rate_per_s",
+        "reported_at", "rtt_measured", "rtt_s", "s_per_byte", "slots", "tier", "travelling", "versions",
     )  # fmt: skip
 
     def __init__(
@@ -53,7 +53,6 @@ class TargetState:
         self.draining = False
         self.gone = False
         self.reported_at: float | None = None
-        self.pushed_back_until = 0.0
         self.gate: TierGate | None = None
         self.breaker = make_breaker(config, failures_max=2**31)
         self.breakers: dict[str, Breaker] = {}

@@ -163,6 +163,29 @@ def test_who_was_refused_for_being_in_a_hurry_does_not_hold_up_those_who_have_ti
     assert sent(policy.decide(0.017, facts())).target == "near"
 
 
+def test_a_model_that_is_overloaded_or_away_does_not_hold_up_another_one_there() -> None:
+    for answer in (
+        Outcome(code=Code.OVERLOADED, retry_after_ms=500, told=True),
+        Outcome(code=Code.UNAVAILABLE, retry_after_ms=500, sent=False, told=True),
+    ):
+        policy = make_policy(near="peer")
+        held = (VersionReport(model="digits", version="1"), VersionReport(model="other", version="1"))
+        policy.on_report(0.0, "near", report(versions=held))
+        policy.on_reply(0.001, policy.on_sent(0.0, facts(), sent(policy.decide(0.0, facts()))), answer)
+        assert refused(policy.decide(0.1, facts())).code is answer.code
+        assert sent(policy.decide(0.1, facts(model="other"))).target == "near"
+        assert sent(policy.decide(0.6, facts())).target == "near"
+
+
+def test_overload_is_said_where_the_other_targets_are_lost() -> None:
+    policy = make_policy(near="peer", far="peer")
+    attempt = policy.on_sent(0.0, facts(), Send("near", "1"))
+    policy.on_connection_lost(0.0, "far")
+    policy.on_reply(0.001, attempt, Outcome(code=Code.OVERLOADED, retry_after_ms=200))
+    reject = refused(policy.decide(0.01, facts()))
+    assert (reject.code, reject.reason) == (Code.OVERLOADED, "pushed_back")
+
+
 def test_a_broken_model_with_no_other_target_still_gets_its_requests() -> None:
     policy = make_policy(here="local")
     for _ in range(8):
