@@ -7,7 +7,6 @@ section. Each value remembers where it came from. Secrets are never values here,
 from __future__ import annotations
 
 import os
-import tomllib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,6 +108,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"Cannot read the configuration {path}: {error.strerror}.") from error
     if len(data) > FILE_SIZE_BYTES_MAX:
         raise ConfigError(f"The configuration {path} is larger than {FILE_SIZE_BYTES_MAX} bytes.")
+    import tomllib  # a node that is told nothing never needs it
+
     try:
         return tomllib.loads(data.decode())
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -240,6 +241,8 @@ def _takes_structure(type_: object) -> bool:
 
 
 def _parse_text(text: str) -> object:
+    import tomllib
+
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -6,22 +6,24 @@ unless a person watches. Metrics live in a registry of their own and are served 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import ssl
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import msgspec
 import structlog
 
+from nearcast.metrics import LateRegistry
 from nearcast.runtime.http_listener import HttpListener
 
 if TYPE_CHECKING:
-    import asyncio
-
     from aiohttp import web
+    from prometheus_client import CollectorRegistry
 
 Answering: TypeAlias = "Callable[[web.Request], Awaitable[web.Response]]"
 """What answers a GET beside the metrics."""
@@ -47,16 +49,21 @@ class TelemetryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
 
 class Telemetry:
-    """The metrics of one process and their listener."""
+    """The metrics of one process and their listener.
+
+    Attributes:
+        collectors: where to register what need not be read yet.
+    """
 
     def __init__(self, service: str) -> None:
-        from prometheus_client import GC_COLLECTOR, PLATFORM_COLLECTOR, PROCESS_COLLECTOR, CollectorRegistry
-
         self.service = service
-        self.registry = CollectorRegistry(auto_describe=True)
-        for collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR):
-            self.registry.register(collector)
+        self.collectors = LateRegistry()
         self._listener: HttpListener | None = None
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        """The same as a registry of Prometheus' library, which is imported for it."""
+        return self.collectors.made()
 
     async def serve_metrics(
         self, address: str, *, tls: ssl.SSLContext | None = None, routes: Mapping[str, Answering] | None = None
@@ -72,6 +79,7 @@ class Telemetry:
         async def make_runner() -> web.AppRunner:
             from aiohttp import web
 
+            await asyncio.get_running_loop().run_in_executor(None, import_module, "prometheus_client")
             app = web.Application()
             for path, answer in {"/metrics": self._answer, **(routes or {})}.items():
                 app.router.add_get(path, answer)

@@ -12,18 +12,19 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily
-from prometheus_client.registry import Collector
 
 from nearcast import __version__
+from nearcast.metrics import Collector, Registry
 from nearcast.telemetry import get_logger
 from router.policy import Policy, PolicyConfig
 from router.policy.log import FORMAT, Checkpoint, Record, Start, encode
 from router.policy.recorded import RecordedPolicy
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
 
 SUFFIX = ".decisions"
 _FRAME_RECORDS = 256
@@ -109,8 +110,10 @@ class DecisionLog(Collector):
         self._stopping.set()
         self._thread.join(_CLOSE_TIMEOUT_S)
 
-    def collect(self) -> Iterator[CounterMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         """Two counters."""
+        from prometheus_client.core import CounterMetricFamily
+
         yield CounterMetricFamily("nearcast_decision_log_records", "Records written.", value=self._written)
         yield CounterMetricFamily("nearcast_decision_log_lost", "Records that nobody can replay.", value=self.lost)
 
@@ -191,7 +194,7 @@ def make_policy(
     *,
     data_dir: Path,
     node: str,
-    registry: CollectorRegistry | None = None,
+    registry: Registry | None = None,
 ) -> tuple[Policy, DecisionLog | None]:
     """A policy, and the log that it writes; None where that is off."""
     if not decisions.enabled:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
-
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from typing import TYPE_CHECKING
 
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import MeshError
+from nearcast.metrics import Collector, Registry
 from nearcast.runtime import parse_address
 from nearcast.runtime.address import UNIX_PREFIX, is_loopback
 from nearcast.transport.context import read_context
@@ -20,9 +20,12 @@ from router.policy import RequestFacts
 from router.policy.generator import SplitMix
 from router.router import Router
 
+if TYPE_CHECKING:
+    from prometheus_client import Metric
 
-class Lessor:
-    """Answers `nearcast.wire.v1.Routing/Lease`.
+
+class Lessor(Collector):
+    """Answers `nearcast.wire.v1.Routing/Lease`, and is the collector of what it counts.
 
     Args:
         router: whose policy judges.
@@ -38,7 +41,7 @@ class Lessor:
         announced: Callable[[], Iterable[Announced]],
         *,
         config: LeaseConfig | None = None,
-        registry: CollectorRegistry | None = None,
+        registry: Registry | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._router = router
@@ -47,11 +50,19 @@ class Lessor:
         self._clock = clock
         self._leases = Leases(self._config, router.policy.config, SplitMix(secrets.randbits(63)).random)
         self._rankings: OrderedDict[tuple[str, str, int, int, int, str], Ranking] = OrderedDict()
-        self._asked = Counter(
-            "nearcast_leases", "Lease requests by what became of them.", ["result"], registry=registry
-        )
-        live = Gauge("nearcast_lessees", "Clients that hold a lease.", registry=registry)
-        live.set_function(lambda: self._leases.live)
+        self._asked: defaultdict[str, int] = defaultdict(int)
+        if registry is not None:
+            registry.register(self)
+
+    def collect(self) -> Iterable[Metric]:
+        """How many asked, by what became of it, and who holds a lease now."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        asked = CounterMetricFamily("nearcast_leases", "Lease requests by what became of them.", labels=["result"])
+        for result, count in self._asked.items():
+            asked.add_metric([result], count)
+        yield asked
+        yield GaugeMetricFamily("nearcast_lessees", "Clients that hold a lease.", self._leases.live)
 
     def grant(self, question: LeaseQuestion, call: Call) -> Lease:
         """The lease of one caller.
@@ -66,10 +77,10 @@ class Lessor:
         try:
             ranking = self._ranking(now, question, context.tenant)
         except MeshError as error:
-            self._asked.labels(str(error.code)).inc()
+            self._asked[str(error.code)] += 1
             raise
         lease = self._leases.grant(now, ranking, question, secrets.token_hex(8), nearby=_is_nearby(call.peer))
-        self._asked.labels("unchanged" if lease.unchanged else "granted").inc()
+        self._asked["unchanged" if lease.unchanged else "granted"] += 1
         return lease
 
     def _ranking(self, now: float, question: LeaseQuestion, tenant: str) -> Ranking:

@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import msgspec
-from prometheus_client import CollectorRegistry
 
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import Code, MeshError
 from nearcast.handler import InferenceHandler, InferRequest, InferResponse, ModelMetadata, RequestContext
 from nearcast.load import NodeReport, Tier, VersionReport
+from nearcast.metrics import Registry
 from nearcast.transport.remote import RemoteNode
 from nearcast.transport.seam import Responder
 from nearcast.transport.statistics import Statistics
@@ -87,7 +87,7 @@ class Router:
         splits: SplitSource | None = None,
         node: str = "local",
         clock: Clock = SYSTEM_CLOCK,
-        registry: CollectorRegistry | None = None,
+        registry: Registry | None = None,
         forward: bool = True,
         limits: RouterLimits | None = None,
     ) -> None:

@@ -117,7 +117,7 @@ class ServingNode:
         self._find_targets = find_targets
         self._telemetry = telemetry
         self.store = Store(self.data_dir / "models")
-        registry = telemetry.registry
+        registry = telemetry.collectors
         self.host = WatchedHost(
             self.store,
             node=self.name,
@@ -248,8 +248,8 @@ class ServingNode:
         shown = self.identity if listen.tls else None
         regions, frames = Regions(), FramesLetGo()
         self._closers.callback(regions.close)
-        self._telemetry.registry.register(frames)
-        lessor = Lessor(router, self._reports, config=self.config.lease, registry=self._telemetry.registry)
+        self._telemetry.collectors.register(frames)
+        lessor = Lessor(router, self._reports, config=self.config.lease, registry=self._telemetry.collectors)
         service = InferenceService(
             self.handler,
             router,

@@ -6,10 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.registry import Collector
-
 from nearcast.errors import Code
+from nearcast.metrics import Collector
 from router.policy.admission import rank_of
 from router.policy.breaker import State
 
@@ -68,6 +66,8 @@ class RouterCollector(Collector):
         self._now = now
 
     def collect(self) -> Iterable[Metric]:
+        from prometheus_client.core import CounterMetricFamily
+
         counts = self._statistics
         sends = CounterMetricFamily(
             "nearcast_router_sends", "Attempts by target and outcome", labels=["target", "code"]
@@ -103,6 +103,8 @@ class RouterCollector(Collector):
 
     def _collect_reasons(self) -> Iterable[Metric]:
         """Why: labels are the reason codes of `router.policy.reasons`, tiers and the four classes, never a client's."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
         counts, hedger = self._statistics, self._policy.hedger
         decisions = CounterMetricFamily("nearcast_router_decisions", "Requests sent, by reason", labels=["reason"])
         for reason, count in list(counts.decisions.items()):
@@ -126,6 +128,8 @@ class RouterCollector(Collector):
         yield from (decisions, refusals, denied, frozen, tokens)
 
     def _collect_targets(self) -> Iterable[Metric]:
+        from prometheus_client.core import GaugeMetricFamily
+
         labels = ["target", "tier"]
         load = GaugeMetricFamily("nearcast_router_target_load", "Requests believed to be on a target", labels=labels)
         own = GaugeMetricFamily("nearcast_router_target_in_flight", "Open attempts on a target", labels=labels)

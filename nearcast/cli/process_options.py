@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import click
 
 F = TypeVar("F", bound=Callable[..., Any])
-SPARED_PACKAGES = ("rich", "better_exceptions")
-"""What structlog imports, where it is installed, to colour tracebacks that our processes write without colour."""
+SPARED_PACKAGES = ("rich", "better_exceptions", "greenlet")
+"""What structlog imports where it is installed: for coloured tracebacks and greenlets, which our processes have not."""
 
 
 def settings_options(function: F) -> F:

@@ -11,8 +11,6 @@ from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry
-
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.counts import VersionCounts
 from nearcast.errors import Code, MeshError
@@ -25,6 +23,7 @@ from nearcast.handler import (
     Tensors,
 )
 from nearcast.load import AnswerLoad, NodeReport, Tier, VersionReport, write_answer_load
+from nearcast.metrics import Registry
 from nearcast.serving.cache import ResponseCache
 from nearcast.serving.confidence import is_uncertain
 from nearcast.serving.description import describe
@@ -69,7 +68,7 @@ class ModelHost:
         node: str,
         tier: Tier = "local",
         limits: HostLimits | None = None,
-        registry: CollectorRegistry | None = None,
+        registry: Registry | None = None,
         role: str = "",
         tenant_keys: Path | None = None,
         price: float = 0.0,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
-
+from nearcast.metrics import Collector
 from nearcast.serving.residency import Residency
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
 
 
 class MemoryCollector(Collector):
@@ -21,6 +23,8 @@ class MemoryCollector(Collector):
         return ()
 
     def collect(self) -> Iterable[Metric]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
         memory = self._residency.memory
         yield GaugeMetricFamily("nearcast_model_memory_bytes", "Estimate.", self._residency.held_bytes())
         yield GaugeMetricFamily("nearcast_model_memory_bytes_max", "Budget.", memory.bytes_max)

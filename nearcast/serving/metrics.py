@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
-from prometheus_client.registry import Collector
-
+from nearcast.metrics import Collector
 from nearcast.serving.statistics import Statistics, bucket_start_us
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
 
 Key: TypeAlias = tuple[str, int]
 _EDGES = tuple(16 << (2 * step) for step in range(11))
@@ -32,6 +28,8 @@ class HostCollector(Collector):
         return ()
 
     def collect(self) -> Iterable[Metric]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
         labels = ["model", "version"]
         requests = CounterMetricFamily("nearcast_requests", "Requests by outcome.", labels=[*labels, "code"])
         batches = CounterMetricFamily("nearcast_batches", "Batches by release reason.", labels=[*labels, "reason"])

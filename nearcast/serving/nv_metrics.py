@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-
-from prometheus_client.core import GaugeMetricFamily, Metric, UnknownMetricFamily
-from prometheus_client.registry import Collector
+from typing import TYPE_CHECKING
 
 from nearcast.errors import Code
+from nearcast.metrics import Collector
 from nearcast.serving.metrics import Key
 from nearcast.serving.statistics import Statistics
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
 
 _LABELS = ("model", "version")
 _SUMS: Mapping[str, tuple[str, Callable[[Statistics], int]]] = {
@@ -55,6 +57,8 @@ class NvCollector(Collector):
         return ()
 
     def collect(self) -> Iterable[Metric]:
+        from prometheus_client.core import GaugeMetricFamily, UnknownMetricFamily
+
         # Triton names its counters without `_total`; as counters ours would gain it.
         sums = {name: UnknownMetricFamily(name, text, labels=_LABELS) for name, (text, _) in _SUMS.items()}
         failures = UnknownMetricFamily("nv_inference_request_failure", "Failed requests.", labels=(*_LABELS, "reason"))
@@ -76,6 +80,8 @@ class NvCollector(Collector):
 
     def _machine(self) -> list[Metric]:
         """Of the whole machine, as there; the utilisation is that since the scrape before."""
+        from prometheus_client.core import GaugeMetricFamily
+
         gauges = []
         before, self._busy_before = self._busy_before, _cpu_ticks()
         busy, total = (now - then for now, then in zip(self._busy_before, before, strict=True))

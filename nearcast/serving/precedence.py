@@ -19,11 +19,13 @@ import threading
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
-
+from nearcast.metrics import Collector
 from nearcast.serving.loop_rank import LoopRank
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
 
 SLICE_NS = 100_000
 """The shortest that Linux grants."""
@@ -68,6 +70,8 @@ class LoopPrecedence(Collector):
         return ()
 
     def collect(self) -> Iterable[Metric]:
+        from prometheus_client.core import GaugeMetricFamily
+
         text = "1 while the event loop's thread is real-time, 0 while it is busy or the system grants no such thing."
         yield GaugeMetricFamily("nearcast_loop_real_time", text, float(self._rank.is_first))
 

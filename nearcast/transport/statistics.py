@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-from prometheus_client.core import CounterMetricFamily, Metric
-from prometheus_client.registry import Collector
+from typing import TYPE_CHECKING
 
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.counts import VersionCounts
 from nearcast.errors import Code
 from nearcast.handler import Served
+from nearcast.metrics import Collector
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
 
 MODEL_VERSIONS_MAX = 1024
 """Model versions counted; later ones are not, so that invented names cannot fill the memory."""
@@ -90,6 +92,8 @@ class FramesLetGo(Collector):
         self.codes[code] = self.codes.get(code, 0) + 1
 
     def collect(self) -> Iterable[Metric]:
+        from prometheus_client.core import CounterMetricFamily
+
         frames = CounterMetricFamily(
             "nearcast_frames_let_go", "Frames of streams that gave way or waited too long.", labels=["code"]
         )

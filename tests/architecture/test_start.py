@@ -8,8 +8,18 @@ import sys
 import urllib.request
 from pathlib import Path
 
-LATE = ("aiohttp", "cryptography", "edge_node.devices", "grpc", "mqtt5", "onnxruntime", "sqlite3", "yarl")
-"""Of HTTP clients, of nodes with certificates, of devices, of the other transport, of models."""
+LATE = (
+    "aiohttp",
+    "cryptography",
+    "edge_node.devices",
+    "grpc",
+    "mqtt5",
+    "onnxruntime",
+    "prometheus_client",
+    "sqlite3",
+    "yarl",
+)
+"""Of HTTP, of nodes with certificates, of devices, of the other transport, of models, of those who read metrics."""
 
 
 def test_a_node_without_models_and_devices_is_ready_before_it_loads_what_serves_them(tmp_path: Path) -> None:
