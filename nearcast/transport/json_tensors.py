@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -22,6 +22,8 @@ JSON_SIZE_BYTES_MAX = 16 * 1024 * 1024
 """Parsed JSON needs some ten times its size in memory; larger tensors travel as binary data."""
 _NOT_MODEL_PARAMETERS = frozenset({"binary_data_output"})
 
+Body: TypeAlias = Any
+"""Of a request: bytes, or a memoryview that is read-only, beneath which nobody writes any more."""
 Axis = Annotated[int, msgspec.Meta(ge=0)]
 Parameters = Annotated[dict[str, bool | int | float | str], msgspec.Meta(max_length=LIMITS.parameters_max)]
 Shape = Annotated[tuple[Axis, ...], msgspec.Meta(max_length=LIMITS.rank_max)]
@@ -70,7 +72,7 @@ _DECODER = msgspec.json.Decoder(JsonRequest)
 
 
 def decode_request(
-    model: str, version: str, body: bytes, json_size_bytes: int, fetch: Callable[[Place], bytes] | None = None
+    model: str, version: str, body: Body, json_size_bytes: int, fetch: Callable[[Place], bytes] | None = None
 ) -> tuple[TensorRequest, Wanted]:
     """A request from its HTTP body.
 
@@ -117,7 +119,7 @@ def decode_request(
     return request, _wanted(message)
 
 
-def decode_raw_request(metadata: ModelMetadata, version: str, body: bytes) -> tuple[TensorRequest, Wanted]:
+def decode_raw_request(metadata: ModelMetadata, version: str, body: Body) -> tuple[TensorRequest, Wanted]:
     """A request whose whole body is the raw data of a model's only input; a free axis follows from the size.
 
     Raises:
@@ -130,7 +132,7 @@ def decode_raw_request(metadata: ModelMetadata, version: str, body: bytes) -> tu
     spec = metadata.inputs[0]
     if spec.datatype == "BYTES":
         element = np.empty(1, dtype=object)
-        element[0] = body
+        element[0] = bytes(body)
         tensor: Array = element.reshape((1,) * max(1, len(spec.shape)))
     else:
         shape = _fit(spec.shape, len(body), size_bytes(spec.datatype, [max(1, axis) for axis in spec.shape]) or 1)
@@ -171,7 +173,7 @@ def encode_response(response: InferResponse, found: Sequence[Output], wanted: Wa
     return msgspec.json.encode(message | {"outputs": outputs}), pieces
 
 
-def _read(tensor: JsonTensor, body: bytes, position: int, fetch: Callable[[Place], bytes] | None) -> tuple[Array, int]:
+def _read(tensor: JsonTensor, body: Body, position: int, fetch: Callable[[Place], bytes] | None) -> tuple[Array, int]:
     place = read_place(tensor.name, tensor.parameters) if tensor.parameters else None
     if place is not None:
         if fetch is None:
@@ -194,6 +196,8 @@ def _read(tensor: JsonTensor, body: bytes, position: int, fetch: Callable[[Place
             f"Tensor '{tensor.name}' announces {size!r} bytes of binary data; {len(body) - position} are left.",
         )
     stop = position + size
+    if type(body) is memoryview and (size < LIMITS.zero_copy_size_bytes_min or tensor.datatype == "BYTES"):
+        return from_raw(tensor.name, tensor.datatype, tensor.shape, bytes(body[position:stop]), 0, size), stop
     return from_raw(tensor.name, tensor.datatype, tensor.shape, body, position, stop), stop
 
 

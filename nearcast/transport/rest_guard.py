@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+    Begin = Callable[[web.RequestHandler, asyncio.Transport, "Watched"], None]
 
 _SWEEP_INTERVAL_S_MAX = 1.0
 _CROWDED_SHARE = 0.9
@@ -27,7 +28,9 @@ _ZLIB_OR_GZIP, _RAW_DEFLATE = 47, -15
 
 
 @dataclass(slots=True, kw_only=True)
-class _Connection:
+class Watched:
+    """What the guard knows of one connection."""
+
     watch: Watch
     requests: int = 0
     open_requests: int = 0
@@ -46,7 +49,7 @@ class RestGuard:
     def __init__(self, limits: Limits, *, body_timeout_s: float) -> None:
         self._limits = limits
         self._body_timeout_s = body_timeout_s
-        self._connections: dict[web.RequestHandler, _Connection] = {}
+        self._connections: dict[web.RequestHandler, Watched] = {}
         self._body_bytes = 0
         self._inflating = asyncio.Semaphore(_INFLATED_AT_ONCE)
         self._sweeper: asyncio.TimerHandle | None = None
@@ -61,8 +64,8 @@ class RestGuard:
         logger.setLevel(logging.CRITICAL)
         return {"auto_decompress": False, "lingering_time": _LINGER_S, "logger": logger}
 
-    def watch(self, server: web.Server) -> None:
-        """Begin: hear of each connection that comes and goes."""
+    def watch(self, server: web.Server, begin: Begin) -> None:
+        """Begin: hear of each connection that comes and goes, and tell `begin` of those that come."""
         made, lost = server.connection_made, server.connection_lost
 
         def connection_made(handler: web.RequestHandler, transport: asyncio.Transport) -> None:
@@ -71,7 +74,8 @@ class RestGuard:
                 transport.abort()
                 return
             now = asyncio.get_running_loop().time()
-            self._connections[handler] = _Connection(watch=Watch(self._limits, opened_at=now))
+            watched = self._connections[handler] = Watched(watch=Watch(self._limits, opened_at=now))
+            begin(handler, transport, watched)
 
         def connection_lost(handler: web.RequestHandler, error: BaseException | None = None) -> None:
             self._connections.pop(handler, None)
@@ -92,14 +96,26 @@ class RestGuard:
         connection = self._connections.get(request.protocol)
         if connection is None:
             return await handler(request)
-        connection.requests += 1
-        connection.open_requests += 1
+        self.enter(connection)
         try:
             return await handler(request)
         finally:
-            connection.open_requests -= 1
-            self._body_bytes -= connection.body_bytes
-            connection.body_bytes = 0
+            self.leave(connection)
+
+    def enter(self, connection: Watched) -> None:
+        """A request begins."""
+        connection.requests += 1
+        connection.open_requests += 1
+
+    def leave(self, connection: Watched) -> None:
+        """It has ended."""
+        connection.open_requests -= 1
+        self.release(connection)
+
+    def release(self, connection: Watched) -> None:
+        """The body that the connection held is gone."""
+        self._body_bytes -= connection.body_bytes
+        connection.body_bytes = 0
 
     async def read_body(self, request: web.Request, size_bytes_max: int) -> bytes:
         """The whole body, decompressed. It counts until the request ends.
@@ -124,8 +140,7 @@ class RestGuard:
                         raise too_large
                     self._hold(request, len(chunk))
         except TimeoutError as error:
-            text = f"The body did not arrive within {self._body_timeout_s} s."
-            raise MeshError(Code.INVALID_REQUEST, text) from error
+            raise late_body(self._body_timeout_s) from error
         except web.RequestPayloadError as error:
             raise _malformed() from error
         body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
@@ -144,10 +159,17 @@ class RestGuard:
         return body
 
     def _hold(self, request: web.Request, size_bytes: int) -> None:
-        # As on a gRPC connection: a body may be as large as what is still free.
         connection = self._connections.get(request.protocol)
         if connection is None:
             raise MeshError(Code.CANCELLED, "The client has gone.")
+        self.hold(connection, size_bytes)
+
+    def hold(self, connection: Watched, size_bytes: int) -> None:
+        """So much more of a body has come. As on a gRPC connection it may be as large as what is still free.
+
+        Raises:
+            MeshError: OVERLOADED if it is larger.
+        """
         connection.body_bytes += size_bytes
         self._body_bytes += size_bytes
         if connection.body_bytes > self._limits.receive_buffer_bytes_max - self._body_bytes:
@@ -192,6 +214,11 @@ class RestGuard:
     def _rank(self, handler: web.RequestHandler) -> tuple[bool, int]:
         connection = self._connections[handler]
         return connection.watch.is_stalled, connection.unsent_bytes
+
+
+def late_body(timeout_s: float) -> MeshError:
+    """The error for a body that did not come in time."""
+    return MeshError(Code.INVALID_REQUEST, f"The body did not arrive within {timeout_s} s.")
 
 
 def _malformed() -> MeshError:
