@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
+from operator import attrgetter, methodcaller
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 from google.protobuf.message import DecodeError
 
 from nearcast.errors import Code, MeshError
@@ -165,39 +164,32 @@ def encode_message(
     Raises:
         MeshError: INVALID_REQUEST if an array or a parameter cannot travel.
     """
-    names = _names if len(model) + len(version) <= HEADER_CACHE_SIZE_BYTES_MAX else _names.__wrapped__
-    head = [names(model, version)]
-    if id_:
-        head.append(encode_field(3, encode_text(id_)))
+    # Numpy's scalars, which engines may hand out, have all that is asked of an array here.
+    arrays = tensors.values()
+    form = model, version, sixth, raw_field, *tensors, *map(_TYPE_AND_SHAPE, arrays)
+    fixed = _FIXED.get(form)
+    if fixed is None:
+        fixed = _remember(form, _make_fixed(model, version, tensors, sixth, raw_field))
+    named = encode_field(3, encode_text(id_)) if id_ else b""
     if parameters:
-        head.append(encode_parameters(parameters))
-    raws: list[bytes] = []
-    is_small = True
-    for name, array in tensors.items():
-        if type(array) is not np.ndarray:
-            array = np.asarray(array)  # noqa: PLW2901 - engines may hand out numpy scalars
-        key = name, array.dtype, array.shape, raw_field
-        header, prefix = _FIELDS.get(key) or _tensor_fields(*key)
-        head.append(header)
-        if prefix:
-            raws += (prefix, array.tobytes())
-        else:
-            # Large, or not sent byte by byte.
-            raw = to_raw(array)
-            is_small = is_small and len(raw) < LIMITS.zero_copy_size_bytes_min
-            raws += (encode_prefix(raw_field, len(raw)), raw)
-    if is_small:
-        return (b"".join((*head, sixth, *raws)),)
-    return _large_apart([*head, sixth], raws)
+        named += encode_parameters(parameters)
+    if len(fixed) > _HEAD_PIECES:
+        pieces = list(fixed)
+        pieces[1::2] = named, *map(_TO_BYTES, arrays)
+        return (b"".join(pieces),)
+    # One tensor at least is large, or not sent byte by byte.
+    raws = [to_raw(array) for array in arrays]
+    return _large_apart([fixed[0], named, fixed[2]], raws, raw_field)
 
 
-def _large_apart(gathered: list[bytes], raws: Sequence[bytes]) -> tuple[bytes, ...]:
+def _large_apart(gathered: list[bytes], raws: Sequence[bytes], raw_field: int) -> tuple[bytes, ...]:
     pieces: list[bytes] = []
-    for piece in raws:
-        if len(piece) < LIMITS.zero_copy_size_bytes_min:
-            gathered.append(piece)
+    for raw in raws:
+        gathered.append(encode_prefix(raw_field, len(raw)))
+        if len(raw) < LIMITS.zero_copy_size_bytes_min:
+            gathered.append(raw)
         else:
-            pieces += (b"".join(gathered), piece)
+            pieces += (b"".join(gathered), raw)
             gathered = []
     if gathered:
         pieces.append(b"".join(gathered))
@@ -281,30 +273,41 @@ def _from_contents(header: Header, contents: pb.InferTensorContents, model: str)
     return from_elements(header.name, header.datatype, header.shape, list(values))
 
 
-@lru_cache(maxsize=256)
-def _names(model: str, version: str) -> bytes:
-    return encode_field(1, encode_text(model)) + encode_field(2, encode_text(version))
+_TYPE_AND_SHAPE, _TO_BYTES = attrgetter("dtype", "shape"), methodcaller("tobytes")
+_HEAD_PIECES = 3
+_FIXED: dict[Hashable, tuple[bytes, ...]] = {}
+"""What all messages of one form share, at most `layouts_max` of them: as `Layouts`, of messages that go out."""
 
 
-_FIELDS: dict[tuple[str, np.dtype[Any], tuple[int, ...], int], tuple[bytes, bytes]] = {}
-_FIELDS_MAX = 1024
-"""Heads of tensors that are remembered, but for those with long names."""
+def _make_fixed(model: str, version: str, tensors: Tensors, sixth: bytes, raw_field: int) -> tuple[bytes, ...]:
+    """What stays the same before the id, up to the first raw content, and up to each further one; b"" where these go.
+
+    Only the first two if a tensor is large or not sent byte by byte: then lengths differ, or joining costs a copy.
+    """
+    headers, prefixes, is_plain = [], [], True
+    for name, array in tensors.items():
+        datatype = datatype_of(array.dtype)
+        packed = b"".join(encode_varint(size) for size in array.shape)
+        inner = encode_field(1, encode_text(name)) + encode_field(2, datatype.encode()) + encode_field(3, packed)
+        headers.append(encode_prefix(5, len(inner)) + inner)
+        prefixes.append(encode_prefix(raw_field, array.nbytes))
+        is_swapped = datatype == "BYTES" or array.dtype.byteorder == ">"
+        is_plain = is_plain and not is_swapped and array.nbytes < LIMITS.zero_copy_size_bytes_min
+    head = encode_field(1, encode_text(model)) + encode_field(2, encode_text(version))
+    fixed = [head, b"", b"".join((*headers, sixth, *prefixes[:1] * is_plain))]
+    if is_plain and prefixes:
+        for prefix in prefixes[1:]:
+            fixed += (b"", prefix)
+        fixed.append(b"")
+    return tuple(fixed)
 
 
-def _tensor_fields(name: str, dtype: np.dtype[Any], shape: tuple[int, ...], raw_field: int) -> tuple[bytes, bytes]:
-    """Field 5 of a tensor, and tag and length of its raw contents; b"" if it is large or not sent byte by byte."""
-    datatype = datatype_of(dtype)
-    packed = b"".join(encode_varint(size) for size in shape)
-    inner = encode_field(1, encode_text(name)) + encode_field(2, datatype.encode()) + encode_field(3, packed)
-    size_bytes = dtype.itemsize * prod(shape)
-    is_plain = datatype != "BYTES" and dtype.byteorder != ">" and size_bytes < LIMITS.zero_copy_size_bytes_min
-    prefix = encode_prefix(raw_field, size_bytes) if is_plain else b""
-    found = encode_prefix(5, len(inner)) + inner, prefix
-    if len(name) <= HEADER_CACHE_SIZE_BYTES_MAX:
-        if len(_FIELDS) >= _FIELDS_MAX:
-            _FIELDS.clear()
-        _FIELDS[name, dtype, shape, raw_field] = found
-    return found
+def _remember(form: Hashable, fixed: tuple[bytes, ...]) -> tuple[bytes, ...]:
+    if sum(map(len, fixed)) <= LIMITS.layout_size_bytes_max:
+        if len(_FIXED) >= LIMITS.layouts_max:
+            _FIXED.clear()
+        _FIXED[form] = fixed
+    return fixed
 
 
 def _parse(kind: Any, data: bytes, what: str) -> Any:

@@ -40,6 +40,19 @@ def test_with_id_shares_the_arrays_and_changes_only_the_id():
     assert pb.ModelInferResponse.FromString(second.encode()).id == "b"
 
 
+def test_answers_of_one_form_differ_in_id_and_values_alone():
+    for id_, values, parameters in (("", [1, 2], {}), ("r", [3, 4], {"n": 1}), ("a longer id", [5, 6], {})):
+        outputs = {"y": np.float32(values), "z": np.arange(3, dtype=np.int8)}
+        made = TensorResponse(model="m", version="1", outputs=outputs, id=id_, parameters=parameters)
+        expected = pb.ModelInferResponse(model_name="m", model_version="1", id=id_)
+        for name, number in parameters.items():
+            expected.parameters[name].int64_param = number
+        expected.outputs.add(name="y", datatype="FP32", shape=[2])
+        expected.outputs.add(name="z", datatype="INT8", shape=[3])
+        expected.raw_output_contents.extend(array.tobytes() for array in outputs.values())
+        assert pb.ModelInferResponse.FromString(made.encode()) == expected
+
+
 def test_scalars_and_strides_and_byte_orders():
     outputs = {
         "scalar": np.float32(2.5),
