@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import json
 import os
 import statistics
 import sys
@@ -23,6 +22,7 @@ from benchmarks.router_node import MODEL, NODE
 from benchmarks.rows import Row
 from model_sync.publisher.bundle import BundleSpec, create_bundle
 from nearcast.handler import Served
+from nearcast.runtime import announce
 from nearcast.serving import HostLimits, ModelHost
 from nearcast.store import Store
 from nearcast.store.manifest import Tensor
@@ -143,7 +143,7 @@ async def main(root: Path, slots: int) -> None:
         "ngh2", oip_methods(InferenceService(host, host, server_name="bench"), trusted=False), address="127.0.0.1:0"
     )
     await server.start()
-    print(json.dumps({"address": server.address, "pid": os.getpid()}), flush=True)
+    announce("cores", address=server.address)
     await asyncio.Event().wait()
 
 

@@ -7,8 +7,6 @@ grpc.aio with nothing of ours in it but the generated protobuf classes.
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +18,7 @@ import uvloop
 
 from benchmarks.router_node import EchoModel
 from nearcast.identity import load_identity
-from nearcast.runtime import keep_pages
+from nearcast.runtime import announce, keep_pages
 from nearcast.transport.grpc import make_server
 from nearcast.transport.oip import MODEL_INFER, oip_methods
 from nearcast.transport.seam import Call, Methods, Reply
@@ -92,7 +90,7 @@ async def main(arguments: Sequence[str]) -> None:
         )
         await server.start()
         address = server.address
-    print(json.dumps({"address": address, "pid": os.getpid()}), flush=True)
+    announce("echo", address=address)
     await asyncio.Event().wait()
 
 

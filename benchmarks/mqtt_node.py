@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import json
-import os
 import socket
 import sqlite3
 import threading
@@ -34,7 +32,7 @@ from edge_node.mqtt.limits import MqttLimits, RequestLimits
 from edge_node.mqtt.worker import MqttWorker
 from nearcast.errors import Code, MeshError
 from nearcast.handler import InferRequest, InferResponse, ModelMetadata, RequestContext, Served, TensorSpec
-from nearcast.runtime import keep_pages
+from nearcast.runtime import announce, keep_pages
 from nearcast.serving.host import ModelHost
 from nearcast.serving.limits import HostLimits
 from nearcast.store.manifest import Tensor
@@ -210,7 +208,7 @@ async def main() -> None:
         )
         await worker.start()
         await worker.wait_connected()
-    print(json.dumps({"pid": os.getpid()}), flush=True)
+    announce("mqtt")
     await asyncio.Event().wait()
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import uvloop
 from onnx import TensorProto, helper, numpy_helper
 
 from model_sync.publisher.bundle import BundleSpec, create_bundle
+from nearcast.runtime import announce
 from nearcast.serving.host import ModelHost
 from nearcast.serving.limits import HostLimits
 from nearcast.store import Store
@@ -125,7 +125,7 @@ async def serve(root: str, limits: HostLimits) -> None:
         "ngh2", oip_methods(InferenceService(host, host, server_name="bench"), trusted=False), address="127.0.0.1:0"
     )
     await server.start()
-    print(json.dumps({"address": server.address, "pid": os.getpid()}), flush=True)
+    announce("paced", address=server.address)
     await asyncio.Event().wait()
 
 

@@ -6,8 +6,6 @@ It must not be what is measured: a message like the last of its size is answered
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -19,7 +17,7 @@ from nearcast.errors import Code, MeshError
 from nearcast.handler import InferRequest, InferResponse, ModelMetadata, RequestContext, Served, TensorSpec
 from nearcast.identity import load_identity
 from nearcast.load import NodeReport, VersionReport
-from nearcast.runtime import keep_pages
+from nearcast.runtime import announce, keep_pages
 from nearcast.transport.grpc import make_server
 from nearcast.transport.mesh import join_methods, mesh_methods
 from nearcast.transport.oip import MODEL_INFER, oip_methods
@@ -98,7 +96,7 @@ async def main() -> None:
     mesh = make_server("ngh2", methods, address="127.0.0.1:0", identity=identity, require_client=True)
     await client.start()
     await mesh.start()
-    print(json.dumps({"grpc": client.address, "mesh": mesh.address, "pid": os.getpid()}), flush=True)
+    announce("node", grpc=client.address, mesh=mesh.address)
     await asyncio.Event().wait()
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import sys
 
 import uvloop
 
 from benchmarks.router_node import NODE, report
-from nearcast.runtime import keep_pages
+from nearcast.runtime import announce, keep_pages
 from nearcast.transport.grpc import make_channel, make_server
 from nearcast.transport.oip import oip_methods
 from nearcast.transport.remote import RemoteNode
@@ -31,7 +29,7 @@ async def main() -> None:
     methods = oip_methods(InferenceService(router, router, server_name="bench"), trusted=False)
     server = make_server("ngh2", methods, address="127.0.0.1:0")
     await server.start()
-    print(json.dumps({"address": server.address, "pid": os.getpid()}), flush=True)
+    announce("router", address=server.address)
     while True:
         await asyncio.sleep(REPORT_S)
         router.policy.on_report(loop.time(), NODE, report())

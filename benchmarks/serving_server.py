@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ import uvloop
 
 from benchmarks.serving_models import workloads
 from nearcast.handler import Tensors
+from nearcast.runtime import announce
 from nearcast.serving.engines import LoadedModel, load_engine
 from nearcast.serving.host import ModelHost
 from nearcast.serving.joining import join
@@ -97,7 +97,7 @@ async def serve(store: Store, kind: str, limits: HostLimits) -> None:
         server = make_server("ngh2", methods, address="127.0.0.1:0")
         await server.start()
         address = server.address
-    print(json.dumps({"grpc": address, "rest": f"http://{rest.address}", "pid": os.getpid()}), flush=True)
+    announce("serving", grpc=address, rest=f"http://{rest.address}")
     await asyncio.Event().wait()
 
 
