@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -66,3 +68,11 @@ def test_what_is_no_model_is_refused_either_way() -> None:
     for size in (300, engine.COPIED_SIZE_BYTES_MAX + 1):
         with pytest.raises(ort_errors.InvalidProtobuf):
             engine._make_session(b"\xff" * size, onnxruntime.SessionOptions())
+
+
+def test_the_runtime_keeps_no_list_of_models_to_send(model: bytes, tmp_path: Path) -> None:
+    (tmp_path / "large.onnx").write_bytes(model)
+    program = "import nearcast.serving.engines.onnxruntime as e; e.ort.InferenceSession('large.onnx')"
+    place = {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=place, check=True, timeout=60)
+    assert [path.name for path in tmp_path.iterdir()] == ["large.onnx"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Protocol, TypeAlias
 
 import numpy.typing as npt
@@ -60,6 +61,8 @@ PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "litert": "litert_tflite"}
 """What `ModelMetadata` names as the platform, in the way of Triton's backends."""
 EXTRAS = {"onnxruntime": "edge", "litert": "litert"}
 """What installs each engine."""
+# Else ONNX Runtime's own builds keep a list of models and sessions below ~/.cache and send it to its maker.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 _WEIGHT_COPIES = 2
 """Weights exist about twice: as they came and as the engine packed them. Measured: 1.0 to 2.9 times."""
 _ENGINE_SIZE_BYTES = 128 * 1024
