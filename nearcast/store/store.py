@@ -268,7 +268,8 @@ def _require_files(manifest: Manifest, folder: Path) -> None:
 
 def _read_bounded(path: Path, size_bytes: int) -> bytes:
     with path.open("rb") as file:
-        return file.read(size_bytes)
+        # A read reserves all that it may return, and what is allocated next would lie behind those 4 MiB.
+        return file.read(min(size_bytes, os.fstat(file.fileno()).st_size + 1))
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,20 @@ def test_commit_makes_a_version_visible_and_empties_the_staging(tmp_path: Path) 
     assert store.releases("digits") == (2, 10)
     assert store.manifest("digits", 2) == make_manifest(release=2)
     assert not list((tmp_path / ".staging" / "digits").iterdir())
+
+
+def test_to_read_a_short_file_takes_little_memory(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    commit(store, make_manifest())
+    store.write_pointer("digits", Pointer(stable=1))
+    tracemalloc.start()
+    try:
+        store.manifest("digits", 1)
+        store.pointer("digits")
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 48 * 1024
 
 
 def test_commit_syncs_files_before_the_name_and_the_parent_after(
