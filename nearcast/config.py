@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
@@ -34,8 +33,7 @@ class ConfigError(MeshError):
         super().__init__(Code.INVALID_REQUEST, message)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(msgspec.Struct, frozen=True):
     """One effective setting: dotted `key`, its `value` and the `origin` of that value, in words."""
 
     key: str
@@ -43,12 +41,11 @@ class Row:
     origin: str
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded(Generic[T]):
+class Loaded(msgspec.Struct, Generic[T], frozen=True):
     """A configuration and where each of its values came from."""
 
     value: T
-    origins: Mapping[str, str] = field(default_factory=dict)
+    origins: Mapping[str, str] = msgspec.field(default_factory=dict)
 
     def origin(self, dotted: str) -> str:
         """Where the value of `section.key` came from: "default", a file, an environment variable or "--set"."""
@@ -59,8 +56,7 @@ class Loaded(Generic[T]):
         return [Row(key, value, self.origin(key)) for key, value in _leaves(self.value, "")]
 
 
-@dataclass(frozen=True, slots=True)
-class _Setting:
+class _Setting(msgspec.Struct, frozen=True):
     """One raw value and where it was written. `is_text`: it came as a string and is read by its target's type."""
 
     value: object

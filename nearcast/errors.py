@@ -6,8 +6,8 @@ converters read. The router policy reads `retry`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Retry(StrEnum):
@@ -38,8 +38,7 @@ class Code(StrEnum):
     INTERNAL = "INTERNAL"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """How one code looks at each edge. `http` is the MQTT `status` too, or near it."""
 
     retry: Retry

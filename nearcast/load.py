@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import msgspec
+
 from nearcast.handler import Stateful
 
 Residency: TypeAlias = Literal["hot", "loading", "cold"]
@@ -59,8 +61,7 @@ class NodeReport:
     client_tls: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnswerLoad:
+class AnswerLoad(msgspec.Struct, frozen=True, kw_only=True):
     """What an answer says about its server beside its own times; 0 = nothing. `utilization` 1 = every slot is taken."""
 
     utilization: float = 0.0

@@ -9,16 +9,16 @@ import random
 import shutil
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from nearcast.telemetry import get_logger
 
 _log = get_logger("nearcast.child")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChildLimits:
+class ChildLimits(msgspec.Struct, frozen=True, kw_only=True):
     """How a child is restarted: full jitter between 0 and base · 2^n up to max; `stable_s` of life start n over."""
 
     restart_base_s: float = 0.5

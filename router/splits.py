@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import MeshError
@@ -17,8 +18,7 @@ _MODELS_MAX = 1024
 _log = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
+class Split(msgspec.Struct, frozen=True):
     """One model's pointer, in the words of the wire: versions as text, "" = none."""
 
     stable: str = ""

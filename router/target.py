@@ -10,7 +10,7 @@ import asyncio
 import random
 from collections.abc import Callable, Iterable
 from contextlib import aclosing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import msgspec
@@ -39,8 +39,7 @@ TIERS: dict[str, Tier] = {"edge": "peer", "cloud": "cloud"}
 """The tier of a node by its role, seen from any other node. Other roles are no targets."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeView:
+class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     """A node as the directory or the configuration (`TargetConfig`) names it."""
 
     name: str
@@ -60,8 +59,7 @@ def configured_views(targets: Iterable[TargetConfig]) -> list[NodeView]:
     return [NodeView(**msgspec.structs.asdict(target)) for target in targets]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
+class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     """What all targets of a router share.
 
     Attributes:
@@ -119,7 +117,7 @@ class Target:
         """Take a new price and quality at once. False = something else has changed, too."""
         if view == self.view:
             return True
-        if replace(view, price=self.view.price, quality=self.view.quality) != self.view:
+        if msgspec.structs.replace(view, price=self.view.price, quality=self.view.quality) != self.view:
             return False
         self.view = view
         if self.last_report is not None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from weakref import WeakKeyDictionary
 
+import msgspec
+
 from nearcast.errors import Code, MeshError
 from nearcast.identity.name import URI_PREFIX, make_uri, parse_uri
 
@@ -71,8 +73,7 @@ class Identity:
         return Validity(certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp())
 
 
-@dataclass(frozen=True, slots=True)
-class Validity:
+class Validity(msgspec.Struct, frozen=True):
     """The life of a certificate, in wall-clock seconds since 1970."""
 
     starts_at: float

@@ -15,8 +15,9 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
+
+import msgspec
 
 from nearcast.serving.service_curve import ServiceCurve, best_window_s
 
@@ -41,8 +42,7 @@ _SAVING_MIN = 0.05
 """Rows are joined if the cost of a run that does not depend on its rows is at least this share of a lone row's."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchingConfig:
+class BatchingConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds of one batcher. A request of more than `rows_max` rows runs alone; `engines` batches run at once.
 
     Attributes:
@@ -64,8 +64,7 @@ class BatchingConfig:
     late_quantile: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(msgspec.Struct, frozen=True):
     """Run these requests together, in this order. Answer with `finish(ids[0])` when the engine is free again."""
 
     ids: tuple[int, ...]
@@ -73,8 +72,7 @@ class Run:
     reason: Reason
 
 
-@dataclass(frozen=True, slots=True)
-class Refuse:
+class Refuse(msgspec.Struct, frozen=True):
     """Do not run this request. In `retry_s` seconds it would have a chance; None = not even then."""
 
     id: int
@@ -82,8 +80,7 @@ class Refuse:
     retry_s: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Expire:
+class Expire(msgspec.Struct, frozen=True):
     """The deadlines of these requests passed while they waited or ran; what runs goes on for nobody."""
 
     ids: tuple[int, ...]
@@ -92,8 +89,7 @@ class Expire:
 Instruction: TypeAlias = Run | Refuse | Expire
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(msgspec.Struct, frozen=True):
     rows: int
     size_bytes: int
     key: Hashable

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+
+import msgspec
 
 CORES = len(os.sched_getaffinity(0))
 SLOTS = max(1, min(16, CORES))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostLimits:
+class HostLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds of one model host.
 
     Attributes:

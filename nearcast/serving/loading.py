@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from nearcast.errors import MeshError
 from nearcast.handler import Tensors
@@ -24,8 +25,7 @@ WARM_UP_RUNS_MAX = 200
 WARM_UP_TIME_S = 0.01
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WarmUp:
+class WarmUp(msgspec.Struct, frozen=True, kw_only=True):
     """What warming taught: batch-1 model times, the elements of the inputs they hold for, and a new sequence's time.
 
     Where one thread does all of a run its time is processor time: what the loop would lag by, whatever else the machine
@@ -41,8 +41,7 @@ class WarmUp:
     sequence_us: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
+class Loaded(msgspec.Struct, frozen=True, kw_only=True):
     """A version in memory that has run, and how it is to run here."""
 
     manifest: Manifest

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
+
+import msgspec
 
 Key: TypeAlias = tuple[str, int]
 """Model and release."""
@@ -23,8 +24,7 @@ HISTORY_MAX = 1024
 RELOAD_WINDOW_S = 60.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
+class Held(msgspec.Struct, frozen=True, kw_only=True):
     """A version that takes memory.
 
     Attributes:
@@ -46,22 +46,19 @@ class Held:
     fallback: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(msgspec.Struct, frozen=True):
     """Bring it into memory; there is room once the evictions before it are done."""
 
     key: Key
 
 
-@dataclass(frozen=True, slots=True)
-class Evict:
+class Evict(msgspec.Struct, frozen=True):
     """Take it out of memory; nobody uses it."""
 
     key: Key
 
 
-@dataclass(frozen=True, slots=True)
-class Refuse:
+class Refuse(msgspec.Struct, frozen=True):
     """Not now. `retry_after_s` is when it may be different; None = never with this budget and these pins."""
 
     key: Key
@@ -69,8 +66,7 @@ class Refuse:
     retry_after_s: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Alarm:
+class Alarm(msgspec.Struct, frozen=True):
     """So many versions came back within the last minute: the budget is too small for what is asked for."""
 
     reloads: int

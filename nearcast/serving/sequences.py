@@ -6,8 +6,9 @@ The protocol is Triton's sequence extension: parameters `sequence_id`, `sequence
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
 from functools import partial
+
+import msgspec
 
 from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError
@@ -20,14 +21,13 @@ SequenceKey = tuple[str, str]
 """Tenant and sequence id: tenants never share a sequence."""
 
 
-@dataclass(slots=True)
-class Sequence:
+class Sequence(msgspec.Struct):
     """One sequence. `turn` lets its requests in one by one, in order; `runner` is None until started and once ended."""
 
     last_used: float
     runner: Runner | None = None
     pending: int = 0
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    turn: asyncio.Lock = msgspec.field(default_factory=asyncio.Lock)
 
 
 class Sequences:

@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+
+import msgspec
 
 from nearcast.errors import Code, MeshError
 from nearcast.handler import Tensors
@@ -25,8 +26,7 @@ ATOL = 1e-4
 """For a version without golden vectors."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Pair:
+class Pair(msgspec.Struct, frozen=True, eq=False):
     """A version on trial and the one it is compared with."""
 
     trial: HotVersion
@@ -41,8 +41,7 @@ class Pair:
         return all(one.manifest.stateful == "none" and one.engine.concurrent for one in versions)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Sample:
+class _Sample(msgspec.Struct, frozen=True, eq=False):
     pair: Pair
     answered: HotVersion
     inputs: Tensors

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from nearcast.errors import Code, MeshError
@@ -22,8 +22,7 @@ COMMON_ELEMENTS_MAX = 16
 """Elements of an input without a batch axis that is compared before requests are joined."""
 
 
-@dataclass(frozen=True, slots=True)
-class Size:
+class Size(msgspec.Struct, frozen=True):
     """How large checked inputs are: rows along the batch axes (1 where the model cannot be batched), and elements."""
 
     rows: int

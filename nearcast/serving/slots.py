@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -42,8 +41,7 @@ class VersionStatus(msgspec.Struct, frozen=True, kw_only=True):
     disagreed: int = 0
 
 
-@dataclass(slots=True, eq=False)
-class Slot:
+class Slot(msgspec.Struct, eq=False):
     """The mutable state of one model. Only the host changes it, on the loop.
 
     Attributes:
@@ -56,21 +54,21 @@ class Slot:
     """
 
     name: str
-    pointer: Pointer = field(default_factory=Pointer)
+    pointer: Pointer = msgspec.field(default_factory=Pointer)
     stable: HotVersion | None = None
-    by_name: dict[str, HotVersion] = field(default_factory=dict)
-    hot: dict[int, HotVersion] = field(default_factory=dict)
-    draining: set[HotVersion] = field(default_factory=set)
-    since: dict[int, float] = field(default_factory=dict)
-    loading: dict[int, float] = field(default_factory=dict)
-    cold: set[int] = field(default_factory=set)
-    waiting: dict[int, int] = field(default_factory=dict)
-    manifests: dict[int, Manifest] = field(default_factory=dict)
+    by_name: dict[str, HotVersion] = msgspec.field(default_factory=dict)
+    hot: dict[int, HotVersion] = msgspec.field(default_factory=dict)
+    draining: set[HotVersion] = msgspec.field(default_factory=set)
+    since: dict[int, float] = msgspec.field(default_factory=dict)
+    loading: dict[int, float] = msgspec.field(default_factory=dict)
+    cold: set[int] = msgspec.field(default_factory=set)
+    waiting: dict[int, int] = msgspec.field(default_factory=dict)
+    manifests: dict[int, Manifest] = msgspec.field(default_factory=dict)
     load_s: float = 0.0
     pinned: bool = False
-    failed: dict[int, str] = field(default_factory=dict)
+    failed: dict[int, str] = msgspec.field(default_factory=dict)
     problem: str = ""
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    turn: asyncio.Lock = msgspec.field(default_factory=asyncio.Lock)
     pair: Pair | None = None
 
     def wanted(self) -> tuple[int, ...]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
+
+import msgspec
 
 from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError
@@ -18,8 +19,7 @@ FORWARDING_ROLES = frozenset({"edge", "cloud", "router"})
 """Whose word `nc-hop` is: nodes that route."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ContextLimits:
+class ContextLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds of what a client may say about its request."""
 
     idempotency_key_chars_max: int = 256

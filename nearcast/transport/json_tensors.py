@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeAlias
 
 import msgspec
@@ -55,13 +54,12 @@ class JsonRequest(msgspec.Struct, frozen=True, kw_only=True):
     parameters: Parameters = {}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """Which outputs the client wants as binary data, and which in a form of their own."""
 
     by_default: bool = False
-    by_name: Mapping[str, bool] = field(default_factory=dict)
-    forms: Mapping[str, Form] = field(default_factory=dict)
+    by_name: Mapping[str, bool] = msgspec.field(default_factory=dict)
+    forms: Mapping[str, Form] = msgspec.field(default_factory=dict)
 
     def is_binary(self, name: str) -> bool:
         """Whether output `name` goes behind the JSON."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+import msgspec
 
 from nearcast.errors import Code, MeshError
 from nearcast.transport.seam import Reply
@@ -57,8 +58,7 @@ class Mailbox(Generic[F]):
         return frame
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Frame:
+class Frame(msgspec.Struct, frozen=True, eq=False):
     """One message of a stream: its deadline in the loop's monotonic seconds, what runs it, what says why it was not.
 
     `answer` raises MeshError.

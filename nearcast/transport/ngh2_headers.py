@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
+
+import msgspec
 
 from nearcast.errors import Code, MeshError
 from nearcast.transport.seam import CallError, Fields, Metadata
@@ -51,8 +52,7 @@ _FROM_HTTP = {
 }
 
 
-@dataclass(slots=True)
-class RequestHead:
+class RequestHead(msgspec.Struct):
     """What a call's headers say. `problem` is set if the call must be refused."""
 
     path: str = ""

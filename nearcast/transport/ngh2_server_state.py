@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from nearcast.transport.seam import Limits, Methods
 
@@ -20,20 +21,19 @@ _INFLATED_AT_ONCE = 2
 _CROWDED_SHARE = 0.9
 
 
-@dataclass(slots=True, kw_only=True)
-class ServerState:
+class ServerState(msgspec.Struct, kw_only=True):
     """What the connections of one server share."""
 
     methods: Methods
     limits: Limits
-    connections: set[ServerConnection] = field(default_factory=set)
+    connections: set[ServerConnection] = msgspec.field(default_factory=set)
     # What all calls hold of requests that have not been answered, and all connections of answers that were not read.
     receiving_bytes: int = 0
     unsent_bytes: int = 0
-    inflating: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_INFLATED_AT_ONCE))
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    inflating: asyncio.Semaphore = msgspec.field(default_factory=lambda: asyncio.Semaphore(_INFLATED_AT_ONCE))
+    idle: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
     # Cancelled methods that have not returned yet; the loop itself keeps weak references only.
-    cancelled: set[asyncio.Task[None]] = field(default_factory=set)
+    cancelled: set[asyncio.Task[None]] = msgspec.field(default_factory=set)
 
     def cancel(self, stream: ServerStream) -> None:
         """Cancel a call's method and keep it until it has returned."""

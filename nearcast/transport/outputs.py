@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from nearcast.errors import Code, MeshError
@@ -26,23 +26,21 @@ CLASSES = "classification"
 CLASSES_MAX = 10_000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Form:
+class Form(msgspec.Struct, frozen=True, kw_only=True):
     """How one output is wanted: its first `classes` (0 = all of it), in `place` (None = in the answer)."""
 
     classes: int = 0
     place: Place | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Output:
+class Output(msgspec.Struct, frozen=True, kw_only=True):
     """One output as it travels. `array` None = it is where `parameters` say."""
 
     name: str
     datatype: str
     shape: tuple[int, ...]
     array: Array | None
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = msgspec.field(default_factory=dict)
 
 
 def read_place(name: str, parameters: Mapping[str, Any]) -> Place | None:

@@ -6,8 +6,9 @@ import asyncio
 import logging
 import zlib
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from nearcast.errors import Code, MeshError
 from nearcast.transport.seam import Limits
@@ -27,8 +28,7 @@ _LINGER_S = 2.0
 _ZLIB_OR_GZIP, _RAW_DEFLATE = 47, -15
 
 
-@dataclass(slots=True, kw_only=True)
-class Watched:
+class Watched(msgspec.Struct, kw_only=True):
     """What the guard knows of one connection."""
 
     watch: Watch

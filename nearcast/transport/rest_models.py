@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
 import msgspec
@@ -31,8 +30,7 @@ class Body(msgspec.Struct, frozen=True, kw_only=True):
     byte_size: _Size = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Route:
+class Route(msgspec.Struct, frozen=True, kw_only=True):
     """One path. `read` makes the request of the question `name`; `show` makes JSON of the answer."""
 
     method: str

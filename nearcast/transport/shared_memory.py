@@ -11,7 +11,8 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from nearcast.errors import Code, MeshError
 from nearcast.transport.peer import peer_uid
@@ -22,8 +23,7 @@ FOLDER = "/dev/shm"  # noqa: S108 - where shm_open keeps its objects
 _KEY = re.compile(r"/?[^/\0]{1,254}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RegionLimits:
+class RegionLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds of the regions of one process.
 
     Attributes:
@@ -42,8 +42,7 @@ class RegionLimits:
 REGION_LIMITS = RegionLimits()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Region:
+class Region(msgspec.Struct, frozen=True, kw_only=True):
     """A window of `size_bytes` at `offset` of a shared memory object that is kept open."""
 
     name: str

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.counts import VersionCounts
@@ -19,8 +20,7 @@ MODEL_VERSIONS_MAX = 1024
 """Model versions counted; later ones are not, so that invented names cannot fill the memory."""
 
 
-@dataclass(slots=True)
-class _Passed:
+class _Passed(msgspec.Struct):
     last_inference_s: float = 0.0
     success_count: int = 0
     success_s: float = 0.0

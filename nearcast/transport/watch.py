@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum, auto
+
+import msgspec
 
 from nearcast.transport.seam import Limits
 
@@ -21,8 +22,7 @@ class Verdict(Enum):
     ABORT = auto()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
+class Seen(msgspec.Struct, frozen=True, kw_only=True):
     """What a connection shows at one look.
 
     Attributes:

@@ -6,8 +6,9 @@ what passes through a router costs the same at 600 bytes and at 60 megabytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NoReturn, TypeAlias
+
+import msgspec
 
 from nearcast.errors import Code, MeshError
 
@@ -15,8 +16,7 @@ Span: TypeAlias = tuple[int, int]
 """Start and end of a field's value inside the body."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WireLimits:
+class WireLimits(msgspec.Struct, frozen=True, kw_only=True):
     """What one message may hold. Without these a few megabytes of tiny fields would occupy the loop for seconds.
 
     `layouts_max` and `layout_size_bytes_max` bound what is remembered of earlier messages (`nearcast.wire.layout`).
@@ -42,8 +42,7 @@ _NUMBERS = bytes(tag >> 3 if tag & 7 == 2 and tag < 0x40 else 0 for tag in range
 _KNOWN_TAG_MAX = 7 << 3 | 2
 
 
-@dataclass(slots=True)
-class Scan:
+class Scan(msgspec.Struct):
     """Top-level fields of a `ModelInferRequest` or `ModelInferResponse`; fields 1 to 5 mean the same in both."""
 
     model: str

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import msgspec
 from google.protobuf.message import DecodeError
@@ -13,8 +12,7 @@ from nearcast.load import Tier
 from nearcast.wire.v1 import lease_pb2 as pb
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeaseLimits:
+class LeaseLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds of what a lease, and a question for one, may say."""
 
     size_bytes_max: int = 256 * 1024

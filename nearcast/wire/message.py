@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter, methodcaller
 from types import MappingProxyType
 from typing import Any
 
+import msgspec
 from google.protobuf.message import DecodeError
 
 from nearcast.errors import Code, MeshError
@@ -37,8 +37,7 @@ _CONTENTS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(msgspec.Struct, frozen=True):
     """Name, datatype and shape of one tensor on the wire; `contents` if it carries elements in typed fields."""
 
     name: str

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
+import msgspec
 from google.protobuf.message import DecodeError
 
 from nearcast.errors import Code, MeshError
@@ -13,8 +13,7 @@ from nearcast.load import NodeReport, Residency, VersionReport
 from nearcast.wire.v1 import mesh_pb2 as pb
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReportLimits:
+class ReportLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds of what a report may claim."""
 
     size_bytes_max: int = 1024 * 1024
@@ -42,8 +41,7 @@ _RESIDENCY_NAMES: dict[int, Residency] = {number: name for name, number in _RESI
 _STATEFUL_NAMES: dict[int, Stateful] = {number: name for name, number in _STATEFUL.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Watch:
+class Watch(msgspec.Struct, frozen=True):
     """How reports are wished: not further apart than `interval_s`, changes of load not closer than `gap_s`."""
 
     interval_s: float = 1.0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
+
+import msgspec
 
 from nearcast.errors import CATALOGUE, Code, MeshError
 from nearcast.handler import Served
@@ -63,8 +64,7 @@ _FOREIGN: dict[int, Code] = {entry.grpc: code for code, entry in reversed(CATALO
 _MAY_HAVE_RUN = frozenset({Code.INTERNAL, Code.DEADLINE, Code.CANCELLED})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Status:
+class Status(msgspec.Struct, frozen=True, kw_only=True):
     """A gRPC status as it goes out: `message` is percent-encoded, `trailers` are `nc-*` pairs."""
 
     code: int

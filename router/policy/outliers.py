@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 _CROWD = 3
 _MAD_TO_SIGMA = 1.4826
@@ -17,8 +18,7 @@ _SIGMA_MIN = 0.25
 """In logarithms: a quarter either way is nothing special among equal machines."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
+class Pace(msgspec.Struct, frozen=True, kw_only=True):
     """How fast one target answers for one version: the median now and the best that it has been; seconds."""
 
     tier: str

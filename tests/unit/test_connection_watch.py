@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import resource
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from nearcast.transport.listener import within_descriptors
 from nearcast.transport.seam import Limits

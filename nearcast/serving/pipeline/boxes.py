@@ -6,9 +6,9 @@ Liu et al., "SSD: Single Shot MultiBox Detector", 2016: a raw box is an offset f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -24,8 +24,7 @@ _LOGIT_MAX = 80.0
 _LOG_SIZE_MAX = 10.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Detections:
+class Detections(msgspec.Struct, frozen=True, kw_only=True):
     """Of a batch of images, padded with zeros to the declared number of rows."""
 
     boxes: Array

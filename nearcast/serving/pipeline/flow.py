@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import TypeAlias
 
@@ -29,8 +28,7 @@ _FLOATS = ("FP16", "FP32", "FP64")
 _PIXEL_AXES = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
+class Kind(msgspec.Struct, frozen=True):
     """What is known of a tensor; -1 is a free axis."""
 
     datatype: str
