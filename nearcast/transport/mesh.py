@@ -74,7 +74,8 @@ def join_methods(*parts: Methods) -> Methods:
     if len(unary) + len(stream) != sum(len(part.unary) + len(part.stream) for part in parts):
         raise ValueError("two parts offer the same method path")
     passing = {path: method for part in parts for path, method in part.passing.items()}
-    return Methods(unary=unary, stream=stream, passing=passing)
+    pieced = frozenset().union(*(part.pieced for part in parts))
+    return Methods(unary=unary, stream=stream, passing=passing, pieced=pieced)
 
 
 class Members:
@@ -92,6 +93,7 @@ class Members:
         return Methods(
             unary={path: self._unary(method) for path, method in methods.unary.items()},
             stream={path: self._stream(method) for path, method in methods.stream.items()},
+            pieced=methods.pieced,
         )
 
     def _unary(self, method: UnaryMethod) -> UnaryMethod:

@@ -231,7 +231,8 @@ class ServerConnection(Ngh2Connection):
 
     def _receive(self, stream: ServerStream, data: bytes, *, is_end: bool) -> None:
         stream.has_ended = is_end
-        if is_end and stream.reader is None and stream.pieces is None and stream.stream_method is None:
+        pieces = stream.pieces
+        if is_end and pieces is None and stream.reader is None and stream.stream_method is None:
             whole = whole_message(data)
             if whole is not None:
                 # The usual case: the whole request in one frame.
@@ -240,17 +241,16 @@ class ServerConnection(Ngh2Connection):
                 self._ready.append(stream)
                 return
         try:
-            if stream.stream_method is not None:
-                stream.receive(data)
-                return
-            pieces = stream.pieces
             if pieces is not None and not is_end and stream.received_bytes + len(data) <= stream.pieces_size_bytes_max:
                 # As `_assemble` would: a large message comes in many frames.
                 pieces.append(data)
-                self.hold(stream, stream.received_bytes + len(data))
                 stream.unread_bytes += len(data)
                 if stream.unread_bytes >= UNREAD_SIZE_BYTES_MAX:
                     self._give_back(stream)
+                self.hold(stream, stream.received_bytes + len(data))
+                return
+            if stream.stream_method is not None:
+                stream.receive(data)
                 return
             if data:
                 stream.unread_bytes += len(data)
@@ -266,7 +266,7 @@ class ServerConnection(Ngh2Connection):
     def _assemble(self, stream: ServerStream, data: bytes) -> None:
         self.hold(stream, stream.received_bytes + len(data))
         if stream.reader is None:
-            if stream.pass_method is not None and stream.gather(data):
+            if stream.encoding == "identity" and stream.gather(data):
                 return
             if stream.pieces is not None:
                 data = b"".join(stream.pieces)

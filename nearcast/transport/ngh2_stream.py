@@ -66,13 +66,16 @@ class ServerStream:
 
     # Unary.
 
-    def take(self) -> bytes:
-        """The request, which must be complete; it is kept no longer here."""
+    def take(self) -> bytes | list[bytes]:
+        """The request, which must be complete, in pieces only for who takes those; it is kept no longer here."""
+        pieces, self.pieces = self.pieces, None
+        if pieces is not None:
+            return pieces if self.call.method in self.connection.server.methods.pieced else b"".join(pieces)
         message: bytes = self.whole  # type: ignore[assignment]
         self.whole = None
         return message
 
-    async def answer(self, message: bytes) -> None:
+    async def answer(self, message: bytes | list[bytes]) -> None:
         """Run the unary method and send what it returns or raises."""
         connection = self.connection
         try:
@@ -111,7 +114,7 @@ class ServerStream:
     # Taken over: whoever did so answers by one of `pass_back`, `reply` and `refuse`.
 
     def gather(self, data: bytes) -> bool:
-        """Keep the message in its pieces, for who takes the call over; False = it must be looked at after all."""
+        """Keep the message in its pieces; False = it must be looked at after all."""
         pieces = self.pieces = self.pieces or []
         if data:
             pieces.append(data)
@@ -124,18 +127,16 @@ class ServerStream:
         if not self.has_ended:
             return self.received_bytes <= self.pieces_size_bytes_max
         # Many small pieces would cost more to pass on than to join.
-        is_whole = self.received_bytes == self.pieces_size_bytes_max
-        return is_whole and len(pieces) * _PIECE_SIZE_BYTES <= size_bytes
+        if self.received_bytes != self.pieces_size_bytes_max or len(pieces) * _PIECE_SIZE_BYTES > size_bytes:
+            return False
+        pieces[0] = pieces[0][PREFIX_SIZE_BYTES:]
+        return True
 
     def hand_over(self) -> bool:
         """Let the method take the call over; False = it does not want to. What is still compressed is not for it."""
-        pieces, self.pieces = self.pieces, None
-        if self.pass_method is None or (pieces is None and type(self.whole) is not bytes):
+        pieces = [self.whole] if type(self.whole) is bytes else self.pieces
+        if self.pass_method is None or pieces is None:
             return False
-        if pieces is None:
-            pieces = [cast("bytes", self.whole)]
-        else:
-            pieces[0] = pieces[0][PREFIX_SIZE_BYTES:]
         try:
             passage = self.pass_method(pieces, self.call, self)
         except MeshError as error:
@@ -146,8 +147,8 @@ class ServerStream:
             self.refuse(_internal())
             return True
         if passage is None:
-            self.whole = pieces[0] if len(pieces) == 1 else b"".join(pieces)
             return False
+        self.whole = self.pieces = None
         if not self.is_done:
             self.passage = passage
         return True

@@ -53,7 +53,8 @@ def oip_methods(service: InferenceService, *, trusted: bool) -> Methods:
 
     # What comes from routers is not passed on, and what comes from clients only by routers.
     passing = {MODEL_INFER: _pass(service)} if service.passing is not None and not trusted else {}
-    return Methods(unary=unary, stream={MODEL_STREAM_INFER: stream}, passing=passing)
+    pieced = frozenset((MODEL_INFER,))
+    return Methods(unary=unary, stream={MODEL_STREAM_INFER: stream}, passing=passing, pieced=pieced)
 
 
 def _pass(service: InferenceService) -> PassMethod:
@@ -82,9 +83,9 @@ def _pass(service: InferenceService) -> PassMethod:
 def _infer(service: InferenceService, *, trusted: bool) -> UnaryMethod:
     clock = service.clock
 
-    async def infer(body: bytes, call: Call) -> Reply:
+    async def infer(body: bytes | Sequence[bytes], call: Call) -> Reply:
         # As `_read` does.
-        request = WireRequest(body)
+        request = WireRequest(body) if isinstance(body, bytes) else PiecedRequest(body)
         context = read_context(
             call.metadata,
             request.parameters,

@@ -141,11 +141,13 @@ class Methods:
     """What a server answers, by full path such as `/inference.GRPCInferenceService/ModelInfer`.
 
     A path of `passing` is also one of `unary`; servers that cannot be answered later leave `passing` aside.
+    The unary methods of `pieced` may be given a large message as the list of its pieces, unjoined.
     """
 
     unary: Mapping[str, UnaryMethod] = field(default_factory=dict)
     stream: Mapping[str, StreamMethod] = field(default_factory=dict)
     passing: Mapping[str, PassMethod] = field(default_factory=dict)
+    pieced: frozenset[str] = frozenset()
 
 
 class ReplyStream:

@@ -14,7 +14,7 @@ import numpy as np
 from nearcast.handler import Parameter
 from nearcast.wire.framing import LIMITS, Span, read_text, scan
 from nearcast.wire.message import read_parameters, read_requested, read_tensors
-from nearcast.wire.tensors import Array
+from nearcast.wire.tensors import Array, view_raw
 
 _MARKS = (b"shared_memory_region", b"classification")
 
@@ -29,7 +29,8 @@ class Layout:
     """
 
     __slots__ = (
-        "_fixed", "_id", "_plain", "_requested", "_scan", "is_extended", "model", "parameters", "raws", "version",
+        "_fixed", "_id", "_is_large", "_plain", "_requested", "_scan", "is_extended", "model", "parameters", "raws",
+        "version",
     )  # fmt: skip
 
     def __init__(self, body: bytes, raw_field: int) -> None:
@@ -44,6 +45,7 @@ class Layout:
         self._scan = found
         self._id = found.id
         self._fixed = _between(body, sorted((found.id, *self.raws)))
+        self._is_large = any(stop - start >= LIMITS.zero_copy_size_bytes_min for start, stop in self.raws)
         self._plain: list[tuple[str, np.dtype[Any], tuple[int, ...], int, int]] | None = None
         self._requested: tuple[str, ...] | None = None
 
@@ -86,6 +88,8 @@ class Layout:
     def read_tensors(self, body: bytes) -> dict[str, Array]:
         """The tensors of a message of this layout; see `read_tensors`."""
         if self._plain is not None:
+            if self._is_large:
+                return {name: view_raw(shape, dtype, body, *span) for name, dtype, shape, *span in self._plain}
             return {name: np.ndarray(shape, dtype, body[start:stop]) for name, dtype, shape, start, stop in self._plain}
         tensors = read_tensors(self.model, body, self._scan, self.raws)
         if all(map(_is_plain, tensors.values())) and len(tensors) == len(self.raws):
@@ -94,6 +98,13 @@ class Layout:
                 for (name, tensor), (start, stop) in zip(tensors.items(), self.raws, strict=True)
             ]
         return tensors
+
+    def gather_tensors(self, pieces: Sequence[bytes]) -> dict[str, Array]:
+        """The tensors of a message in pieces, if the layout `is_plain`: each is joined by itself, and so aligned."""
+        return {
+            name: np.ndarray(shape, dtype, _join(pieces, start, stop))
+            for name, dtype, shape, start, stop in self._plain or ()
+        }
 
 
 class Layouts:
@@ -139,6 +150,20 @@ def _between(body: bytes, spans: Sequence[Span]) -> list[tuple[int, bytes]]:
     return pieces
 
 
+def _join(pieces: Sequence[bytes], start: int, stop: int) -> bytes:
+    """What `pieces` are together, from `start` to `stop`."""
+    found = []
+    for piece in pieces:
+        size = len(piece)
+        if start < size:
+            found.append(piece if start <= 0 and size <= stop else piece[max(0, start) : stop])
+        start -= size
+        stop -= size
+        if stop <= 0:
+            break
+    return b"".join(found)
+
+
 def _is_plain(tensor: Array) -> bool:
-    """Whether its array is made of its bytes without looking at them, by a copy that keeps it aligned."""
-    return tensor.dtype.kind in "iufV" and tensor.nbytes < LIMITS.zero_copy_size_bytes_min
+    """Whether its array is made of its bytes without looking at them."""
+    return tensor.dtype.kind in "iufV"

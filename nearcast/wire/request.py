@@ -68,7 +68,7 @@ class WireRequest(InferRequest):
 
 
 class PiecedRequest(WireRequest):
-    """A `ModelInferRequest` as received in several pieces. They are joined only if somebody looks at the tensors.
+    """A `ModelInferRequest` as received in several pieces. They are joined only where somebody needs them to be.
 
     Raises:
         MeshError: INVALID_REQUEST if the bytes are no protobuf message.
@@ -97,7 +97,10 @@ class PiecedRequest(WireRequest):
         return self._size_bytes
 
     def decode(self) -> Tensors:
-        self.encode()
+        if self._inputs is None and self._layout.is_plain and not self._body:
+            self._inputs = self._layout.gather_tensors(self._pieces)
+        else:
+            self.encode()
         return super().decode()
 
     def encode(self) -> bytes:
@@ -110,8 +113,8 @@ class PiecedRequest(WireRequest):
         return self._pieces
 
     def requested_outputs(self) -> Sequence[str]:
-        self.encode()
-        return super().requested_outputs()
+        # Recognised by its first piece, a message has them there.
+        return self._layout.read_requested(self._pieces[0])
 
 
 class TensorRequest(InferRequest):

@@ -123,15 +123,17 @@ def from_raw(name: str, datatype: str, shape: tuple[int, ...], body: bytes, star
             # Any byte but 0 is true; numpy itself assumes that only 0 and 1 occur.
             true: Array = np.ndarray(shape, np.uint8, body, start) != 0
             return true
-        if stop - start < LIMITS.zero_copy_size_bytes_min:
-            return np.ndarray(shape, dtype, body[start:stop])
-        array: Array = np.ndarray(shape, dtype, body, start)
+        return view_raw(shape, dtype, body, start, stop)
     except (ValueError, TypeError) as error:
         raise MeshError(Code.INVALID_REQUEST, f"The shape of tensor '{name}' is too large.") from error
-    if not array.flags.aligned:
-        array = array.copy()
-        array.setflags(write=False)
-    return array
+
+
+def view_raw(shape: tuple[int, ...], dtype: np.dtype[Any], body: bytes, start: int, stop: int) -> Array:
+    """The array that `body[start:stop]` is, whose size is known to be right; a copy if it is small or not aligned."""
+    if stop - start < LIMITS.zero_copy_size_bytes_min:
+        return np.ndarray(shape, dtype, body[start:stop])
+    array: Array = np.ndarray(shape, dtype, body, start)
+    return array if array.flags.aligned else np.ndarray(shape, dtype, body[start:stop])
 
 
 def to_raw(array: Array) -> bytes:

@@ -6,7 +6,7 @@ import pytest
 from nearcast.errors import Code, MeshError
 from nearcast.handler import SEQUENCE_ID_CHARS_MAX
 from nearcast.wire.framing import LIMITS
-from nearcast.wire.request import TensorRequest, WireRequest
+from nearcast.wire.request import PiecedRequest, TensorRequest, WireRequest
 from nearcast.wire.v1 import oip_pb2 as pb
 
 
@@ -83,6 +83,27 @@ def test_small_and_large_tensors_are_aligned_whatever_the_offset():
             assert array.flags.c_contiguous
             assert not array.flags.writeable
             assert np.array_equal(array, values[: len(array)]), name
+
+
+@pytest.mark.parametrize("model", ["m", "mo", "mod", "mode"])
+@pytest.mark.parametrize("order", ["xy", "yx"])  # behind a large tensor, a first piece says nothing of the other
+def test_tensors_of_a_message_in_pieces_are_aligned_whatever_the_offset(model, order):
+    values = {"x": np.arange(40_000, dtype=np.float64).reshape(4, -1), "y": np.arange(3, dtype=np.int32)}
+    inputs = {name: values[name] for name in order}
+    for number in range(3):  # the first time nothing is known of the layout
+        body = TensorRequest(model=model, id=f"i{number}", inputs=inputs, outputs=("o",)).encode()
+        request = PiecedRequest([body[:400], *(body[at : at + 16_384] for at in range(400, len(body), 16_384))])
+        assert request.requested_outputs() == ("o",)
+        decoded = request.decode()
+        assert list(decoded) == list(order)
+        for name, array in decoded.items():
+            np.testing.assert_array_equal(array, values[name])
+            assert array.dtype == values[name].dtype
+            assert array.flags.aligned
+            assert not array.flags.writeable
+        assert request.encode() == body
+        if number and order == "yx":
+            assert not np.shares_memory(decoded["x"], np.frombuffer(request.encode(), np.uint8))
 
 
 def test_large_aligned_tensor_is_a_view():
