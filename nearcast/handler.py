@@ -117,6 +117,10 @@ class InferResponse(ABC):
     def encode(self) -> bytes:
         """The answer as a `ModelInferResponse` protobuf. Cached; the original bytes where there are any."""
 
+    def encode_pieces(self) -> Sequence[bytes]:
+        """The same in pieces, so that large tensors are not copied once more to be joined."""
+        return (self.encode(),)
+
 
 class RequestContext(msgspec.Struct, frozen=True, kw_only=True):
     """What surrounds a request.
@@ -172,6 +176,22 @@ class InferenceHandler(Protocol):
 
     def stream(self, requests: AsyncIterator[InferRequest], context: RequestContext) -> AsyncIterator[InferResponse]:
         """Answer a stream of requests, in order."""
+        ...
+
+
+class Asker(Protocol):
+    """Who waits for an answer without a coroutine. Told once, unless it has given up."""
+
+    def answer(self, response: InferResponse) -> None:
+        """The answer.
+
+        Raises:
+            MeshError: INTERNAL if it cannot travel.
+        """
+        ...
+
+    def refuse(self, error: MeshError) -> None:
+        """Why there is none."""
         ...
 
 

@@ -19,7 +19,7 @@ from nearcast.telemetry import get_logger
 from nearcast.transport.passed import read_served
 from nearcast.transport.seam import CallError, Fields, PassedCall, Reply, Responder
 from nearcast.transport.statistics import Statistics
-from nearcast.wire.response import WireResponse, response_pieces
+from nearcast.wire.response import WireResponse
 from nearcast.wire.status import served_to_fields
 from router.exchange import read_outcome
 from router.policy import Attempt, Outcome, RequestFacts, Send
@@ -210,7 +210,7 @@ class Passage:
             elapsed_s = self._router.now() - self._began
             self._counts.succeed(self._facts.model, response.version, response.served, elapsed_s)
         self._task = None
-        self._end().reply(Reply(response_pieces(response), fields=served_to_fields(response.served)))
+        self._end().reply(Reply(response.encode_pieces(), fields=served_to_fields(response.served)))
 
     # The hedge.
 

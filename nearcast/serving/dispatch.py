@@ -6,8 +6,10 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
+
+import msgspec
 
 from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError
@@ -23,8 +25,23 @@ from nearcast.serving.workers import Workers
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(slots=True, eq=False)
-class Waiting:
+class Answer(Protocol):
+    """What a request gets: a future, or what takes a future's place. It ends once, unless it is cancelled before."""
+
+    def done(self) -> bool:
+        """Whether nobody waits for it any more."""
+        ...
+
+    def set_result(self, result: Timed, /) -> None:
+        """The model's answer."""
+        ...
+
+    def set_exception(self, exception: MeshError, /) -> None:
+        """Why there is none."""
+        ...
+
+
+class Waiting(msgspec.Struct, eq=False):
     """A request until it is over. `step` runs instead of the engine; `left` is called once nothing of it can run.
 
     The run that it takes part in says how long it spent on tensors: `before_s` the engine, and `after_s`.
@@ -33,7 +50,7 @@ class Waiting:
     inputs: Tensors
     rows: int
     deadline: float | None
-    answer: asyncio.Future[Timed]
+    answer: Answer
     step: Callable[[], Timed] | None = None
     left: Callable[[], None] | None = None
     before_s: float = 0.0
@@ -287,7 +304,7 @@ class Dispatch:
         )
 
 
-def settle(answer: asyncio.Future[Timed], result: Timed | MeshError) -> None:
+def settle(answer: Answer, result: Timed | MeshError) -> None:
     """Give a request its end, unless it has one."""
     if answer.done():
         return

@@ -15,15 +15,16 @@ from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.counts import VersionCounts
 from nearcast.errors import Code, MeshError
 from nearcast.handler import (
+    Asker,
     InferRequest,
     InferResponse,
     ModelMetadata,
     RequestContext,
     Served,
-    Tensors,
 )
 from nearcast.load import AnswerLoad, NodeReport, Tier, VersionReport, write_answer_load
 from nearcast.metrics import Registry
+from nearcast.serving.asked import ANSWERED, Answered, Asked, Begun
 from nearcast.serving.cache import ResponseCache
 from nearcast.serving.confidence import is_uncertain
 from nearcast.serving.description import describe
@@ -36,7 +37,6 @@ from nearcast.serving.on_demand import OnDemand
 from nearcast.serving.precedence import LoopPrecedence
 from nearcast.serving.residency import Residency, unknown_model
 from nearcast.serving.shadow import Shadow
-from nearcast.serving.signature import Size
 from nearcast.serving.slots import Slot, VersionStatus
 from nearcast.serving.version import HotVersion
 from nearcast.store import Store
@@ -82,7 +82,10 @@ class ModelHost:
         self._registry = registry
         self._clock = clock
         self._now = clock.monotonic
-        self._residency = Residency(store, limits=self._limits, clock=clock, tenant_keys=tenant_keys)
+        self._precedence = LoopPrecedence(real_time=self._limits.real_time)
+        self._residency = Residency(
+            store, limits=self._limits, clock=clock, precedence=self._precedence, tenant_keys=tenant_keys
+        )
         self._on_demand = OnDemand(self._residency, limits=self._limits, clock=clock)
         self._slots: Mapping[str, Slot] = self._residency.slots
         self._cache = ResponseCache(self._limits.cache_bytes_max, clock)
@@ -91,7 +94,6 @@ class ModelHost:
         self._closed = False
         self._arrived = 0.0
         self._shadow = Shadow(self._limits, self._quiet, self._now)
-        self._precedence = LoopPrecedence(real_time=self._limits.real_time)
         self._collectors = (
             self._precedence,
             HostCollector(self._residency.statistics, self._residency.in_flight),
@@ -127,78 +129,123 @@ class ModelHost:
             await self._residency.follow(model)
 
     async def infer(self, request: InferRequest, context: RequestContext) -> InferResponse:
-        arrived = self._arrived = self._now()
+        arrived = self._now()
         slot = self._slots.get(request.model)
         if slot is None:
             raise self._unknown(request.model)
         version = slot.choose(request, context)
         if version is None:
             version = await self._on_demand.fetch(slot, context.version or request.version, context.deadline)
-        version.used_at = arrived
-        in_flight = self._in_flight
-        self._in_flight = in_flight + 1
-        version.in_flight += 1
-        statistics = version.statistics
+        asked = self._accept(Asked(slot, version, request, context, arrived, self._in_flight))
         try:
-            if context.deadline is not None:
-                context.require_time(arrived)
-            inputs = request.decode()
-            size = version.signature.check(inputs, request.form)
-            names = request.requested_outputs()
-            if names:
-                version.signature.require_outputs(names)
-            read = self._now()
-            run = self._run(version, request, context, inputs, size)
-            outputs, started, ended = run if isinstance(run, tuple) else await run
-        except MeshError as error:
-            statistics.fail(error.code, int((self._now() - arrived) * 1e6))
-            raise
-        except asyncio.CancelledError:
-            ended = self._now()
-            statistics.fail(_why_cancelled(ended, context), int((ended - arrived) * 1e6))
+            asked.read(self._now)
+            run = self._run(asked)
+            timed = run if isinstance(run, tuple) else await run
+        except (MeshError, asyncio.CancelledError) as error:
+            self.fail(asked, error)
             raise
         finally:
-            self._in_flight -= 1
-            version.in_flight -= 1
-            version.left()
+            self.leave(version)
+        return self.end(asked, timed)
+
+    def begin(self, request: InferRequest, context: RequestContext, asker: Asker) -> Begun | Answered | None:
+        """As `infer`, where the model runs on the loop: at once, or with others by the end of the turn.
+
+        It takes no coroutine, future or task. The asker keeps the deadline.
+
+        Returns:
+            What can be cancelled; None = `infer` must do it.
+
+        Raises:
+            MeshError: what the model raised.
+        """
+        arrived = self._now()
+        slot = self._slots.get(request.model)
+        if slot is None or (version := slot.choose(request, context)) is None or (turn := version.turn) is None:
+            return None
+        asked = Asked(slot, version, request, context, arrived, self._in_flight)
+        try:
+            asked.read(self._now)
+        except MeshError:
+            # It is found again and counted.
+            return None
+        if not version.runs_inline(asked.size):
+            return None
+        if turn.arrive():
+            begun = Begun(self, self._accept(asked), asker)
+            version.join(asked.inputs, asked.size, context.deadline, begun)
+            return begun
+        # Nobody sees that it is in flight: the loop does nothing else meanwhile.
+        self._arrived = version.used_at = arrived
+        try:
+            timed = version.run_now(asked.inputs, asked.size)
+        except MeshError as error:
+            self.fail(asked, error)
+            raise
+        asker.answer(self.end(asked, timed))
+        return ANSWERED
+
+    def _accept(self, asked: Asked) -> Asked:
+        self._arrived = asked.version.used_at = asked.arrived
+        self._in_flight += 1
+        asked.version.in_flight += 1
+        return asked
+
+    def leave(self, version: HotVersion) -> None:
+        """One request less is in flight."""
+        self._in_flight -= 1
+        version.in_flight -= 1
+        version.left()
+
+    def fail(self, asked: Asked, error: BaseException) -> None:
+        """Count a request that got no answer."""
+        now = self._now()
+        code = error.code if isinstance(error, MeshError) else _why_cancelled(now, asked.context)
+        asked.version.statistics.fail(code, int((now - asked.arrived) * 1e6))
+
+    def end(self, asked: Asked, timed: Timed) -> InferResponse:
+        """Count a request that is answered, and make its answer."""
+        outputs, started, ended = timed
+        version, arrived = asked.version, asked.arrived
+        statistics = version.statistics
         if version.stateful:
             statistics.ran(1, started, ended)
         queue_us = int((started - arrived) * 1e6)
         compute_us = int((ended - started) * 1e6)
         statistics.answer(queue_us, compute_us)
-        statistics.read_s += read - arrived
+        statistics.read_s += asked.read_at - arrived
         statistics.last = ended
-        if slot.pair is not None and arrived >= self._shadow.due:
-            self._shadow.take(slot.pair, version, inputs, outputs)
+        if asked.slot.pair is not None and arrived >= self._shadow.due:
+            self._shadow.take(asked.slot.pair, version, asked.inputs, outputs)
         load = ""
         if ended - version.told_at >= self._limits.load_interval_s:
             version.told_at = ended
             load = self._load_of(version, ended)
         cascade = version.cascade
         escalate = cascade.larger if cascade is not None and is_uncertain(cascade, outputs) else ""
-        if names:
-            outputs = {name: outputs[name] for name in names}
+        if asked.names:
+            outputs = {name: outputs[name] for name in asked.names}
         return TensorResponse(
-            model=request.model,
+            model=asked.request.model,
             version=version.wire_version,
             outputs=outputs,
-            id=request.id,
+            id=asked.request.id,
             served=Served(
                 node=self._node,
                 tier=self._tier,
                 version=version.wire_version,
                 queue_us=queue_us,
                 compute_us=compute_us,
-                in_flight=in_flight,
+                in_flight=asked.in_flight,
                 escalate=escalate,
                 load=load,
             ),
         )
 
-    def _run(
-        self, version: HotVersion, request: InferRequest, context: RequestContext, inputs: Tensors, size: Size
-    ) -> Timed | Awaitable[Timed]:
+    def _run(self, asked: Asked) -> Timed | Awaitable[Timed]:
         """The way that suits the version and the inputs: remembered, in a sequence, on the loop or in a thread."""
+        version, request, context = asked.version, asked.request, asked.context
+        inputs, size = asked.inputs, asked.size
         if version.stateful:
             return version.sequences.run(request, context, inputs)
         if version.cache_salt and request.size_bytes <= self._limits.cache_request_bytes_max:

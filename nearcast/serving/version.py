@@ -14,7 +14,7 @@ from nearcast.clock import Clock
 from nearcast.errors import MeshError
 from nearcast.handler import RequestContext, Tensors
 from nearcast.serving.batching import BatchingConfig
-from nearcast.serving.dispatch import Dispatch, Waiting, settle, unloaded
+from nearcast.serving.dispatch import Answer, Dispatch, Waiting, settle, unloaded
 from nearcast.serving.engines import Timed
 from nearcast.serving.limits import HostLimits
 from nearcast.serving.loading import Loaded
@@ -35,6 +35,7 @@ class HotVersion:
         used_at: when the last one arrived, in monotonic seconds.
         told_at: when an answer last said how the host is.
         inline: small requests run on the loop.
+        turn: of requests that only the model has to do with (no sequence, no cache); None = none runs on the loop.
         cascade: when the answer is uncertain; None = it never is.
         cache_salt: names the version in the response cache; empty unless its answers may be remembered.
     """
@@ -101,6 +102,7 @@ class HotVersion:
         )
         self._joins = rows_max > 1
         self._turn = self._make_turn(rows_max) if self.inline and loaded.engine.concurrent else None
+        self.turn = None if self.stateful or self.cache_salt else self._turn
         self._idle: asyncio.Future[None] | None = None
         self._keep_sequences = False
         self.is_closed = False
@@ -117,17 +119,29 @@ class HotVersion:
         Raises:
             MeshError: what the model raised; the future also raises DEADLINE if time ran out.
         """
-        turn = self._turn
-        if turn is None or not turn.arrive():
-            started = self._clock.monotonic()
-            outputs = self.engine.run(inputs)
-            ended = self._clock.monotonic()
-            self.statistics.ran(size.rows, started, ended)
-            return outputs, started, ended
+        if self._turn is None or not self._turn.arrive():
+            return self.run_now(inputs, size)
         answer: asyncio.Future[Timed] = self._loop.create_future()
-        key = self.signature.key(inputs) if self._joins else ()
-        turn.join(key, Waiting(inputs, size.rows, deadline, answer))
+        self.join(inputs, size, deadline, answer)
         return answer
+
+    def run_now(self, inputs: Tensors, size: Size) -> Timed:
+        """Run on the loop, at once and alone.
+
+        Raises:
+            MeshError: what the model raised.
+        """
+        started = self._clock.monotonic()
+        outputs = self.engine.run(inputs)
+        ended = self._clock.monotonic()
+        self.statistics.ran(size.rows, started, ended)
+        return outputs, started, ended
+
+    def join(self, inputs: Tensors, size: Size, deadline: float | None, answer: Answer) -> None:
+        """Run by the end of the turn, together with those that may be joined."""
+        assert self._turn is not None
+        key = self.signature.key(inputs) if self._joins else ()
+        self._turn.join(key, Waiting(inputs, size.rows, deadline, answer))
 
     @property
     def waiting(self) -> int:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any, cast
 
 from ngh2 import NGH2Error
 
 from nearcast.errors import Code, MeshError
+from nearcast.transport import eager
 from nearcast.transport.ngh2_framing import PREFIX_SIZE_BYTES, Deflated, MessageReader, announced_size_bytes, frame
 from nearcast.transport.ngh2_headers import RESPONSE, write_trailers
 from nearcast.transport.seam import Call, Fields, PassMethod, Reply, StreamMethod, Taken, UnaryMethod
@@ -75,14 +77,14 @@ class ServerStream:
         self.whole = None
         return message
 
-    async def answer(self, message: bytes | list[bytes]) -> None:
-        """Run the unary method and send what it returns or raises."""
+    async def answer(self, message: bytes | list[bytes], begun: Awaitable[Reply] | None = None) -> None:
+        """Run the unary method, unless it has begun, and send what it returns or raises."""
         connection = self.connection
         try:
             if isinstance(message, Deflated):
                 message = await self._inflate(message)
             method: Any = self.unary_method
-            reply = await method(message, self.call)
+            reply = await (begun or method(message, self.call))
         except MeshError as error:
             connection.fail(self, error)
         except asyncio.CancelledError:
@@ -133,7 +135,7 @@ class ServerStream:
         return True
 
     def hand_over(self) -> bool:
-        """Let the method take the call over; False = it does not want to. What is still compressed is not for it."""
+        """Let the method take the call over; False = there is none. What is still compressed is not for it."""
         pieces = [self.whole] if type(self.whole) is bytes else self.pieces
         if self.pass_method is None or pieces is None:
             return False
@@ -146,11 +148,11 @@ class ServerStream:
             _log.exception("the method %s raised", self.call.method)
             self.refuse(_internal())
             return True
-        if passage is None:
-            return False
         self.whole = self.pieces = None
-        if not self.is_done:
-            self.passage = passage
+        if isinstance(passage, CoroutineType):
+            self.task = eager.start(self.answer(b"", passage), self.connection.loop)
+        elif not self.is_done:
+            self.passage = cast("Taken", passage)
         return True
 
     def pass_back(self, pieces: Sequence[bytes], trailers: Fields) -> None:

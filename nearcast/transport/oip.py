@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Any
 
+import msgspec
 from google.protobuf.message import DecodeError, Message
 
 from nearcast.errors import Code, MeshError
-from nearcast.handler import RequestContext
+from nearcast.handler import InferResponse, RequestContext
 from nearcast.transport.context import read_context
 from nearcast.transport.latest import Frame, LatestStream
 from nearcast.transport.oip_extended import encode_extended, read_extended
@@ -18,7 +20,6 @@ from nearcast.transport.stream_answers import encode_error
 from nearcast.wire.framing import encode_prefix
 from nearcast.wire.message import encode_parameters
 from nearcast.wire.request import PiecedRequest, WireRequest
-from nearcast.wire.response import response_pieces
 from nearcast.wire.status import LATEST, served_to_fields
 
 SERVICE = "/inference.GRPCInferenceService/"
@@ -51,71 +52,67 @@ def oip_methods(service: InferenceService, *, trusted: bool) -> Methods:
             return LatestStream(lambda body: _frame(service, body, call, trusted=trusted)).run(bodies)
         return _stream(service, bodies, call, trusted=trusted)
 
-    # What comes from routers is not passed on, and what comes from clients only by routers.
-    passing = {MODEL_INFER: _pass(service)} if service.passing is not None and not trusted else {}
+    # What comes from routers is not passed on.
+    passing = {} if trusted else {MODEL_INFER: _pass(service)}
     pieced = frozenset((MODEL_INFER,))
     return Methods(unary=unary, stream={MODEL_STREAM_INFER: stream}, passing=passing, pieced=pieced)
 
 
-def _pass(service: InferenceService) -> PassMethod:
-    handler, counts, now = service.passing, service.counts, service.clock.monotonic
-
-    def pass_on(pieces: Sequence[bytes], call: Call, responder: Responder) -> Taken | None:
-        request = WireRequest(pieces[0]) if len(pieces) == 1 else PiecedRequest(pieces)
-        context = read_context(
-            call.metadata,
-            request.parameters,
-            deadline=call.deadline,
-            identity=call.identity,
-            trusted=False,
-            clock=service.clock,
-        )
-        # Who takes the call over leaves its deadline to the transport, which knows of no other.
-        if handler is None or request.is_extended or context.deadline != call.deadline or not request.model:
-            return None
-        if context.deadline is not None:
-            context.require_time(now())
-        return handler.pass_on(request, context, responder, counts)
-
-    return pass_on
-
-
 def _infer(service: InferenceService, *, trusted: bool) -> UnaryMethod:
-    clock = service.clock
-
-    async def infer(body: bytes | Sequence[bytes], call: Call) -> Reply:
-        # As `_read` does.
-        request = WireRequest(body) if isinstance(body, bytes) else PiecedRequest(body)
-        context = read_context(
-            call.metadata,
-            request.parameters,
-            deadline=call.deadline,
-            identity=call.identity,
-            trusted=trusted,
-            clock=clock,
-        )
-        if request.is_extended:
-            return await _answer(service, request, context, call)
-        # As `_answer` does; this way costs a coroutine less.
-        response = repeat_id(request, await service.ask(request, context, kept=call.deadline))
-        return Reply(response_pieces(response), fields=served_to_fields(response.served))
+    def infer(body: bytes | Sequence[bytes], call: Call) -> Coroutine[Any, Any, Reply]:
+        return _answer(service, *_read(service, body, call, trusted=trusted), call)
 
     return infer
 
 
+def _pass(service: InferenceService) -> PassMethod:
+    def pass_on(pieces: Sequence[bytes], call: Call, responder: Responder) -> Taken | Coroutine[Any, Any, Reply]:
+        request, context = _read(service, pieces, call, trusted=False)
+        taken = None
+        # Who takes the call over leaves its deadline to the transport, which knows of no other.
+        if context.deadline == call.deadline and not request.is_extended and request.model:
+            if service.beginning is not None:
+                taken = service.beginning.begin(request, context, _Asker(responder))
+            elif service.passing is not None:
+                if context.deadline is not None:
+                    context.require_time(service.clock.monotonic())
+                taken = service.passing.pass_on(request, context, responder, service.counts)
+        return taken or _answer(service, request, context, call)
+
+    return pass_on
+
+
+class _Asker(msgspec.Struct, eq=False):
+    """Whoever asked, for a handler that knows nothing of messages."""
+
+    responder: Responder
+
+    def answer(self, response: InferResponse) -> None:
+        self.responder.reply(_reply(response))
+
+    def refuse(self, error: MeshError) -> None:
+        self.responder.refuse(error)
+
+
 async def _answer(service: InferenceService, request: WireRequest, context: RequestContext, call: Call) -> Reply:
-    if request.is_extended:
-        fetched, forms = read_extended(service, request.encode(), call)
-        response = await service.infer(fetched, context, kept=call.deadline)
-        pieces: Sequence[bytes] = (await encode_extended(service, response, forms, call),)
+    if not request.is_extended:
+        return _reply(repeat_id(request, await service.ask(request, context, kept=call.deadline)))
+    fetched, forms = read_extended(service, request.encode(), call)
+    response = await service.infer(fetched, context, kept=call.deadline)
+    return Reply((await encode_extended(service, response, forms, call),), fields=served_to_fields(response.served))
+
+
+def _reply(response: InferResponse) -> Reply:
+    return Reply(response.encode_pieces(), fields=served_to_fields(response.served))
+
+
+def _read(
+    service: InferenceService, body: bytes | Sequence[bytes], call: Call, *, trusted: bool
+) -> tuple[WireRequest, RequestContext]:
+    if isinstance(body, bytes):
+        request = WireRequest(body)
     else:
-        response = await service.infer(request, context, kept=call.deadline)
-        pieces = response_pieces(response)
-    return Reply(pieces, fields=served_to_fields(response.served))
-
-
-def _read(service: InferenceService, body: bytes, call: Call, *, trusted: bool) -> tuple[WireRequest, RequestContext]:
-    request = WireRequest(body)
+        request = WireRequest(body[0]) if len(body) == 1 else PiecedRequest(body)
     context = read_context(
         call.metadata,
         request.parameters,

@@ -5,9 +5,9 @@ A gRPC server maps method paths to `UnaryMethod` or `StreamMethod`; a channel ca
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import msgspec
 
@@ -131,9 +131,9 @@ class Taken(Protocol):
         ...
 
 
-PassMethod: TypeAlias = Callable[[Sequence[bytes], Call, Responder], Taken | None]
-"""Takes a call over without a coroutine of its own; the message is in the pieces in which it came. None = the unary
-method of the same path answers it. Raises `MeshError` as that would. May be called back at once."""
+PassMethod: TypeAlias = Callable[[Sequence[bytes], Call, Responder], Taken | Coroutine[Any, Any, Reply]]
+"""Takes a call over, or answers it by a coroutine as a unary method does; the message is in the pieces in which it
+came. Raises `MeshError` as that would. The responder may be told at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
+
+import msgspec
 
 from nearcast import __version__
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.counts import VersionCounts
 from nearcast.errors import Code, MeshError
 from nearcast.handler import (
+    Asker,
     Counting,
     InferenceHandler,
     InferRequest,
@@ -70,8 +72,16 @@ class PassingHandler(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IndexEntry:
+@runtime_checkable
+class BeginningHandler(Protocol):
+    """A handler that answers some calls without a coroutine, such as a model host whose models run on the loop."""
+
+    def begin(self, request: InferRequest, context: RequestContext, asker: Asker) -> Taken | None:
+        """As `PassingHandler.pass_on`, of a handler that makes answers itself: with the id of the request."""
+        ...
+
+
+class IndexEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One model version in the repository index."""
 
     name: str
@@ -123,6 +133,8 @@ class InferenceService:
         self.counts = None
         if self._counting is None:
             self.counts = statistics or Statistics(clock)
+        # What is counted here has to end here.
+        self.beginning = handler if isinstance(handler, BeginningHandler) and self.counts is None else None
         self._repository = directory if repository is None and isinstance(directory, ModelRepository) else repository
         self._report = directory.report if report is None and isinstance(directory, Reporting) else report
 

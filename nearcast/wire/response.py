@@ -46,10 +46,6 @@ class WireResponse(InferResponse):
     def encode(self) -> bytes:
         return self._body
 
-    def encode_pieces(self) -> Sequence[bytes]:
-        """The original bytes, in one piece."""
-        return (self._body,)
-
 
 class TensorResponse(InferResponse):
     """An answer made from arrays: what engines produce. `id` repeats the request's.
@@ -118,16 +114,6 @@ class TensorResponse(InferResponse):
             except MeshError as error:
                 raise _broken(error) from error
         return self._pieces
-
-
-_IN_PIECES = (TensorResponse, WireResponse)
-
-
-def response_pieces(response: InferResponse) -> Sequence[bytes]:
-    """The answer as pieces of one `ModelInferResponse`, whatever class it is of."""
-    if isinstance(response, _IN_PIECES):
-        return response.encode_pieces()
-    return (response.encode(),)
 
 
 def _broken(error: MeshError) -> MeshError:

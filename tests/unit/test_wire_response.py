@@ -5,7 +5,7 @@ import pytest
 
 from nearcast.errors import Code, MeshError
 from nearcast.handler import Served
-from nearcast.wire.response import TensorResponse, WireResponse, response_pieces
+from nearcast.wire.response import TensorResponse, WireResponse
 from nearcast.wire.v1 import oip_pb2 as pb
 
 SERVED = Served(node="edge-1", tier="local", version="3")
@@ -78,5 +78,5 @@ def test_a_malformed_answer_is_the_peers_fault(body):
 def test_an_answer_that_cannot_travel_is_internal():
     response = TensorResponse(model="m", version="1", outputs={"y": np.zeros(1, np.complex64)})
     with pytest.raises(MeshError) as caught:
-        response_pieces(response)
+        response.encode_pieces()
     assert caught.value.code is Code.INTERNAL
