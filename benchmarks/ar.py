@@ -4,7 +4,8 @@ Overload of 2 means: so many streams that their frames per second are twice the 
 gives to four clients without deadlines, measured just before. Every camera is a real gRPC stream of its own connection
 with `nc-latest`, sends a 150 kB frame every 1/30 s whatever happened to the last one, and says as `timeout` what the
 15 ms leave after the way to the server. An answer is on budget if it reaches the client within 15 ms of the frame's
-sending; a frame is refused at once if that is known within 5 ms. Then the same without deadlines, where frames wait and
+sending; a frame is refused at once if that is known within 5 ms. Meanwhile `stalls` notes when the machine itself stood
+still: a frame on its way then is late whatever the server does. Then the same without deadlines, where frames wait and
 are superseded: each is to be answered once, and a superseded one within 5 ms of the frame that took its place.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import tempfile
 import time
@@ -28,6 +30,7 @@ from benchmarks.paced import fill_store, make_request
 from benchmarks.paced_load import channel_to, find_work, measure_capacity, on_load_cpu, quantile
 from benchmarks.processes import serve
 from benchmarks.rows import Row
+from benchmarks.stalls import Span, Stalls, watch_stalls
 from nearcast.errors import Code, MeshError
 from nearcast.handler import Served
 from nearcast.transport.oip import MODEL_STREAM_INFER
@@ -101,7 +104,7 @@ def run(*, quick: bool) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder, on_load_cpu():
         root = fill_store(Path(folder))
         with serve("benchmarks.paced", root, json.dumps({})) as ready:
-            return rows + uvloop.run(measure(ready["address"], seconds=seconds))
+            return rows + uvloop.run(measure(ready["address"], ready["pid"], seconds=seconds))
 
 
 def judge_played(*, schedules: int) -> list[Row]:
@@ -116,7 +119,7 @@ def judge_played(*, schedules: int) -> list[Row]:
     return rows
 
 
-async def measure(address: str, *, seconds: float) -> list[Row]:
+async def measure(address: str, pid: int, *, seconds: float) -> list[Row]:
     """Capacity, then both kinds of streams."""
     async with channel_to(address) as channel:
         work = await find_work(channel, MODEL_MS)
@@ -129,7 +132,9 @@ async def measure(address: str, *, seconds: float) -> list[Row]:
         Row("ar.way_ms", way_ms, "ms", "there and back, p99 of the same; the server is told the rest of the budget"),
     ]
     timeout_s = (BUDGET_MS - way_ms) / 1e3
-    rows += judge(await film(address, streams, work, timeout_s, seconds))
+    with watch_stalls(pid) as stalls:
+        cameras = await film(address, streams, work, timeout_s, seconds)
+    rows += judge(cameras) + explain(cameras, stalls)
     return rows + judge_superseded(await film(address, streams, work, None, seconds / 3))
 
 
@@ -156,18 +161,30 @@ def judge(cameras: Sequence[Camera]) -> list[Row]:
     frames = _counted(cameras)
     answers = [frame for frame in frames if frame.end == "answered"]
     others = [frame for frame in frames if frame.end != "answered"]
-    took_ms = [(frame.came - frame.sent) * 1e3 for frame in answers]
-    at_once = [frame for frame in others if frame.end in ("refused", "superseded") and _lag_ms(frame) <= AT_ONCE_MS]
+    took_ms = [(frame.came - frame.sent) * 1e3 for frame in answers] or [math.inf]
+    at_once = [frame for frame in others if _is_at_once(frame)]
     return [
         Row("ar.frames", len(frames), "", f"{sum(camera.twice for camera in cameras)} answered twice"),
         Row("ar.answered_share", len(answers) / len(frames), "share", f"{1 / OVERLOAD:g} is all there is"),
-        Row("ar.on_budget_share", sum(took <= BUDGET_MS for took in took_ms) / len(answers), "share", "of answers"),
+        Row("ar.on_budget_share", sum(took <= BUDGET_MS for took in took_ms) / len(took_ms), "share", "of answers"),
         Row("ar.answer_p50_ms", quantile(took_ms, 0.5), "ms"),
         Row("ar.answer_p999_ms", quantile(took_ms, 0.999), "ms"),
         Row("ar.others_at_once_share", len(at_once) / max(1, len(others)), "share", f"within {AT_ONCE_MS:g} ms"),
         Row("ar.others_p50_ms", quantile([_lag_ms(frame) for frame in others if frame.came] or [0.0], 0.5), "ms"),
         Row("ar.expired", sum(frame.end == "expired" for frame in others), "", "ran or waited in vain"),
         Row("ar.unanswered", sum(frame.end == "unanswered" for frame in others), ""),
+    ]
+
+
+def explain(cameras: Sequence[Camera], stalls: Stalls) -> list[Row]:
+    """How many of those that were told late were on their way while a core stood still."""
+    frames = _counted(cameras)
+    late = [_span(frame) for frame in frames if frame.end != "answered" and not _is_at_once(frame)]
+    met = sum(stalls.met(*_span(frame)) for frame in frames) / len(frames)
+    return [
+        Row("ar.machine_stalls", len(stalls.spans), "", str(stalls)),
+        Row("ar.others_late", len(late), "", f"a stall met {met:.4f} of all frames"),
+        Row("ar.others_late_without_stall", stalls.beyond(late), "", "no core stood still from a run before on"),
     ]
 
 
@@ -188,6 +205,15 @@ def _counted(cameras: Sequence[Camera]) -> list[Frame]:
     """Frames after the warm-up."""
     first = int(WARM_S * FPS)
     return [frame for camera in cameras for index, frame in camera.frames.items() if int(index) >= first]
+
+
+def _is_at_once(frame: Frame) -> bool:
+    return frame.end in ("refused", "superseded") and _lag_ms(frame) <= AT_ONCE_MS
+
+
+def _span(frame: Frame) -> Span:
+    """When a stall may have delayed a frame: it may have waited for a run that began before it came."""
+    return frame.sent - MODEL_MS / 1e3, frame.came or frame.sent + GRACE_S
 
 
 def _lag_ms(frame: Frame) -> float:

@@ -4,6 +4,7 @@ The real server takes 200 ms a request on its one core and is offered twice what
 deadlines of 0.25 to 2 s (the protocol's `timeout`, so that the client's own timer answers nothing). Lateness is the
 arrival of whatever answer at the client minus the deadline, both on one clock. Twice: as by default, where what cannot
 be in time is refused at once; and with that switched off, where the queue fills and deadlines end most requests.
+Meanwhile `stalls` notes when the machine itself stood still, which makes answers late that are due then.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -24,31 +23,26 @@ import uvloop
 from benchmarks.deadline_schedules import Outcome, play
 from benchmarks.paced import fill_store, make_request
 from benchmarks.paced_load import channel_to, find_work, measure_capacity, on_load_cpu, quantile
-from benchmarks.processes import SERVER_CPU, serve
+from benchmarks.processes import serve
 from benchmarks.rows import Row
+from benchmarks.stalls import Span, watch_stalls
 from nearcast.errors import Code, MeshError
 from nearcast.transport.oip import MODEL_INFER
 from nearcast.transport.seam import Channel
 
 MODEL_MS = 200.0
 OVERLOAD = 2.0
+LATE_MS = 5.0
 TIMEOUT_S = (0.25, 0.5, 1.0, 2.0)
 SETTINGS: dict[str, dict[str, Any]] = {"default": {}, "run_late": {"late_quantile": 0.0}}
-BARE_TIMER = """
-import json, sys, time
-late_ms, until = [], time.monotonic() + float(sys.argv[1])
-while (at := time.monotonic()) < until:
-    time.sleep(0.005)
-    late_ms.append((time.monotonic() - at - 0.005) * 1e3)
-print(json.dumps(late_ms))
-"""
 
 
 @dataclass(slots=True)
 class Seen:
-    """What clients saw: lateness of each answer in ms, and how it ended."""
+    """What clients saw: lateness of each answer in ms, from its deadline to its coming, and how it ended."""
 
     late_ms: list[float] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
     ends: dict[str, int] = field(default_factory=dict)
 
 
@@ -61,33 +55,27 @@ def run(*, quick: bool) -> list[Row]:
         Row("deadlines.virtual_latest_ms", total.latest_s * 1e3, "ms", "timers ring up to 2 ms late"),
         Row("deadlines.virtual_answered_share", total.answered / total.requests, "share"),
     ]
-    bare_ms = bare_timer_ms(seconds / 2)
-    rows.append(
-        Row("deadlines.bare_timer_p999_ms", quantile(bare_ms, 0.999), "ms", "lateness of a process that sleeps")
-    )
-    rows.append(Row("deadlines.bare_timer_latest_ms", max(bare_ms), "ms", "on the server's core, nothing else there"))
     every: list[float] = []
     with tempfile.TemporaryDirectory() as folder, on_load_cpu():
         root = fill_store(Path(folder))
         for name, limits in SETTINGS.items():
-            with serve("benchmarks.paced", root, json.dumps(limits)) as ready:
+            with serve("benchmarks.paced", root, json.dumps(limits)) as ready, watch_stalls(ready["pid"]) as stalls:
                 seen = uvloop.run(overload(ready["address"], seconds=seconds))
             every += seen.late_ms
             count = len(seen.late_ms)
+            late = [span for span, late_ms in zip(seen.spans, seen.late_ms, strict=True) if late_ms > LATE_MS]
             rows += [
                 Row(f"deadlines.{name}_{end}_share", number / count, "share", f"of {count}")
                 for end, number in sorted(seen.ends.items())
             ]
-            rows.append(Row(f"deadlines.{name}_latest_ms", max(seen.late_ms), "ms"))
+            rows += [
+                Row(f"deadlines.{name}_latest_ms", max(seen.late_ms), "ms"),
+                Row(f"deadlines.{name}_machine_stalls", len(stalls.spans), "", str(stalls)),
+                Row(f"deadlines.{name}_late", len(late), "", f"later than {LATE_MS:g} ms"),
+                Row(f"deadlines.{name}_late_without_stall", stalls.beyond(late), "", "from the deadline to the answer"),
+            ]
     note = f"{len(every)} answers, {MODEL_MS:g} ms model, {OVERLOAD:g}x overload"
     return [*rows, Row("deadlines.late_p999_ms", quantile(every, 0.999), "ms", note)]
-
-
-def bare_timer_ms(seconds: float) -> list[float]:
-    """How late this machine itself wakes a process that only sleeps, on the server's core while nobody serves."""
-    command = ["taskset", "-c", str(SERVER_CPU), sys.executable, "-c", BARE_TIMER, str(seconds)]
-    late_ms: list[float] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    return late_ms
 
 
 async def overload(address: str, *, seconds: float) -> Seen:
@@ -118,5 +106,7 @@ async def ask(channel: Channel, work: int, timeout_s: float, seen: Seen) -> None
         if error.code not in (Code.DEADLINE, Code.OVERLOADED):
             raise
         end = "refused" if time.monotonic() < deadline else "expired"
-    seen.late_ms.append((time.monotonic() - deadline) * 1e3)
+    came = time.monotonic()
+    seen.late_ms.append((came - deadline) * 1e3)
+    seen.spans.append((deadline, came))
     seen.ends[end] = seen.ends.get(end, 0) + 1
