@@ -82,10 +82,7 @@ class ModelHost:
         self._registry = registry
         self._clock = clock
         self._now = clock.monotonic
-        self._precedence = LoopPrecedence(real_time=self._limits.real_time)
-        self._residency = Residency(
-            store, limits=self._limits, clock=clock, precedence=self._precedence, tenant_keys=tenant_keys
-        )
+        self._residency = Residency(store, limits=self._limits, clock=clock, tenant_keys=tenant_keys)
         self._on_demand = OnDemand(self._residency, limits=self._limits, clock=clock)
         self._slots: Mapping[str, Slot] = self._residency.slots
         self._cache = ResponseCache(self._limits.cache_bytes_max, clock)
@@ -94,6 +91,7 @@ class ModelHost:
         self._closed = False
         self._arrived = 0.0
         self._shadow = Shadow(self._limits, self._quiet, self._now)
+        self._precedence = LoopPrecedence(real_time=self._limits.real_time)
         self._collectors = (
             self._precedence,
             HostCollector(self._residency.statistics, self._residency.in_flight),
