@@ -82,7 +82,10 @@ class ModelHost:
         self._registry = registry
         self._clock = clock
         self._now = clock.monotonic
-        self._residency = Residency(store, limits=self._limits, clock=clock, tenant_keys=tenant_keys)
+        self._precedence = LoopPrecedence(real_time=self._limits.real_time)
+        self._residency = Residency(
+            store, limits=self._limits, clock=clock, precedence=self._precedence, tenant_keys=tenant_keys
+        )
         self._on_demand = OnDemand(self._residency, limits=self._limits, clock=clock)
         self._slots: Mapping[str, Slot] = self._residency.slots
         self._cache = ResponseCache(self._limits.cache_bytes_max, clock)
@@ -91,7 +94,6 @@ class ModelHost:
         self._closed = False
         self._arrived = 0.0
         self._shadow = Shadow(self._limits, self._quiet, self._now)
-        self._precedence = LoopPrecedence(real_time=self._limits.real_time)
         self._collectors = (
             self._precedence,
             HostCollector(self._residency.statistics, self._residency.in_flight),
@@ -104,9 +106,9 @@ class ModelHost:
 
     async def start(self) -> None:
         """Load every model of the store. A model that cannot be loaded is reported, not raised."""
-        self._precedence.start()
         await self.refresh(None)
         self._residency.begin_serving()
+        self._precedence.start()
         self._started = True
 
     async def refresh(self, model: str | None = None) -> None:

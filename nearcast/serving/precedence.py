@@ -17,8 +17,8 @@ import platform
 import struct
 import threading
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from nearcast.metrics import Collector
@@ -49,6 +49,7 @@ class LoopPrecedence(Collector):
         self._wanted = real_time
         self._rank = LoopRank(0.0, 0.0)
         self._timer: asyncio.TimerHandle | None = None
+        self._loads = 0
 
     def start(self) -> None:
         """On the loop's own thread. One whose scheduling somebody has chosen already keeps that."""
@@ -65,6 +66,19 @@ class LoopPrecedence(Collector):
             self._rank.is_first = False
             _ask_for_short_slices()
 
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """While a thread loads or frees a version: half busy and ordinary it would wait behind that thread."""
+        self._loads += 1
+        if self._loads == 1:
+            self._change(self._rank.begin_load)
+        try:
+            yield
+        finally:
+            self._loads -= 1
+            if not self._loads:
+                self._change(self._rank.end_load)
+
     def describe(self) -> Iterable[Metric]:
         """Nothing: the registry need not collect to learn the names."""
         return ()
@@ -76,14 +90,19 @@ class LoopPrecedence(Collector):
         yield GaugeMetricFamily("nearcast_loop_real_time", text, float(self._rank.is_first))
 
     def _wait(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self._rank.window_s, self._look)
+        self._timer = asyncio.get_running_loop().call_later(self._rank.window_s, self._change, self._rank.look)
 
-    def _look(self) -> None:
-        if self._rank.look(time.monotonic(), time.thread_time()):
-            if not self._rank.is_first:
+    def _change(self, judge: Callable[[float, float], object]) -> None:
+        if self._timer is None:  # not started, over, or not granted
+            return
+        self._timer.cancel()
+        was_first = self._rank.is_first
+        judge(time.monotonic(), time.thread_time())
+        if self._rank.is_first is not was_first:
+            if was_first:
                 _ask_for_short_slices()
             elif not _become_real_time():
-                self._rank.is_first = False
+                self._rank.is_first, self._timer = False, None
                 _LOG.info("the loop's thread stays ordinary: the system grants no real-time priority (RLIMIT_RTPRIO)")
                 return
         self._wait()

@@ -9,7 +9,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +19,7 @@ from nearcast.serving.heap import share_arena, trim_heap, trim_heap_if_large
 from nearcast.serving.limits import CORES, HostLimits
 from nearcast.serving.loading import Loaded, load_version
 from nearcast.serving.memory import Alarm, Evict, Held, Key, Memory, Reason, Refuse
-from nearcast.serving.precedence import give_way_to_loop, yield_to_serving
+from nearcast.serving.precedence import LoopPrecedence, give_way_to_loop, yield_to_serving
 from nearcast.serving.profile import Setting
 from nearcast.serving.slots import Slot
 from nearcast.serving.statistics import Statistics
@@ -44,8 +43,17 @@ class Residency:
         memory: who came and went, and how often.
     """
 
-    def __init__(self, store: Store, *, limits: HostLimits, clock: Clock, tenant_keys: Path | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        limits: HostLimits,
+        clock: Clock,
+        precedence: LoopPrecedence,
+        tenant_keys: Path | None = None,
+    ) -> None:
         self._store = store
+        self._precedence = precedence
         self._tenant_keys = tenant_keys
         self._limits = limits
         self._clock = clock
@@ -206,9 +214,8 @@ class Residency:
                 slot.cold.add(release)
                 return refusal
             self._granted[slot.name, release] = self._need_bytes(slot, release)
-            load = partial(load_version, self._store, slot.name, release, self._default)
-            loaded = await asyncio.get_running_loop().run_in_executor(
-                self._starter or self._loader, load, self._tuner.profiles, self._tenant_keys
+            loaded = await self._run_in_loader(
+                load_version, self._store, slot.name, release, self._default, self._tuner.profiles, self._tenant_keys
             )
         except MeshError as error:
             slot.failed[release] = error.message
@@ -376,7 +383,9 @@ class Residency:
         await self._run_in_loader(_free, engine)
 
     async def _run_in_loader(self, work: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._loader, work, *arguments)
+        loop = asyncio.get_running_loop()
+        with self._precedence.loading():
+            return await loop.run_in_executor(self._starter or self._loader, work, *arguments)
 
 
 def unknown_model(model: str, known: Iterable[str]) -> MeshError:

@@ -20,6 +20,7 @@ from nearcast.serving import loop_rank
 from nearcast.serving.loop_rank import (
     BUSY_SHARE,
     FIRST_WINDOW_S,
+    LOADING_SHARE,
     ORDINARY_WINDOW_S,
     ORDINARY_WINDOW_S_MAX,
     QUIET_SHARE,
@@ -91,6 +92,33 @@ def test_a_flood_that_looks_quiet_because_it_gets_little_is_first_less_and_less(
     assert rank.window_s == ORDINARY_WINDOW_S, "it was quiet for a while"
 
 
+@given(st.lists(st.floats(0, 1), max_size=5), st.lists(st.floats(0, 1), max_size=5))
+def test_while_a_version_loads_it_is_first_up_to_a_higher_share_and_then_as_before(
+    before: list[float], meanwhile: list[float]
+) -> None:
+    rank, now, used_s = LoopRank(0.0, 0.0), 0.0, 0.0
+
+    def look(share: float) -> None:
+        nonlocal now, used_s
+        now, used_s = now + rank.window_s, used_s + share * rank.window_s
+        rank.look(now, used_s)
+
+    for share in before:
+        look(share)
+    was_first, ordinary_s = rank.is_first, rank.window_s
+    rank.begin_load(now, used_s)
+    assert rank.is_first
+    for share in meanwhile:
+        look(share)
+        if abs(share - LOADING_SHARE) > 1e-6:
+            assert rank.is_first == (share < LOADING_SHARE)
+    kept = rank.is_first
+    rank.end_load(now, used_s)
+    assert rank.is_first == (was_first and kept)
+    if not was_first:
+        assert rank.window_s == ordinary_s, "a load is no reason to look less often"
+
+
 def test_a_look_at_no_time_changes_nothing() -> None:
     rank = LoopRank(5.0, 1.0)
     assert not rank.look(5.0, 2.0)
@@ -141,9 +169,13 @@ def test_the_loop_is_real_time_while_it_is_quiet_and_nobody_inherits_that(monkey
 
     async def serve() -> None:
         precedence.start()
+        with precedence.loading(), precedence.loading():
+            assert (policy(), shown()) == (first, 1.0)
         assert (policy(), shown()) == (ordinary, 0.0)
         await until(first, lambda: None)
-        assert shown() == 1.0
+        with precedence.loading():
+            assert policy() == first
+        assert (policy(), shown()) == (first, 1.0)
         assert await asyncio.to_thread(policy) == os.SCHED_OTHER
         child = subprocess.run(
             [sys.executable, "-c", "import os; print(os.sched_getscheduler(0))"], capture_output=True, check=True
