@@ -21,7 +21,7 @@ from nearcast.store import Manifest, Store
 from nearcast.store.contents import Contents
 
 _LOG = logging.getLogger(__name__)
-WARM_UP_RUNS_MAX = 200
+WARM_UP_RUNS_MAX = 32
 WARM_UP_TIME_S = 0.01
 
 
