@@ -87,7 +87,9 @@ class Node:
 
 @contextlib.contextmanager
 def serve_node(folder: Path) -> Iterator[tuple[Node, Store]]:
-    """A node whose loop has a core of its own, with two models as two releases each."""
+    """A node on one core, with two models as two releases each. The other is the load tool's: it is not what loads
+    that keeps it waiting.
+    """
     data = folder / "node"
     made, _ = fill_store(folder)
     store = Store(data / "models")
@@ -96,7 +98,8 @@ def serve_node(folder: Path) -> Iterator[tuple[Node, Store]]:
     store.write_pointer(NAME, Pointer(stable=1))
     store.write_pointer(OTHER, Pointer(stable=1))
     with start_node(data) as node:
-        os.sched_setaffinity(node.pid, {SERVER_CPU})
+        for thread in Path(f"/proc/{node.pid}/task").iterdir():  # those to come inherit it
+            os.sched_setaffinity(int(thread.name), {SERVER_CPU})
         yield node, store
 
 
