@@ -12,12 +12,15 @@ from typing import TypeVar
 import msgspec
 
 from nearcast.errors import CATALOGUE, Code, MeshError
+from nearcast.handler import InferResponse
 from nearcast.transport.context import read_context
-from nearcast.transport.json_tensors import Body, decode_raw_request, decode_request, encode_response
-from nearcast.transport.outputs import as_they_are, form_outputs
+from nearcast.transport.json_layouts import JsonLayouts
+from nearcast.transport.json_tensors import Body, Wanted, decode_raw_request, decode_request, encode_response
+from nearcast.transport.outputs import form_outputs
 from nearcast.transport.seam import Call, Fields, Limits
 from nearcast.transport.service import InferenceService
 from nearcast.wire import status
+from nearcast.wire.request import TensorRequest
 
 T = TypeVar("T")
 JSON_SIZE = "Inference-Header-Content-Length"
@@ -87,6 +90,7 @@ class RestInference:
         self._limits = limits
         self._clock = service.clock
         self.wall = service.clock.wall
+        self._layouts = JsonLayouts()
         self._in_flight = 0
         self.is_draining = False
         self.idle = asyncio.Event()
@@ -132,15 +136,7 @@ class RestInference:
                 self.idle.set()
 
     async def _run(self, ask: Ask, body: Body, deadline: float | None, call: Call) -> Answer:
-        service = self._service
-        json_size = _json_size(ask.json_size, len(body))
-        if json_size == 0:
-            metadata = await service.metadata(ask.model, ask.version)
-            request, wanted = decode_raw_request(metadata, ask.version, body)
-        else:
-            fetch = partial(service.regions.read, call)
-            decode = partial(decode_request, ask.model, ask.version, body, json_size, fetch)
-            request, wanted = decode() if json_size <= _INLINE_SIZE_BYTES_MAX else await _apart(decode)
+        request, wanted = await self._read(ask, body, call)
         context = read_context(
             ask.context,
             request.parameters,
@@ -149,21 +145,37 @@ class RestInference:
             trusted=False,
             clock=self._clock,
         )
-        response = await service.infer(request, context)
-        outputs = await form_outputs(service, response, wanted.forms, call) if wanted.forms else as_they_are(response)
-        encode = partial(encode_response, response, outputs, wanted)
-        json_bytes = sum(
-            each.array.nbytes for each in outputs if each.array is not None and not wanted.is_binary(each.name)
-        )
-        head, pieces = encode() if json_bytes <= _INLINE_SIZE_BYTES_MAX else await _apart(encode)
+        response = await self._service.infer(request, context)
         fields = status.served_to_fields(response.served)
+        head, pieces = self._layouts.write(response, wanted) or await self._write(response, wanted, call)
         if not pieces:
             return Answer(pieces=(head,), fields=fields)
         return Answer(pieces=(head, *pieces), kind=_BINARY, fields=(*fields, (_JSON_SIZE, b"%d" % len(head))))
 
+    async def _read(self, ask: Ask, body: Body, call: Call) -> tuple[TensorRequest, Wanted]:
+        size_bytes = _json_size(ask.json_size, len(body))
+        known = self._layouts.read(ask.model, ask.version, body, size_bytes)
+        if known is not None:
+            return known, known.form.wanted
+        if size_bytes == 0:
+            return decode_raw_request(await self._service.metadata(ask.model, ask.version), ask.version, body)
+        fetch = partial(self._service.regions.read, call)
+        decode = partial(decode_request, ask.model, ask.version, body, size_bytes, fetch)
+        request, wanted = await _apart(size_bytes, decode)
+        self._layouts.learn(body, size_bytes, request, wanted)
+        return request, wanted
 
-async def _apart(work: Callable[[], T]) -> T:
+    async def _write(self, response: InferResponse, wanted: Wanted, call: Call) -> tuple[bytes, list[bytes]]:
+        outputs = await form_outputs(self._service, response, wanted.forms, call)
+        json_arrays = [each.array for each in outputs if each.array is not None and not wanted.is_binary(each.name)]
+        encode = partial(encode_response, response, outputs, wanted)
+        return await _apart(sum(array.nbytes for array in json_arrays), encode)
+
+
+async def _apart(size_bytes: int, work: Callable[[], T]) -> T:
     """Run what deals with much JSON in a thread: a second of it on the loop would be a second for everybody."""
+    if size_bytes <= _INLINE_SIZE_BYTES_MAX:
+        return work()
     return await asyncio.get_running_loop().run_in_executor(None, work)
 
 

@@ -1,0 +1,118 @@
+"""Bodies with binary data, recognised: the JSON before the tensors of a request, and that before those of an answer.
+
+A client sends the same JSON again and again; only the bytes of the tensors behind it differ. So it is parsed once, and
+that of the answer is written once. Each is bounded like the layouts of protobuf messages (`wire/layout`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from nearcast.handler import InferResponse, Parameter, Tensors
+from nearcast.transport.json_tensors import Body, Wanted, encode_response
+from nearcast.transport.outputs import as_they_are
+from nearcast.wire.framing import LIMITS
+from nearcast.wire.request import TensorRequest
+
+_PLAIN = "iuf"
+"""Kinds of numpy types whose elements are their bytes, whatever these are."""
+
+
+class Layout:
+    """What all requests with one JSON share. `tensors` are names, types, shapes, and where the bytes lie."""
+
+    __slots__ = ("id", "outputs", "parameters", "size_bytes", "tensors", "wanted")
+
+    def __init__(self, request: TensorRequest, wanted: Wanted, json_size_bytes: int) -> None:
+        self.id = request.id
+        self.parameters: Mapping[str, Parameter] = request.parameters
+        self.outputs = request.requested_outputs()
+        self.wanted = wanted
+        self.tensors: list[tuple[str, np.dtype[Any], tuple[int, ...], int, int]] = []
+        position = json_size_bytes
+        for name, array in request.decode().items():
+            start, position = position, position + array.nbytes
+            self.tensors.append((name, array.dtype, array.shape, start, position))
+        self.size_bytes = position
+
+
+class LayoutRequest(TensorRequest):
+    """A request of a known layout."""
+
+    __slots__ = ("_layout",)
+
+    def __init__(self, model: str, version: str, layout: Layout, inputs: Tensors) -> None:
+        super().__init__(
+            model=model,
+            version=version,
+            id=layout.id,
+            inputs=inputs,
+            parameters=layout.parameters,
+            outputs=layout.outputs,
+        )
+        self._layout = layout
+
+    @property
+    def form(self) -> Layout:
+        return self._layout
+
+
+class JsonLayouts:
+    """The layouts of one listener's requests and answers."""
+
+    def __init__(self) -> None:
+        self._requests: dict[bytes, Layout] = {}
+        self._answers: dict[object, bytes] = {}
+
+    def read(self, model: str, version: str, body: Body, json_size_bytes: int) -> LayoutRequest | None:
+        """The request in a body, if its layout is known."""
+        if json_size_bytes > LIMITS.layout_size_bytes_max or type(body) is not bytes:
+            return None
+        layout = self._requests.get(body[:json_size_bytes])
+        if layout is None or layout.size_bytes != len(body):
+            return None
+        # Slices of bytes are copies: aligned, and they keep nothing else in memory.
+        inputs = {
+            name: np.ndarray(shape, dtype, body[start:stop]) for name, dtype, shape, start, stop in layout.tensors
+        }
+        return LayoutRequest(model, version, layout, inputs)
+
+    def learn(self, body: Body, json_size_bytes: int, request: TensorRequest, wanted: Wanted) -> None:
+        """Remember the layout of a body that was decoded, if each input is small and lies behind the JSON as it is."""
+        arrays = request.decode().values()
+        if json_size_bytes > LIMITS.layout_size_bytes_max or not all(
+            array.dtype.kind in _PLAIN and 0 < array.nbytes < LIMITS.zero_copy_size_bytes_min for array in arrays
+        ):
+            return
+        layout = Layout(request, wanted, json_size_bytes)
+        # Inputs that are elsewhere, in the JSON or in shared memory, make it longer than the body.
+        if layout.size_bytes != len(body):
+            return
+        if len(self._requests) >= LIMITS.layouts_max:
+            self._requests.clear()
+        self._requests[bytes(body[:json_size_bytes])] = layout
+
+    def write(self, response: InferResponse, wanted: Wanted) -> tuple[bytes, list[bytes]] | None:
+        """An answer all of whose outputs go behind the JSON; None = it is no such answer."""
+        if not wanted.by_default or wanted.by_name or wanted.forms or response.id or response.parameters:
+            return None
+        pieces: list[bytes] = []
+        key: list[object] = [response.model, response.version]
+        for name, array in response.decode().items():
+            dtype = array.dtype
+            if dtype.kind not in _PLAIN or dtype.byteorder == ">":
+                return None
+            pieces.append(array.tobytes())
+            key += (name, dtype, array.shape)
+        known = tuple(key)
+        head = self._answers.get(known)
+        if head is None:
+            head, _ = encode_response(response, as_they_are(response), wanted)
+            if len(head) <= LIMITS.layout_size_bytes_max:
+                if len(self._answers) >= LIMITS.layouts_max:
+                    self._answers.clear()
+                self._answers[known] = head
+        return head, pieces

@@ -1,0 +1,266 @@
+"""The short way of an inference over REST: it must answer as aiohttp does, to the byte and in the same order."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import re
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+
+import numpy as np
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nearcast.handler import InferRequest, RequestContext
+from nearcast.transport.rest import RestServer
+from nearcast.transport.rest_connection import RestConnection
+from nearcast.transport.seam import DEFAULT_LIMITS, Limits
+from nearcast.transport.service import InferenceService
+from nearcast.wire.response import TensorResponse
+from tests.integration.add_model import AddModel
+
+
+def infer(
+    *, model: str = "add", head_end: bytes = b"\r\n", extra: Sequence[bytes] = (), rows: int = 2, outputs: bool = True
+) -> bytes:
+    """An inference with binary data."""
+    tensors = [
+        {"name": name, "datatype": "FP32", "shape": [rows, 2], "parameters": {"binary_data_size": 8 * rows}}
+        for name in "ab"
+    ]
+    text = json.dumps({"inputs": tensors, "parameters": {"binary_data_output": outputs}}).encode()
+    body = text + np.arange(4 * rows, dtype=np.float32).tobytes()
+    lines = [b"POST /v2/models/%b/infer HTTP/1.1" % model.encode(), b"Host: x", b"Content-Length: %d" % len(body)]
+    lines += [b"Inference-Header-Content-Length: %d" % len(text), *extra, b"", b""]
+    return head_end.join(lines) + body
+
+
+PLAIN = infer()
+GET = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+CHUNKED = b"POST /v2/models/echo/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
+JSON = (
+    b"POST /v2/models/echo/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 67\r\n\r\n"
+    b'{"inputs":[{"name":"x","datatype":"FP32","shape":[2],"data":[1,2]}]}'[:67]
+)
+BEFORE = b"POST /v2/models/add/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(PLAIN)
+"""Makes the body of one request of another."""
+LONE_LF = b"POST /v2/models/add/infer HTTP/1.1\nHost: x\nContent-Length: 4\n\n\r\n\r\n"
+PARTS = (
+    PLAIN,
+    PLAIN,
+    infer(rows=3),
+    infer(outputs=False),
+    infer(model="none"),
+    infer(model="busy"),
+    infer(extra=[b"nc-deadline-ms: x"]),
+    infer(extra=[b"Connection: close"]),
+    infer(extra=[b"Accept-Encoding: gzip, deflate"]),
+    infer(extra=[b"Content-Length: 3"]),
+    infer(head_end=b"\n"),
+    infer(extra=[b"X: y\n"]),
+    infer().replace(b"HTTP/1.1", b"HTTP/1.0"),
+    PLAIN[: PLAIN.index(b"\r\n\r\n") - 7],
+    b"X: ",
+    b"\r\n",
+    b"\r\n\r\n",
+    GET,
+    CHUNKED,
+    JSON,
+    BEFORE,
+    BEFORE,
+    LONE_LF,
+)
+
+
+class PausingModel(AddModel):
+    """Answers some turns later, so that more may come meanwhile."""
+
+    def __init__(self, turns: int) -> None:
+        super().__init__()
+        self.turns = turns
+
+    async def infer(self, request: InferRequest, context: RequestContext) -> TensorResponse:
+        for _ in range(self.turns):
+            await asyncio.sleep(0)
+        return await super().infer(request, context)
+
+
+class Wire(asyncio.Transport):
+    """The client's side in memory: what is written, whether it is closed, and who reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.is_closed = False
+        self.is_paused = False
+        self.protocol: asyncio.BaseProtocol | None = None
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self.protocol = protocol
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def write(self, data: bytes) -> None:
+        assert not self.is_closed
+        self.written += data
+
+    def is_closing(self) -> bool:
+        return self.is_closed
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    abort = close
+
+    def pause_reading(self) -> None:
+        self.is_paused = True
+
+    def resume_reading(self) -> None:
+        self.is_paused = False
+
+    async def feed(self, data: bytes, *, waits: bool) -> None:
+        """As a loop would: no more than the protocol has room for, nothing while it is paused or closed."""
+        while data:
+            if waits or self.is_paused:
+                await self.settle()
+            if self.is_closed:
+                return
+            assert not self.is_paused
+            if isinstance(self.protocol, asyncio.BufferedProtocol):
+                room = self.protocol.get_buffer(-1)
+                size = min(len(room), len(data))
+                room[:size] = data[:size]
+                self.protocol.buffer_updated(size)
+            else:
+                assert isinstance(self.protocol, asyncio.Protocol)
+                size = len(data)
+                self.protocol.data_received(data)
+            data = data[size:]
+        if waits:
+            await self.settle()
+
+    async def settle(self) -> None:
+        """Until nothing moves: the handlers here wait for nothing but each other."""
+        for _ in range(40):
+            await asyncio.sleep(0)
+
+
+def answers(written: bytes) -> Iterator[tuple[bytes, set[bytes], bytes]]:
+    """Status lines, headers but for those that say when and by what, and bodies."""
+    while written:
+        head, _, rest = written.partition(b"\r\n\r\n")
+        first, *lines = head.split(b"\r\n")
+        size = int(re.search(rb"\r\nContent-Length: (\d+)", head)[1])
+        dropped = (b"Date:", b"Server:")
+        yield first, {line for line in lines if not line.startswith(dropped)}, rest[:size]
+        written = rest[size:]
+
+
+@asynccontextmanager
+async def connected(
+    model: AddModel, *, short: bool = True, limits: Limits = DEFAULT_LIMITS
+) -> AsyncIterator[tuple[Wire, RestServer]]:
+    """A connection, with the short way or without."""
+    rest = RestServer(InferenceService(model, model, server_name="x"), address="127.0.0.1:0", limits=limits)
+    if not short:
+        rest._begin = lambda *_: None
+    runner = await rest._make_runner()
+    try:
+        wire = Wire()
+        wire.protocol = runner.server()
+        wire.protocol.connection_made(wire)
+        assert isinstance(wire.protocol, RestConnection) == short
+        yield wire, rest
+        wire.protocol.connection_lost(None)
+    finally:
+        rest._guard.close()
+        await runner.cleanup()
+
+
+async def talk(segments: Sequence[bytes], *, short: bool, waits: bool, turns: int) -> tuple[list[object], bool]:
+    """What a connection answers."""
+    async with connected(PausingModel(turns), short=short) as (wire, _):
+        for segment in segments:
+            await wire.feed(segment, waits=waits)
+        await wire.settle()
+        return list(answers(wire.written)), wire.is_closed
+
+
+@st.composite
+def segments(draw: st.DrawFn) -> list[bytes]:
+    """Parts of requests as they may arrive: whole, cut, several at once."""
+    found = [b""]
+    for part in draw(st.lists(st.sampled_from(PARTS), min_size=1, max_size=6)):
+        cut = draw(st.sampled_from([0, 0, 0, 5, part.find(b"\r\n\r\n") + 4, len(part) - 1]))
+        for piece in (part[:cut], part[cut:]):
+            if draw(st.sampled_from([True, True, False])):
+                found.append(piece)
+            else:
+                found[-1] += piece
+    return [PLAIN, PLAIN, *filter(None, found)]
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(segments=segments(), waits=st.booleans(), turns=st.sampled_from([0, 3]))
+def test_answers_are_those_of_the_long_way(segments: list[bytes], waits: bool, turns: int) -> None:
+    found = asyncio.run(talk(segments, short=True, waits=waits, turns=turns))
+    assert found == asyncio.run(talk(segments, short=False, waits=waits, turns=turns))
+
+
+async def test_large_body_is_received_where_it_stays() -> None:
+    model = AddModel()
+    async with connected(model) as (wire, _):
+        for _ in range(2):
+            await wire.feed(infer(rows=40_000), waits=True)
+        assert [first for first, *_ in answers(wire.written)] == [b"HTTP/1.1 200 OK"] * 2
+    array = model.requests[-1].decode()["a"]
+    assert array.flags.aligned
+    assert array.ctypes.data % 64 == 0
+    assert not array.flags.writeable
+    assert array.tobytes() == np.arange(80_000, dtype=np.float32).tobytes()
+
+
+async def test_inputs_of_one_layout_are_not_mixed_up() -> None:
+    model = AddModel()
+    async with connected(model) as (wire, _):
+        for _ in range(2):
+            await wire.feed(PLAIN, waits=True)
+        await wire.feed(PLAIN[:-32] + bytes(32), waits=True)
+    first, second, third = model.requests
+    assert first.form is None
+    assert second.form is third.form is not None
+    assert second.decode()["b"].tolist() == [[4, 5], [6, 7]]
+    assert third.decode()["b"].tolist() == [[0, 0], [0, 0]]
+
+
+async def test_hanging_up_cancels_what_was_begun() -> None:
+    model = AddModel()
+    async with connected(model) as (wire, rest):
+        await wire.feed(infer(model="slow"), waits=True)
+        model.release.set()
+        await wire.settle()
+        model.release.clear()
+        await wire.feed(infer(model="slow"), waits=True)
+        assert not rest._inference.idle.is_set()
+    await asyncio.wait_for(model.cancelled.wait(), 5)
+    assert rest._inference.idle.is_set()
+
+
+async def test_bodies_that_are_late_or_too_many() -> None:
+    big = infer(rows=40_000)
+    limits = dataclasses.replace(DEFAULT_LIMITS, receive_buffer_bytes_max=2_000_000)
+    async with connected(AddModel(), limits=limits) as (wire, rest):
+        await wire.feed(big, waits=True)
+        rest._guard._body_bytes = 1_000_000  # of others
+        await wire.feed(big, waits=True)
+        rest._guard._body_bytes = 0
+        await wire.feed(big, waits=True)
+        await wire.feed(big[:1000], waits=True)
+        wire.protocol._expire()
+        status = [first.split()[1] for first, *_ in answers(wire.written)]
+        assert status == [b"200", b"429", b"200", b"400"]
+        assert wire.is_closed
+        assert rest._guard._body_bytes == 0
