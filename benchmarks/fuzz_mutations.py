@@ -138,13 +138,18 @@ def _large() -> Conversation:
 
 
 def record_rest() -> list[Conversation]:
-    """Requests over HTTP/1.1: JSON, binary data, chunked, compressed, pipelined questions."""
+    """Requests over HTTP/1.1: JSON, binary data, chunked, compressed, pipelined questions.
+
+    The last two come again with the same head, which a server remembers.
+    """
     infer = b"POST /v2/models/echo/infer HTTP/1.1\r\n"
     json = b'{"id":"r","inputs":[{"name":"x","datatype":"UINT8","shape":[2,2],"data":[[1,2],[3,4]]}],"outputs":[]}'
     binary = b'{"inputs":[{"name":"x","datatype":"FP32","shape":[2],"parameters":{"binary_data_size":8}}]}'
     zipped = gzip.compress(json)
     get = b"GET /v2/models/echo HTTP/1.1\r\n"
     host = b"Host: x\r\n"
+    head = infer + host + b"Content-Length: %d\r\n"
+    tensor = [head % (len(binary) + 8) + b"Inference-Header-Content-Length: %d\r\n\r\n" % len(binary), binary, bytes(8)]
     return [
         [infer, host, b"Content-Length: %d\r\n" % len(json), b"nc-deadline-ms: 50\r\n", b"\r\n", json],
         [
@@ -173,6 +178,8 @@ def record_rest() -> list[Conversation]:
         [infer, host, b"Content-Encoding: gzip\r\n", b"Content-Length: %d\r\n" % len(zipped), b"\r\n", zipped],
         [get, host, b"\r\n", b"GET /v2/health/ready HTTP/1.1\r\n", host, b"\r\n", get, host, b"\r\n"],
         [b"POST /v2/repository/index HTTP/1.1\r\n", host, b"Content-Length: 2\r\n", b"\r\n", b"{}"],
+        [*tensor, *tensor],
+        [head % len(json) + b"\r\n", json] * 2,
     ]
 
 
