@@ -71,8 +71,8 @@ def run(*, quick: bool) -> list[Row]:
             rows += [
                 Row(f"deadlines.{name}_latest_ms", max(seen.late_ms), "ms"),
                 Row(f"deadlines.{name}_machine_stalls", len(stalls.spans), "", str(stalls)),
-                Row(f"deadlines.{name}_late", len(late), "", f"later than {LATE_MS:g} ms"),
-                Row(f"deadlines.{name}_late_without_stall", stalls.beyond(late), "", "from the deadline to the answer"),
+                Row(f"deadlines.{name}_beyond_5ms", len(late), "", "later than that"),
+                Row(f"deadlines.{name}_beyond_5ms_without_stall", stalls.beyond(late), "", "from the deadline on"),
             ]
     note = f"{len(every)} answers, {MODEL_MS:g} ms model, {OVERLOAD:g}x overload"
     return [*rows, Row("deadlines.late_p999_ms", quantile(every, 0.999), "ms", note)]

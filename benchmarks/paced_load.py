@@ -25,15 +25,22 @@ WARM_S = 2.0
 
 @contextlib.contextmanager
 def on_load_cpu() -> Iterator[None]:
-    """This process on the load's core, without collections of garbage that would look like late answers."""
+    """This process on the load's core, first there where the system grants it, and without collections of garbage.
+
+    What it waits for would look like late answers.
+    """
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {LOAD_CPU})
+    with contextlib.suppress(PermissionError):
+        # Not its children: the server is as any other.
+        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
     gc.collect()
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
+        os.sched_setscheduler(0, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))
         os.sched_setaffinity(0, before)
 
 
