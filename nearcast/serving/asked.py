@@ -26,7 +26,8 @@ _NO_SIZE = Size(0, 0)
 class Asked(msgspec.Struct, eq=False):
     """A request and the version that answers it. `in_flight` others were here when it `arrived`.
 
-    `names` are the outputs that it wants, empty = all, and `read_at` is the instant at which its tensors were read.
+    `names` are the outputs that it wants, empty = all, and `read_at` is the instant at which its tensors were read. An
+    `asker` waits for the end of the turn without a coroutine; None = nobody, or a coroutine does.
     """
 
     slot: Slot
@@ -39,6 +40,8 @@ class Asked(msgspec.Struct, eq=False):
     size: Size = _NO_SIZE
     names: Sequence[str] = ()
     read_at: float = 0.0
+    host: ModelHost | None = None
+    asker: Asker | None = None
 
     def read(self, now: Callable[[], float]) -> None:
         """Read the tensors, unless it is too late.
@@ -56,60 +59,38 @@ class Asked(msgspec.Struct, eq=False):
             signature.require_outputs(names)
         self.read_at = now()
 
-
-class Answered:
-    """A request that was answered at once."""
-
-    __slots__ = ()
-
-    def cancel(self) -> None:
-        """There is nothing left of it."""
-
-
-ANSWERED = Answered()
-
-
-class Begun:
-    """A request that nobody awaits. For the run that it takes part in it is what a future is for a coroutine."""
-
-    __slots__ = ("_asked", "_asker", "_host")
-
-    def __init__(self, host: ModelHost, asked: Asked, asker: Asker) -> None:
-        self._host = host
-        self._asked = asked
-        # None = it is over.
-        self._asker: Asker | None = asker
+    # For the run that it takes part in it is what a future is for a coroutine, if `asker` waits instead of one.
 
     def done(self) -> bool:
-        """Whether it is over."""
-        return self._asker is None
+        """Whether nobody waits for it any more."""
+        return self.asker is None
 
     def set_result(self, timed: Timed) -> None:
         """The model has answered."""
-        asker = self._leave()
+        host, asker = self._leave()
         try:
-            asker.answer(self._host.end(self._asked, timed))
+            asker.answer(host.end(self, timed))
         except MeshError as error:
             asker.refuse(error)
         except Exception:  # noqa: BLE001 - the others of its run want their answers
-            _LOG.exception("an answer of %s cannot be given", self._asked.version.title)
+            _LOG.exception("an answer of %s cannot be given", self.version.title)
             asker.refuse(MeshError(Code.INTERNAL, "The server failed on this request; its log says why."))
 
     def set_exception(self, error: MeshError) -> None:
         """It has failed or come too late."""
-        asker = self._leave()
-        self._host.fail(self._asked, error)
+        host, asker = self._leave()
+        host.fail(self, error)
         asker.refuse(error)
 
     def cancel(self) -> None:
-        """Nobody waits for the answer any more, or its deadline has passed."""
-        if self._asker is not None:
-            self._leave()
-            self._host.fail(self._asked, asyncio.CancelledError())
+        """The asker waits no longer, or the deadline has passed."""
+        if self.asker is not None:
+            host, _ = self._leave()
+            host.fail(self, asyncio.CancelledError())
 
-    def _leave(self) -> Asker:
-        asker = self._asker
+    def _leave(self) -> tuple[ModelHost, Asker]:
+        host, asker, self.asker = self.host, self.asker, None
+        assert host is not None
         assert asker is not None
-        self._asker = None
-        self._host.leave(self._asked.version)
-        return asker
+        host.leave(self.version)
+        return host, asker

@@ -7,6 +7,8 @@ import itertools
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from itertools import groupby
+from operator import attrgetter, itemgetter
 from typing import Protocol
 
 import msgspec
@@ -23,6 +25,7 @@ from nearcast.serving.statistics import Statistics
 from nearcast.serving.workers import Workers
 
 _LOG = logging.getLogger(__name__)
+_FIRST, _SECOND, _ROWS = itemgetter(0), itemgetter(1), attrgetter("rows")
 
 
 class Answer(Protocol):
@@ -208,15 +211,20 @@ class Dispatch:
 
     def count(self, batch: Sequence[Waiting], answers: Sequence[Timed | MeshError]) -> None:
         """Count the runs: answers that began at the same instant come from the same one."""
-        runs: dict[float, tuple[Waiting, int, int, float]] = {}
-        for waiting, answer in zip(batch, answers, strict=True):
-            if not isinstance(answer, MeshError) and waiting.step is None:
-                _, started, ended = answer
-                _, rows, requests, _ = runs.get(started) or (waiting, 0, 0, ended)
-                runs[started] = waiting, rows + waiting.rows, requests + (not waiting.answer.done()), ended
-        for started, (waiting, rows, requests, ended) in runs.items():
+        ran = [
+            (answer[1:], waiting)
+            for waiting, answer in zip(batch, answers, strict=True)
+            if type(answer) is tuple and waiting.step is None
+        ]
+        for (started, ended), group in groupby(ran, _FIRST):
+            run = list(map(_SECOND, group))
             self._statistics.ran(
-                rows, started, ended, requests=requests, before_s=waiting.before_s, after_s=waiting.after_s
+                sum(map(_ROWS, run)),
+                started,
+                ended,
+                requests=sum([not waiting.answer.done() for waiting in run]),
+                before_s=run[0].before_s,
+                after_s=run[0].after_s,
             )
 
     def run_batch(self, batch: list[Waiting]) -> list[Timed | MeshError]:

@@ -24,7 +24,7 @@ from nearcast.handler import (
 )
 from nearcast.load import AnswerLoad, NodeReport, Tier, VersionReport, write_answer_load
 from nearcast.metrics import Registry
-from nearcast.serving.asked import ANSWERED, Answered, Asked, Begun
+from nearcast.serving.asked import Asked
 from nearcast.serving.cache import ResponseCache
 from nearcast.serving.confidence import is_uncertain
 from nearcast.serving.description import describe
@@ -148,7 +148,7 @@ class ModelHost:
             self.leave(version)
         return self.end(asked, timed)
 
-    def begin(self, request: InferRequest, context: RequestContext, asker: Asker) -> Begun | Answered | None:
+    def begin(self, request: InferRequest, context: RequestContext, asker: Asker) -> Asked | None:
         """As `infer`, where the model runs on the loop: at once, or with others by the end of the turn.
 
         It takes no coroutine, future or task. The asker keeps the deadline.
@@ -172,9 +172,9 @@ class ModelHost:
         if not version.runs_inline(asked.size):
             return None
         if turn.arrive():
-            begun = Begun(self, self._accept(asked), asker)
-            version.join(asked.inputs, asked.size, context.deadline, begun)
-            return begun
+            asked.host, asked.asker = self, asker
+            version.join(asked.inputs, asked.size, context.deadline, self._accept(asked))
+            return asked
         # Nobody sees that it is in flight: the loop does nothing else meanwhile.
         self._arrived = version.used_at = arrived
         try:
@@ -183,7 +183,7 @@ class ModelHost:
             self.fail(asked, error)
             raise
         asker.answer(self.end(asked, timed))
-        return ANSWERED
+        return asked
 
     def _accept(self, asked: Asked) -> Asked:
         self._arrived = asked.version.used_at = asked.arrived

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ def join(parts: Sequence[Tensors], axes: Mapping[str, int]) -> dict[str, npt.NDA
         return joined
     for name, first in parts[0].items():
         if name in axes:
-            joined[name] = np.concatenate([part[name] for part in parts], axis=axes[name])
+            joined[name] = np.concatenate(list(map(itemgetter(name), parts)), axis=axes[name])
         elif any(part[name].tobytes() != first.tobytes() for part in parts):
             raise ValueError(f"the parts differ in {name}, which has no batch axis")
     return joined
@@ -40,7 +42,8 @@ def split(outputs: Tensors, rows: Sequence[int], axes: Mapping[str, int]) -> lis
         MeshError: INTERNAL if an output has not one row for each row that went in.
     """
     total = sum(rows)
-    parts: list[dict[str, npt.NDArray[Any]]] = [{} for _ in rows]
+    spans = [slice(stop - count, stop) for stop, count in zip(accumulate(rows), rows, strict=True)]
+    columns = []
     for name, tensor in outputs.items():
         axis = axes[name]
         if tensor.ndim <= axis or tensor.shape[axis] != total:
@@ -49,9 +52,7 @@ def split(outputs: Tensors, rows: Sequence[int], axes: Mapping[str, int]) -> lis
                 f"Output {name} has shape {list(tensor.shape)} for {total} rows along axis {axis}; "
                 "the manifest declares a batch axis that the model does not keep.",
             )
-        start = 0
         before = (slice(None),) * axis
-        for part, count in zip(parts, rows, strict=True):
-            part[name] = np.ascontiguousarray(tensor[(*before, slice(start, start + count))])
-            start += count
-    return parts
+        where: Sequence[Any] = [(*before, span) for span in spans] if axis else spans
+        columns.append(map(np.ascontiguousarray, map(tensor.__getitem__, where)))
+    return [dict(zip(outputs, part, strict=True)) for part in zip(*columns, strict=True)]

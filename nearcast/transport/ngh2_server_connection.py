@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from ngh2 import (
     DataReceived,
@@ -37,7 +37,7 @@ from nearcast.transport.ngh2_framing import MessageReader, whole_message
 from nearcast.transport.ngh2_headers import RequestHead, read_request, write_error, write_http_error
 from nearcast.transport.ngh2_server_state import ServerState
 from nearcast.transport.ngh2_stream import ServerStream
-from nearcast.transport.seam import Call, Fields
+from nearcast.transport.seam import Call, Fields, PassMethod, UnaryMethod
 from nearcast.transport.watch import Seen, Verdict, Watch
 
 _log = logging.getLogger(__name__)
@@ -46,17 +46,16 @@ _NO_ERROR = 0
 _REMEMBERED_SIZE_BYTES_MAX = 1024
 _AGE_JITTER = 0.1
 _KEEPALIVE_PING = b"nc-alive"
+_Known: TypeAlias = tuple[Fields, RequestHead, Call, UnaryMethod | None, PassMethod | None]
 
 
 class ServerConnection(Ngh2Connection):
     """One client's connection."""
 
     __slots__ = (
-        "_call",
-        "_fields",
         "_half_closed",
-        "_head",
         "_is_greeted",
+        "_known",
         "_last_stream_id",
         "_notice_heard",
         "_ready",
@@ -93,10 +92,8 @@ class ServerConnection(Ngh2Connection):
         age_s = self.limits.connection_age_s * random.uniform(1 - _AGE_JITTER, 1 + _AGE_JITTER)
         self.watch = Watch(self.limits, opened_at=self.last_read_at, age_s=age_s)
         self._notice_heard: asyncio.Future[None] | None = None
-        # Clients repeat themselves: the last call's fields, and what they said.
-        self._fields: Fields = ()
-        self._head = RequestHead()
-        self._call: Call | None = None
+        # Clients repeat themselves: the fields of a unary call, what they said, and what answers it.
+        self._known: _Known = ((), RequestHead(), Call(method=""), None, None)
 
     def settings(self) -> Mapping[int, int]:
         limits = self.limits
@@ -179,16 +176,10 @@ class ServerConnection(Ngh2Connection):
                 heard.set_result(None)
 
     def _open(self, event: RequestReceived) -> None:
-        limits = self.limits
         self._last_stream_id = stream_id = event.stream_id
-        head, call = self._head, self._call
-        if event.headers != self._fields or call is None:
-            head = read_request(
-                event.headers, size_bytes_max=limits.metadata_size_bytes_max, count_max=limits.metadata_count_max
-            )
-            call = Call(method=head.path, metadata=head.metadata, identity=self.identity, peer=self.peer)
-            if head.problem is None and head.size_bytes <= _REMEMBERED_SIZE_BYTES_MAX:
-                self._fields, self._head, self._call = event.headers, head, call
+        fields, head, call, unary_method, pass_method = self._known
+        if event.headers != fields:
+            head, call, unary_method, pass_method = self._read_head(event.headers)
         if head.timeout_s is not None:
             call = Call(
                 method=head.path,
@@ -198,24 +189,39 @@ class ServerConnection(Ngh2Connection):
                 peer=self.peer,
             )
         stream = ServerStream(self, stream_id, call, head.encoding)
-        if event.end_stream:
-            stream.has_ended = True
-        methods = self.server.methods
-        stream.unary_method = methods.unary.get(head.path)
-        if methods.passing and head.encoding == "identity":
-            stream.pass_method = methods.passing.get(head.path)
-        if stream.unary_method is None:
-            stream.stream_method = methods.stream.get(head.path)
-            stream.inbox = deque()
-        if head.problem is not None or not head.is_grpc or (stream.unary_method or stream.stream_method) is None:
-            self._refuse(stream, head)
+        stream.unary_method, stream.pass_method = unary_method, pass_method
+        if event.end_stream or unary_method is None or head.problem is not None or not head.is_grpc:
+            self._open_rare(stream, head, has_ended=event.end_stream)
             return
         self.streams[stream_id] = stream
         if head.timeout_s is not None:
             self._timed.append(stream)
+
+    def _read_head(self, fields: Fields) -> tuple[RequestHead, Call, UnaryMethod | None, PassMethod | None]:
+        limits, methods = self.limits, self.server.methods
+        head = read_request(fields, size_bytes_max=limits.metadata_size_bytes_max, count_max=limits.metadata_count_max)
+        call = Call(method=head.path, metadata=head.metadata, identity=self.identity, peer=self.peer)
+        unary_method = methods.unary.get(head.path)
+        pass_method = methods.passing.get(head.path) if head.encoding == "identity" else None
+        if unary_method is not None and head.problem is None and head.size_bytes <= _REMEMBERED_SIZE_BYTES_MAX:
+            self._known = fields, head, call, unary_method, pass_method
+        return head, call, unary_method, pass_method
+
+    def _open_rare(self, stream: ServerStream, head: RequestHead, *, has_ended: bool) -> None:
+        """A streaming call, and what ends at once."""
+        stream.has_ended = has_ended
+        if stream.unary_method is None:
+            stream.stream_method = self.server.methods.stream.get(head.path)
+            stream.inbox = deque()
+        if head.problem is not None or not head.is_grpc or (stream.unary_method or stream.stream_method) is None:
+            self._refuse(stream, head)
+            return
+        self.streams[stream.id] = stream
+        if head.timeout_s is not None:
+            self._timed.append(stream)
         if stream.stream_method is not None:
             stream.task = self.loop.create_task(stream.converse())
-        elif event.end_stream:
+        else:
             self.fail(stream, MeshError(Code.INVALID_REQUEST, "The call holds no message."))
 
     def _refuse(self, stream: ServerStream, head: RequestHead) -> None:
