@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import msgspec
@@ -195,8 +194,7 @@ class Asker(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(msgspec.Struct, frozen=True):
     """One declared input or output. `shape` uses -1 for a free axis; `datatype` is the protocol's name (FP32, …)."""
 
     name: str
@@ -204,8 +202,7 @@ class TensorSpec:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelMetadata:
+class ModelMetadata(msgspec.Struct, frozen=True, kw_only=True):
     """What `ModelMetadata` answers: the versions that are ready and the tensors of the one asked for."""
 
     name: str
@@ -213,7 +210,7 @@ class ModelMetadata:
     platform: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    properties: Mapping[str, str] = field(default_factory=dict)
+    properties: Mapping[str, str] = msgspec.field(default_factory=dict)
 
 
 @runtime_checkable

@@ -6,7 +6,6 @@ A report speaks only for the identity of the connection it came over; who reads 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -18,8 +17,7 @@ Tier: TypeAlias = Literal["local", "peer", "cloud"]
 """How far a target is: in this process, a neighbouring edge node, a cloud core."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VersionReport:
+class VersionReport(msgspec.Struct, frozen=True, kw_only=True):
     """One version on one node.
 
     `service_p50_us`/`service_p95_us` are batch-1 model times in microseconds, measured at warm-up and then live;
@@ -44,8 +42,7 @@ class VersionReport:
     smaller: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeReport:
+class NodeReport(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a router wants to know about one node. `slots` = model runs that can go on at the same time.
 
     `client_address` is the node's gRPC listener for clients, for routing leases; "" = none that others could reach.

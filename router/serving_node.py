@@ -8,9 +8,10 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
+
+from msgspec.structs import replace
 
 from nearcast.clock import SYSTEM_CLOCK
 from nearcast.config import ConfigError

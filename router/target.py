@@ -10,10 +10,10 @@ import asyncio
 import random
 from collections.abc import Callable, Iterable
 from contextlib import aclosing, nullcontext
-from dataclasses import replace
 from typing import Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from nearcast.clock import Clock
 from nearcast.errors import Code, MeshError
@@ -117,7 +117,7 @@ class Target:
         """Take a new price and quality at once. False = something else has changed, too."""
         if view == self.view:
             return True
-        if msgspec.structs.replace(view, price=self.view.price, quality=self.view.quality) != self.view:
+        if replace(view, price=self.view.price, quality=self.view.quality) != self.view:
             return False
         self.view = view
         if self.last_report is not None:

@@ -8,9 +8,10 @@ import resource
 import socket
 import ssl
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
+
+import msgspec
 
 from nearcast.errors import Code, MeshError
 from nearcast.transport.ngh2_connection import join_address, split_address
@@ -94,7 +95,7 @@ def within_descriptors(limits: Limits) -> Limits:
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if soft == resource.RLIM_INFINITY or limits.connections_max <= soft // 4:
         return limits
-    return replace(limits, connections_max=soft // 4)
+    return msgspec.structs.replace(limits, connections_max=soft // 4)
 
 
 def require_free(address: str) -> None:

@@ -6,7 +6,6 @@ A gRPC server maps method paths to `UnaryMethod` or `StreamMethod`; a channel ca
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import msgspec
@@ -20,8 +19,7 @@ Metadata: TypeAlias = Sequence[tuple[str, str]]
 UNIX_PREFIX = "unix:"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds of one server or channel.
 
     Attributes:
@@ -136,17 +134,16 @@ PassMethod: TypeAlias = Callable[[Sequence[bytes], Call, Responder], Taken | Cor
 came. Raises `MeshError` as that would. The responder may be told at once."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Methods:
+class Methods(msgspec.Struct, frozen=True, kw_only=True):
     """What a server answers, by full path such as `/inference.GRPCInferenceService/ModelInfer`.
 
     A path of `passing` is also one of `unary`; servers that cannot be answered later leave `passing` aside.
     The unary methods of `pieced` may be given a large message as the list of its pieces, unjoined.
     """
 
-    unary: Mapping[str, UnaryMethod] = field(default_factory=dict)
-    stream: Mapping[str, StreamMethod] = field(default_factory=dict)
-    passing: Mapping[str, PassMethod] = field(default_factory=dict)
+    unary: Mapping[str, UnaryMethod] = msgspec.field(default_factory=dict)
+    stream: Mapping[str, StreamMethod] = msgspec.field(default_factory=dict)
+    passing: Mapping[str, PassMethod] = msgspec.field(default_factory=dict)
     pieced: frozenset[str] = frozenset()
 
 

@@ -20,6 +20,8 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from nearcast.identity import CertificateAuthority, Identity, load_identity, make_csr
 from nearcast.transport.seam import Call, Limits, Methods, Reply
 from nearcast.transport.service import InferenceService
@@ -93,7 +95,7 @@ async def serve(folder: Path, changes: dict[str, float]) -> None:
     from nearcast.transport.rest import RestServer
     from tests.integration.add_model import AddModel
 
-    limits = dataclasses.replace(LIMITS, **changes)
+    limits = msgspec.structs.replace(LIMITS, **changes)
     model = AddModel()
     oip = oip_methods(InferenceService(model, model, server_name="abused"), trusted=False)
     own = {"echo": echo, "big": big, "hang": hang, "tasks": tasks}

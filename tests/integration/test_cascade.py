@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -199,7 +199,7 @@ async def test_a_shadow_that_hangs_or_fails_is_nobodys_business(mesh: Mesh) -> N
 
 async def test_a_shadow_takes_only_what_is_free_small_and_assigned(mesh: Mesh) -> None:
     mesh.router.shadow([ShadowConfig(model="small", to_model="large", share=1.0)], ShadowLimits(utilisation_max=0.0))
-    busy = dataclasses.replace(mesh.core.report(), in_flight=5)
+    busy = msgspec.structs.replace(mesh.core.report(), in_flight=5)
     mesh.router.policy.on_report(time.monotonic(), "core", busy)
     await mesh.ask(SURE)
     await until(lambda: shadowed(mesh) == {"dropped_busy": 1})

@@ -6,12 +6,12 @@ import asyncio
 import importlib.util
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from nearcast.errors import Code, MeshError
 from nearcast.handler import RequestContext

@@ -10,12 +10,12 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from nearcast.errors import Code, MeshError
 from nearcast.handler import RequestContext

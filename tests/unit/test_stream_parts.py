@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 
@@ -97,7 +96,7 @@ def test_explicit_state_goes_from_the_output_of_the_same_shape_to_its_input():
 
 
 def test_of_outputs_of_the_same_shape_the_name_tells_which_is_state():
-    metadata = dataclasses.replace(
+    metadata = msgspec.structs.replace(
         SILERO,
         inputs=(TensorSpec("x", "FP32", (-1, 3)), TensorSpec("state", "FP32", (2, -1, 3))),
         outputs=(TensorSpec("y", "FP32", (-1, 3)), TensorSpec("state_out", "FP32", (2, -1, 3))),
@@ -107,7 +106,7 @@ def test_of_outputs_of_the_same_shape_the_name_tells_which_is_state():
 
 
 def test_a_free_axis_takes_what_the_window_leaves():
-    metadata = dataclasses.replace(SILERO, inputs=(TensorSpec("x", "FP32", (1, -1, 4)),), properties={})
+    metadata = msgspec.structs.replace(SILERO, inputs=(TensorSpec("x", "FP32", (1, -1, 4)),), properties={})
     assert make_plan(StreamDefinition(name="s", model="m", window=12), metadata).shape == (1, 3, 4)
 
 
@@ -122,7 +121,7 @@ def test_a_free_axis_takes_what_the_window_leaves():
 )
 def test_a_definition_that_does_not_fit_its_model_says_so(definition, metadata):
     with pytest.raises(MeshError, match="The stream s does not fit its model m") as raised:
-        make_plan(definition, dataclasses.replace(SILERO, **metadata))
+        make_plan(definition, msgspec.structs.replace(SILERO, **metadata))
     assert raised.value.code is Code.INVALID_REQUEST
 
 
@@ -145,7 +144,7 @@ def test_samples_are_scaled_into_the_models_type():
 
 
 def test_a_message_may_be_one_input_as_it_is():
-    metadata = dataclasses.replace(SILERO, inputs=(TensorSpec("x", "FP32", (-1, 2)),), properties={})
+    metadata = msgspec.structs.replace(SILERO, inputs=(TensorSpec("x", "FP32", (-1, 2)),), properties={})
     plan = make_plan(StreamDefinition(name="mic", model="m"), metadata)
     raw = np.array([[1, 2], [3, 4]], np.float32)
     assert read_tensor(plan, stored(raw.tobytes())).tolist() == raw.tolist()
@@ -165,7 +164,7 @@ def test_a_message_may_be_one_input_as_it_is():
     st.integers(0, 3),
 )
 def test_no_payload_breaks_the_reading_of_samples(payload, content_type, user, window):
-    metadata = dataclasses.replace(SILERO, inputs=(TensorSpec("x", "FP32", (-1, 1)),), properties={})
+    metadata = msgspec.structs.replace(SILERO, inputs=(TensorSpec("x", "FP32", (-1, 1)),), properties={})
     plan = make_plan(StreamDefinition(name="mic", model="m", window=window), metadata)
     try:
         (read_samples if window else read_tensor)(plan, stored(payload, content_type=content_type, user=user))
@@ -230,7 +229,7 @@ def test_an_event_is_named_by_the_devices_own_count():
 
 
 def test_the_best_class_counts_if_it_reaches_the_threshold():
-    metadata = dataclasses.replace(SILERO, properties={"stateful": "explicit", "labels": "cat\ndog"})
+    metadata = msgspec.structs.replace(SILERO, properties={"stateful": "explicit", "labels": "cat\ndog"})
     plan = make_plan(StreamDefinition(name="mic", model="vad", window=576, threshold=0.5), metadata)
     assert events.best_class([0.2, 0.7], plan, 3) == [events.Result(class_name="dog", score=0.7, window=3)]
     assert events.best_class([0.2, 0.4], plan, 0) == []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
+
+import msgspec
 
 from edge_node.mqtt.streams.definition import StreamDefinition
 from nearcast.errors import Code, MeshError
@@ -62,7 +64,7 @@ def make_plan(definition: StreamDefinition, metadata: ModelMetadata) -> Plan:
         shape=_window_shape(definition, data[0]) if definition.window else None,
         feedback=feedback,
         stateful=stateful,
-        metadata=replace(metadata, inputs=(data[0],)),
+        metadata=msgspec.structs.replace(metadata, inputs=(data[0],)),
         labels=definition.labels or tuple(labels.split("\n") if labels else ()),
         joins=stateful == "none" and data[0].shape[:1] == (-1,),
     )

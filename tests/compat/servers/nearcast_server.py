@@ -7,12 +7,12 @@ in front of the host: ONNX Runtime's Python interface has no BF16, and ONNX stri
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import signal
 import tempfile
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pymicro_wakeword
@@ -70,7 +70,7 @@ class ContractHost(ModelHost):
     def report(self) -> NodeReport:
         found = super().report()
         echoed = tuple(VersionReport(model=model, version="1") for model in ECHOED)
-        return dataclasses.replace(found, versions=(*found.versions, *echoed))
+        return msgspec.structs.replace(found, versions=(*found.versions, *echoed))
 
 
 def identity_model(datatype: str) -> bytes:
