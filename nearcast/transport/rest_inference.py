@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -30,8 +29,7 @@ _INLINE_SIZE_BYTES_MAX = 128 * 1024
 _CONTEXT = (status.IDEMPOTENCY_KEY, status.TRACE, status.PRIORITY)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RestLimits:
+class RestLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds that HTTP needs beside `Limits`; `Limits.concurrent_streams_max` bounds the requests in flight."""
 
     body_timeout_s: float = 30.0
