@@ -23,6 +23,7 @@ from benchmarks.foreign import call
 from benchmarks.fuzz_decoders import compare
 from benchmarks.fuzz_mutations import INFER, infer_message, mutate, record_http2, record_rest
 from benchmarks.fuzz_payloads import attack
+from benchmarks.fuzz_written import compare_written
 from benchmarks.rows import Row
 
 FULL = {"h2": 930_000, "rest": 60_000}
@@ -47,8 +48,15 @@ def run(*, quick: bool) -> list[Row]:
     counts = SOCKETS_QUICK if quick else SOCKETS_FULL
     on_sockets = asyncio.run(_over_sockets(counts, rows))
     tally = compare(random.Random(SEED), MESSAGES[quick])
+    written = compare_written(random.Random(SEED), MESSAGES[quick] // 10)
     mqtt = attack(random.Random(SEED), PAYLOADS[quick])
-    found = [*on_sockets["first"], *tally.first, *mqtt.first, *(text for one in seen for text in one["first"])]
+    found = [
+        *on_sockets["first"],
+        *tally.first,
+        *written.first,
+        *mqtt.first,
+        *(text for one in seen for text in one["first"]),
+    ]
     for text in found:
         print(f"fuzz: {text}", file=sys.stderr)
     rows += [
@@ -65,7 +73,13 @@ def run(*, quick: bool) -> list[Row]:
         Row("fuzz.messages", tally.messages, "1", f"{tally.accepted} taken, {tally.stricter} refused by us alone"),
         Row("fuzz.mqtt_payloads", mqtt.messages, "1", f"{mqtt.accepted} taken, the others refused"),
         Row("fuzz.mqtt_crashes", mqtt.crashes, "1", "payloads that were neither taken nor refused"),
-        Row("fuzz.decoder_disagreements", tally.disagreements, "1", "against protobuf's own parser"),
+        Row("fuzz.written", written.messages, "1", "messages of few forms, written with ever other values"),
+        Row(
+            "fuzz.decoder_disagreements",
+            tally.disagreements + written.disagreements,
+            "1",
+            "with protobuf's own parser, and of messages with themselves in pieces",
+        ),
     ]
     return rows
 
