@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 
+import msgspec
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -251,7 +251,7 @@ async def test_hanging_up_cancels_what_was_begun() -> None:
 
 async def test_bodies_that_are_late_or_too_many() -> None:
     big = infer(rows=40_000)
-    limits = dataclasses.replace(DEFAULT_LIMITS, receive_buffer_bytes_max=2_000_000)
+    limits = msgspec.structs.replace(DEFAULT_LIMITS, receive_buffer_bytes_max=2_000_000)
     async with connected(AddModel(), limits=limits) as (wire, rest):
         await wire.feed(big, waits=True)
         rest._guard._body_bytes = 1_000_000  # of others
