@@ -1,8 +1,8 @@
 """Coverage-guided fuzzing, as long as you like: `python -m benchmarks.fuzz_atheris TARGET [-max_total_time=60 ...]`.
 
 Targets: `decoders` (the wire's requests, JSON requests, gRPC messages), `agree` (the wire beside protobuf's parser),
-`http2` (a connection), `payloads` (MQTT requests and answers), `formats` (the checks of model files). Needs atheris;
-options of libFuzzer and a folder for the corpus may follow.
+`http2` (a connection), `payloads` (MQTT requests, streams and answers), `formats` (the checks of model files). Needs
+atheris; options of libFuzzer and a folder for the corpus may follow.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _http2() -> Callable[[bytes], None]:
 def _payloads() -> Callable[[bytes], None]:
     from random import Random
 
-    from benchmarks.fuzz_payloads import ask, hear, seed_payloads
+    from benchmarks.fuzz_payloads import ask, hear, seed_payloads, stream
 
     kinds = sorted({kind for kind, _ in seed_payloads()})
 
@@ -81,6 +81,7 @@ def _payloads() -> Callable[[bytes], None]:
         kind, rng = kinds[data[0] % len(kinds) if data else 0], Random(data[1] if len(data) > 1 else 0)
         ask(data[2:], kind, rng)
         hear(data[2:], kind, rng)
+        stream(data[2:], kind, rng)
 
     return test_one
 

@@ -1,6 +1,8 @@
-"""What devices send, mutated: every payload format through admission and decoding, and every answer through a device.
+"""What devices send, mutated: every payload format through admission and decoding, as a request and in a stream, and
+every answer through a device.
 
-Whatever comes is a request, a refusal with a status of the convention, or an error of the catalogue; nothing else.
+Whatever comes is a request, samples, a refusal with a status of the convention, or an error of the catalogue; nothing
+else.
 """
 
 from __future__ import annotations
@@ -18,7 +20,12 @@ import numpy as np
 from benchmarks.fuzz_decoders import REFUSALS, Tally, mutate_message
 from edge_node.mqtt import envelope
 from edge_node.mqtt.admission import Refusal, Request, admit
+from edge_node.mqtt.ledger.records import StoredInput
 from edge_node.mqtt.limits import MessageLimits
+from edge_node.mqtt.streams.admission import Dropped, admit_input
+from edge_node.mqtt.streams.definition import StreamDefinition
+from edge_node.mqtt.streams.plan import make_plan
+from edge_node.mqtt.streams.samples import read_samples, read_tensor
 from nearcast.errors import Code, MeshError
 from nearcast.handler import ModelMetadata, TensorSpec
 from nearcast.transport.mqtt import content_types as types
@@ -46,6 +53,26 @@ USERS: tuple[Mapping[str, str], ...] = (
     {"shape": "[-1]", "dtype": "bytes", "output": "z"},
     {"accept": types.CBOR, "version": "1.0"},
 )
+DATA = "nc/v1/local/cam/up/data/mic"
+STREAM_USERS: tuple[Mapping[str, str], ...] = (
+    {},
+    {"dtype": "FP64", "shape": "2,2"},
+    {"dtype": "bytes"},
+    {"seq": "1", "boot-id": "b", "ts": "now", "name": "x"},
+    {"seq": "-1"},
+)
+PLANS = tuple(
+    make_plan(StreamDefinition(name="mic", model="m", window=window, scale=scale), metadata)
+    for metadata in (
+        ModelMetadata(name="m", versions=("1",), platform="", inputs=(spec,), outputs=())
+        for spec in (
+            TensorSpec("x", "FP32", (-1, 2)),
+            TensorSpec("x", "INT16", (1, -1)),
+            TensorSpec("x", "BOOL", (-1,)),
+        )
+    )
+    for window, scale in ((0, 1.0), (4, 1.0), (4, 0.5))
+)
 SUFFIX_OF = {kind: suffix for suffix, kind in types.SUFFIXES.items()}
 
 
@@ -59,10 +86,8 @@ def attack(rng: random.Random, count: int) -> Tally:
         data = mutate_message(body, bodies, rng) if rng.random() < 0.95 else body
         tally.messages += 1
         try:
-            if rng.random() < 0.8:
-                tally.accepted += ask(data, kind, rng)
-            else:
-                tally.accepted += hear(data, kind, rng)
+            way = rng.choice((ask, ask, ask, hear, stream))
+            tally.accepted += way(data, kind, rng)
         except Exception as error:  # noqa: BLE001 - that is what is looked for
             tally.crashes += 1
             tally.note(f"{kind}: {error!r}", data)
@@ -123,6 +148,24 @@ def hear(data: bytes, kind: str, rng: random.Random) -> bool:
         payloads.decode_reply(data, kind, user, model="m").decode()
     except MeshError as error:
         if error.code is not Code.INTERNAL:
+            raise
+        return False
+    return True
+
+
+def stream(data: bytes, kind: str, rng: random.Random) -> bool:
+    """One message of a stream, as far as its samples; whether there are any."""
+    plan = rng.choice(PLANS)
+    message = Message(topic=DATA, payload=data, content_type=rng.choice((kind, "")), user=rng.choice(STREAM_USERS))
+    item = admit_input(message, 0.0, 0.0, LIMITS, {"mic"})
+    if isinstance(item, Dropped):
+        return False
+    try:
+        # What a number becomes in a type that has it not is up to numpy.
+        with np.errstate(all="ignore"):
+            (read_samples if plan.shape else read_tensor)(plan, StoredInput(1, item, data))
+    except MeshError as error:
+        if error.code not in REFUSALS:
             raise
         return False
     return True

@@ -141,6 +141,9 @@ def test_samples_are_scaled_into_the_models_type():
         read_samples(plan, stored(b"abc"))
     with pytest.raises(MeshError, match="Samples are numbers"):
         read_samples(plan, stored(b"abcd", user={"dtype": "BYTES"}))
+    texts = {"inputs": [{"name": "input", "datatype": "BYTES", "shape": [1, 2], "data": ["a", "b"]}]}
+    with pytest.raises(MeshError, match="Samples are numbers, not BYTES"):
+        read_samples(plan, stored(json.dumps(texts).encode(), content_type="application/json"))
 
 
 def test_a_message_may_be_one_input_as_it_is():

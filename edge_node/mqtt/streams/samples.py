@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from edge_node.mqtt.ledger.records import StoredInput
@@ -30,6 +32,7 @@ def read_samples(plan: Plan, stored: StoredInput) -> Samples:
         samples = _read_raw(plan, stored)
     else:
         samples = read_tensor(plan, stored).reshape(-1)
+        _require_numbers(samples.dtype, "BYTES")
     wanted, scale = dtype_of(plan.data.datatype), plan.definition.scale
     if scale == 1.0 or kind == WAV:
         return samples if samples.dtype == wanted else samples.astype(wanted)
@@ -55,13 +58,17 @@ def read_tensor(plan: Plan, stored: StoredInput) -> Array:
 def _read_raw(plan: Plan, stored: StoredInput) -> Samples:
     datatype = stored.input.user.get("dtype", "").upper() or plan.definition.datatype or plan.data.datatype
     dtype = dtype_of(datatype)
-    if dtype.kind not in "biuf":
-        raise MeshError(Code.UNSUPPORTED, f"Samples are numbers, not {datatype}.")
+    _require_numbers(dtype, datatype)
     if len(stored.payload) % dtype.itemsize:
         raise MeshError(
             Code.INVALID_REQUEST, f"{len(stored.payload)} bytes are no whole number of samples of {datatype}."
         )
     return np.frombuffer(stored.payload, dtype)
+
+
+def _require_numbers(dtype: np.dtype[Any], datatype: str) -> None:
+    if dtype.kind not in "biuf":
+        raise MeshError(Code.UNSUPPORTED, f"Samples are numbers, not {datatype}.")
 
 
 def _require_rate(plan: Plan, rate_hz: int) -> None:
