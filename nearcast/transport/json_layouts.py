@@ -16,6 +16,7 @@ from nearcast.transport.json_tensors import Body, Wanted, encode_response
 from nearcast.transport.outputs import as_they_are
 from nearcast.wire.framing import LIMITS
 from nearcast.wire.request import TensorRequest
+from nearcast.wire.tensors import Array
 
 _PLAIN = "iuf"
 """Kinds of numpy types whose elements are their bytes, whatever these are."""
@@ -69,27 +70,29 @@ class JsonLayouts:
 
     def read(self, model: str, version: str, body: Body, json_size_bytes: int) -> LayoutRequest | None:
         """The request in a body, if its layout is known."""
-        if json_size_bytes > LIMITS.layout_size_bytes_max or type(body) is not bytes:
+        if json_size_bytes > LIMITS.layout_size_bytes_max:
             return None
-        layout = self._requests.get(body[:json_size_bytes])
+        layout = self._requests.get(bytes(body[:json_size_bytes]))
         if layout is None or layout.size_bytes != len(body):
             return None
-        # Slices of bytes are copies: aligned, and they keep nothing else in memory.
-        inputs = {
-            name: np.ndarray(shape, dtype, body[start:stop]) for name, dtype, shape, start, stop in layout.tensors
-        }
+        inputs: dict[str, Array] = {}
+        for name, dtype, shape, start, stop in layout.tensors:
+            # A slice of bytes is a copy and so aligned; the first tensor of a memoryview is, and the others beside it.
+            inputs[name] = np.ndarray(shape, dtype, body[start:stop])
         return LayoutRequest(model, version, layout, inputs)
 
     def learn(self, body: Body, json_size_bytes: int, request: TensorRequest, wanted: Wanted) -> None:
-        """Remember the layout of a body that was decoded, if each input is small and lies behind the JSON as it is."""
+        """Remember the layout of a body that was decoded, if all inputs lie behind the JSON as they are."""
         arrays = request.decode().values()
         if json_size_bytes > LIMITS.layout_size_bytes_max or not all(
-            array.dtype.kind in _PLAIN and 0 < array.nbytes < LIMITS.zero_copy_size_bytes_min for array in arrays
+            array.dtype.kind in _PLAIN and array.nbytes for array in arrays
         ):
             return
         layout = Layout(request, wanted, json_size_bytes)
         # Inputs that are elsewhere, in the JSON or in shared memory, make it longer than the body.
-        if layout.size_bytes != len(body):
+        if layout.size_bytes != len(body) or any(
+            (start - json_size_bytes) % dtype.itemsize for _, dtype, _, start, _ in layout.tensors
+        ):
             return
         if len(self._requests) >= LIMITS.layouts_max:
             self._requests.clear()

@@ -22,7 +22,8 @@ JSON_SIZE_BYTES_MAX = 16 * 1024 * 1024
 _NOT_MODEL_PARAMETERS = frozenset({"binary_data_output"})
 
 Body: TypeAlias = Any
-"""Of a request: bytes, or a memoryview that is read-only, beneath which nobody writes any more."""
+"""Of a request: bytes, or a memoryview that is read-only, beneath which nobody writes any more. Where it says where its
+JSON ends, an item of any type would be aligned there."""
 Axis = Annotated[int, msgspec.Meta(ge=0)]
 Parameters = Annotated[dict[str, bool | int | float | str], msgspec.Meta(max_length=LIMITS.parameters_max)]
 Shape = Annotated[tuple[Axis, ...], msgspec.Meta(max_length=LIMITS.rank_max)]

@@ -256,10 +256,9 @@ def _write_head(code: int, kind: bytes, wall_s: int) -> bytes:
 
 def _make_room(head: Head) -> memoryview:
     """Where a body goes as it comes. Its pages are not touched before, and the first tensor in it is aligned."""
-    size_bytes, text = head.body_size_bytes, head.ask.json_size or ""
-    json_size = int(text) if text.isascii() and text.isdigit() else 0
+    size_bytes = head.body_size_bytes
     found = np.empty(size_bytes + _ALIGNMENT_BYTES, np.uint8)
-    start = -(found.ctypes.data + json_size) % _ALIGNMENT_BYTES
+    start = -(found.ctypes.data + (head.ask.json_size_bytes or 0)) % _ALIGNMENT_BYTES
     return found.data[start : start + size_bytes]
 
 

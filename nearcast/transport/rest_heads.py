@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from nearcast.errors import MeshError
 from nearcast.transport.rest_inference import Ask, read_ask
 
 HEADS_MAX = 256
@@ -74,7 +75,10 @@ class Heads:
             return None
         if not 0 < body_size_bytes <= self._body_size_bytes_max:
             return None
-        ask = read_ask(names[1], names[2] or "", headers)
+        try:
+            ask = read_ask(names[1], names[2] or "", headers)
+        except MeshError:
+            return None
         return Head(path=message.path, ask=ask, body_size_bytes=body_size_bytes)
 
 

@@ -41,12 +41,18 @@ REST_LIMITS = RestLimits()
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
-    """What path and headers say: whom they ask, and the headers that count, as they came ("" = not there)."""
+    """What path and headers say.
+
+    Attributes:
+        deadline_ms: as it came; "" = none.
+        json_size_bytes: where the JSON of the body ends; None = with the body.
+        context: the headers that `read_context` looks at.
+    """
 
     model: str
     version: str
     deadline_ms: str
-    json_size: str | None
+    json_size_bytes: int | None
     context: Mapping[str, str]
 
 
@@ -60,12 +66,19 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_ask(model: str, version: str, headers: Mapping[str, str]) -> Ask:
-    """What the path's names and the headers ask."""
+    """What the path's names and the headers ask.
+
+    Raises:
+        MeshError: INVALID_REQUEST for a size of the JSON that is none.
+    """
+    text = headers.get(JSON_SIZE)
+    if text is not None and not (text.isascii() and text.isdigit() and len(text) < 16):
+        raise MeshError(Code.INVALID_REQUEST, f"The header {JSON_SIZE} must be a number of bytes.")
     return Ask(
         model=model,
         version=version,
         deadline_ms=headers.get(status.DEADLINE_MS, ""),
-        json_size=headers.get(JSON_SIZE),
+        json_size_bytes=None if text is None else int(text),
         context={name: headers[name] for name in _CONTEXT if name in headers},
     )
 
@@ -151,7 +164,7 @@ class RestInference:
         return Answer(pieces=(head, *pieces), kind=_BINARY, fields=(*fields, (_JSON_SIZE, b"%d" % len(head))))
 
     async def _read(self, ask: Ask, body: Body, call: Call) -> tuple[TensorRequest, Wanted]:
-        size_bytes = _json_size(ask.json_size, len(body))
+        size_bytes = len(body) if ask.json_size_bytes is None else ask.json_size_bytes
         known = self._layouts.read(ask.model, ask.version, body, size_bytes)
         if known is not None:
             return known, known.form.wanted
@@ -175,11 +188,3 @@ async def _apart(size_bytes: int, work: Callable[[], T]) -> T:
     if size_bytes <= _INLINE_SIZE_BYTES_MAX:
         return work()
     return await asyncio.get_running_loop().run_in_executor(None, work)
-
-
-def _json_size(text: str | None, size_bytes: int) -> int:
-    if text is None:
-        return size_bytes
-    if not (text.isascii() and text.isdigit() and len(text) < 16):
-        raise MeshError(Code.INVALID_REQUEST, f"The header {JSON_SIZE} must be a number of bytes.")
-    return int(text)
