@@ -30,10 +30,9 @@ from nearcast.transport.ngh2_connection import (
     FRAME_SIZE_BYTES_MAX,
     PULL_SIZE_BYTES,
     STREAM_WINDOW_BYTES,
-    UNREAD_SIZE_BYTES_MAX,
     Ngh2Connection,
 )
-from nearcast.transport.ngh2_framing import MessageReader, whole_message
+from nearcast.transport.ngh2_framing import whole_message
 from nearcast.transport.ngh2_headers import RequestHead, read_request, write_error, write_http_error
 from nearcast.transport.ngh2_server_state import ServerState
 from nearcast.transport.ngh2_stream import ServerStream
@@ -53,6 +52,7 @@ class ServerConnection(Ngh2Connection):
     """One client's connection."""
 
     __slots__ = (
+        "_growing",
         "_half_closed",
         "_is_greeted",
         "_known",
@@ -78,9 +78,10 @@ class ServerConnection(Ngh2Connection):
         self.writers: set[ServerStream] = set()
         # Calls whose start waits until the peer has read earlier replies.
         self._waiting: dict[int, ServerStream] = {}
-        # Of the bytes that are being read: complete calls, and calls with a deadline.
+        # Of the bytes that are being read: complete calls, calls with a deadline, and calls whose message goes on.
         self._ready: list[ServerStream] = []
         self._timed: list[ServerStream] = []
+        self._growing: dict[ServerStream, None] = {}
         # Answered calls whose request still comes in: reset once the answer is out, or it would be swallowed.
         self._half_closed: set[int] = set()
         self._is_greeted = False
@@ -132,10 +133,15 @@ class ServerConnection(Ngh2Connection):
             kind = type(event)
             if kind is DataReceived:
                 stream = streams.get(event.stream_id)
-                if stream is not None:
-                    self._receive(stream, event.data, is_end=event.end_stream)
-                elif event.data:
+                if stream is None:
+                    # Of a call that is over.
                     self.acknowledge(len(event.data), event.stream_id)
+                elif event.end_stream or stream.pieces is None:
+                    self._receive(stream, event.data, is_end=event.end_stream)
+                else:
+                    # A large message comes in many frames.
+                    stream.run.append(event.data)
+                    self._growing[stream] = None
             elif kind is RequestReceived:
                 self._open(event)
             elif kind is StreamClosed or kind is StreamReset:
@@ -145,12 +151,14 @@ class ServerConnection(Ngh2Connection):
                     self.drop(stream)
             else:
                 self._handle_rare(event)
+        if self._growing:
+            growing, self._growing = self._growing, {}
+            for stream in growing:
+                self._receive_run(stream)
         # Only now, so that nothing runs for a call that was reset in the same breath.
-        if self._ready:
-            ready, self._ready = self._ready, []
-            for stream in ready:
-                if not stream.is_done:
-                    self._start(stream)
+        ready, self._ready = self._ready, []
+        for stream in ready:
+            self._start(stream)
         # Only now, because most calls are over by now.
         if self._timed:
             self._set_timers()
@@ -237,8 +245,7 @@ class ServerConnection(Ngh2Connection):
 
     def _receive(self, stream: ServerStream, data: bytes, *, is_end: bool) -> None:
         stream.has_ended = is_end
-        pieces = stream.pieces
-        if is_end and pieces is None and stream.reader is None and stream.stream_method is None:
+        if is_end and stream.reader is None and stream.pieces is None and stream.stream_method is None:
             whole = whole_message(data)
             if whole is not None:
                 # The usual case: the whole request in one frame.
@@ -246,44 +253,39 @@ class ServerConnection(Ngh2Connection):
                 self.acknowledge(len(data), stream.id)
                 self._ready.append(stream)
                 return
-        try:
-            if pieces is not None and not is_end and stream.received_bytes + len(data) <= stream.pieces_size_bytes_max:
-                # As `_assemble` would: a large message comes in many frames.
-                pieces.append(data)
-                stream.unread_bytes += len(data)
-                if stream.unread_bytes >= UNREAD_SIZE_BYTES_MAX:
-                    self._give_back(stream)
-                self.hold(stream, stream.received_bytes + len(data))
-                return
-            if stream.stream_method is not None:
-                stream.receive(data)
-                return
-            if data:
-                stream.unread_bytes += len(data)
-                self._give_back(stream)
-            self._assemble(stream, data)
-        except MeshError as error:
-            self.fail(stream, error)
-            self.server.cancel(stream)
+        if stream.stream_method is None:
+            stream.run = [*stream.run, data]
+            self._receive_run(stream)
             return
-        if is_end and not stream.is_done:
-            self._ready.append(stream)
+        try:
+            stream.receive(data)
+        except MeshError as error:
+            self._give_up(stream, error)
 
-    def _assemble(self, stream: ServerStream, data: bytes) -> None:
-        self.hold(stream, stream.received_bytes + len(data))
-        if stream.reader is None:
-            if stream.encoding == "identity" and stream.gather(data):
-                return
-            if stream.pieces is not None:
-                data = b"".join(stream.pieces)
-                stream.pieces = None
-            stream.reader = MessageReader(self.limits.message_size_bytes_max, stream.encoding, defers=True)
-        for message in stream.reader.feed(data):
-            if stream.whole is not None:
-                raise MeshError(Code.INVALID_REQUEST, "A unary call holds exactly one message; this one holds more.")
-            stream.whole = message
-        if stream.has_ended and (stream.whole is None or stream.reader.is_partial):
-            raise MeshError(Code.INVALID_REQUEST, "The call ended before its message was complete.")
+    def _receive_run(self, stream: ServerStream) -> None:
+        """Take the frames of a unary call that came together, unless they were taken with its last one."""
+        run, stream.run = stream.run, []
+        if not run:
+            return
+        size_bytes = sum(map(len, run))
+        if stream.is_done:
+            self.acknowledge(size_bytes, stream.id)
+            return
+        stream.unread_bytes += size_bytes
+        try:
+            self.hold(stream, stream.received_bytes + size_bytes)
+            stream.assemble(run)
+        except MeshError as error:
+            self._give_up(stream, error)
+            return
+        if stream.has_ended:
+            self._ready.append(stream)
+        elif stream.needs_window:
+            self._give_back(stream)
+
+    def _give_up(self, stream: ServerStream, error: MeshError) -> None:
+        self.fail(stream, error)
+        self.server.cancel(stream)
 
     def _give_back(self, stream: ServerStream) -> None:
         self.acknowledge(stream.unread_bytes, stream.id)
@@ -309,6 +311,8 @@ class ServerConnection(Ngh2Connection):
             )
 
     def _start(self, stream: ServerStream) -> None:
+        if stream.is_done:
+            return
         if self._waiting or self.h2.queued_body_size() > self.limits.reply_queue_bytes_max:
             self._waiting[stream.id] = stream
             return

@@ -14,6 +14,7 @@ from ngh2 import NGH2Error
 
 from nearcast.errors import Code, MeshError
 from nearcast.transport import eager
+from nearcast.transport.ngh2_connection import STREAM_WINDOW_BYTES, UNREAD_SIZE_BYTES_MAX
 from nearcast.transport.ngh2_framing import PREFIX_SIZE_BYTES, Deflated, MessageReader, announced_size_bytes, frame
 from nearcast.transport.ngh2_headers import RESPONSE, write_trailers
 from nearcast.transport.seam import Call, Fields, PassMethod, Reply, StreamMethod, Taken, UnaryMethod
@@ -49,6 +50,8 @@ class ServerStream:
     # As long as nobody had to look into it: the message in the pieces in which it comes, with its prefix.
     pieces: list[bytes] | None = None
     pieces_size_bytes_max = 0
+    # Of these, frames that came in one read and are not taken yet.
+    run = cast("list[bytes]", ())
     reader: MessageReader | None = None
     received_bytes = 0
     # Streaming calls only; those have an inbox of their own.
@@ -113,13 +116,36 @@ class ServerStream:
         else:
             self._send(pieces, trailers)
 
-    # Taken over: whoever did so answers by one of `pass_back`, `reply` and `refuse`.
+    def assemble(self, run: list[bytes]) -> None:
+        """Take DATA of a unary call; a message in many frames stays in its pieces.
 
-    def gather(self, data: bytes) -> bool:
+        Raises:
+            MeshError: for a bad or too large message, or more than one.
+        """
+        if self.reader is None:
+            if self.encoding == "identity" and self._gather(run):
+                return
+            if self.pieces is not None:
+                run, self.pieces = self.pieces, None
+            self.reader = MessageReader(self.connection.limits.message_size_bytes_max, self.encoding, defers=True)
+        for message in self.reader.feed(b"".join(run)):
+            if self.whole is not None:
+                raise MeshError(Code.INVALID_REQUEST, "A unary call holds exactly one message; this one holds more.")
+            self.whole = message
+        if self.has_ended and (self.whole is None or self.reader.is_partial):
+            raise MeshError(Code.INVALID_REQUEST, "The call ended before its message was complete.")
+
+    @property
+    def needs_window(self) -> bool:
+        """Whether the peer should have the window back before the call ends; to tell it so wakes it."""
+        if self.pieces is None:
+            return True
+        return self.pieces_size_bytes_max > STREAM_WINDOW_BYTES and self.unread_bytes >= UNREAD_SIZE_BYTES_MAX
+
+    def _gather(self, run: Sequence[bytes]) -> bool:
         """Keep the message in its pieces; False = it must be looked at after all."""
         pieces = self.pieces = self.pieces or []
-        if data:
-            pieces.append(data)
+        pieces.extend(filter(None, run))
         if not pieces or len(pieces[0]) < PREFIX_SIZE_BYTES:
             return False
         size_bytes = announced_size_bytes(pieces[0])
@@ -133,6 +159,8 @@ class ServerStream:
             return False
         pieces[0] = pieces[0][PREFIX_SIZE_BYTES:]
         return True
+
+    # Taken over: whoever did so answers by one of `pass_back`, `reply` and `refuse`.
 
     def hand_over(self) -> bool:
         """Let the method take the call over; False = there is none. What is still compressed is not for it."""

@@ -100,9 +100,17 @@ class Layout:
         return tensors
 
     def gather_tensors(self, pieces: Sequence[bytes]) -> dict[str, Array]:
-        """The tensors of a message in pieces, if the layout `is_plain`: each is joined by itself, and so aligned."""
+        """The tensors of a message of this layout in pieces, aligned, if it `is_plain` and was recognised by the first.
+
+        So that one holds all but the last of them, which ends with the message.
+        """
+        first = pieces[0]
         return {
-            name: np.ndarray(shape, dtype, _join(pieces, start, stop))
+            name: np.ndarray(
+                shape,
+                dtype,
+                first[start:stop] if stop <= len(first) else b"".join((first[start:], *pieces[1:])),
+            )
             for name, dtype, shape, start, stop in self._plain or ()
         }
 
@@ -148,20 +156,6 @@ def _between(body: bytes, spans: Sequence[Span]) -> list[tuple[int, bytes]]:
             pieces.append((position, body[position:start]))
         position = stop
     return pieces
-
-
-def _join(pieces: Sequence[bytes], start: int, stop: int) -> bytes:
-    """What `pieces` are together, from `start` to `stop`."""
-    found = []
-    for piece in pieces:
-        size = len(piece)
-        if start < size:
-            found.append(piece if start <= 0 and size <= stop else piece[max(0, start) : stop])
-        start -= size
-        stop -= size
-        if stop <= 0:
-            break
-    return b"".join(found)
 
 
 def _is_plain(tensor: Array) -> bool:
