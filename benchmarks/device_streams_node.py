@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 from pathlib import Path
 
 import uvloop
@@ -21,7 +20,7 @@ from edge_node.mqtt.worker import MqttWorker
 from model_sync.publisher.bundle import BundleSpec, create_bundle
 from nearcast.cli.demo.samples import load_clips
 from nearcast.cli.demo.wake_word import CUTOFF, OUTPUT_SCALE, WINDOWS, model_file
-from nearcast.runtime import keep_pages
+from nearcast.runtime import announce, keep_pages
 from nearcast.serving.host import ModelHost
 from nearcast.store import Store
 from nearcast.store.manifest import Tensor
@@ -113,7 +112,7 @@ async def main() -> None:
     )
     await worker.start()
     await worker.wait_connected()
-    print(json.dumps({"pid": os.getpid()}), flush=True)
+    announce("streams")
     await asyncio.Event().wait()
 
 

@@ -7,7 +7,6 @@ simulator's workload says for this request on this node, and the distance, which
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from nearcast.errors import Code, MeshError
 from nearcast.handler import InferRequest, InferResponse, ModelMetadata, RequestContext, Served, TensorSpec
 from nearcast.identity import load_identity
 from nearcast.load import NodeReport, VersionReport
+from nearcast.runtime import announce
 from nearcast.transport.grpc import make_server
 from nearcast.transport.mesh import join_methods, mesh_methods
 from nearcast.transport.oip import oip_methods
@@ -174,7 +174,7 @@ async def main(folder: Path, scenario: Scenario, seed: int, name: str, port: int
     server = make_server("ngh2", methods, address="127.0.0.1:0", identity=identity, require_client=True)
     await server.start()
     proxy = DelayProxy(server.address, spec.rtt_ms / 2e3)
-    print(json.dumps({"mesh": await proxy.listen(port)}), flush=True)
+    announce(name, mesh=await proxy.listen(port))
     await asyncio.Event().wait()
 
 

@@ -6,8 +6,6 @@ Its streams run a detector that costs nothing and finds the same five things: ea
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,7 +17,7 @@ from edge_node.mqtt.streams.definition import StreamDefinition
 from edge_node.mqtt.worker import MqttWorker
 from nearcast.errors import Code, MeshError
 from nearcast.handler import InferRequest, InferResponse, ModelMetadata, RequestContext, Served, TensorSpec
-from nearcast.runtime import keep_pages
+from nearcast.runtime import announce, keep_pages
 from nearcast.transport.mqtt.connection import ConnectionSettings
 from nearcast.wire.response import TensorResponse
 
@@ -78,7 +76,7 @@ async def main() -> None:
     )
     await worker.start()
     await worker.wait_connected()
-    print(json.dumps({"pid": os.getpid()}), flush=True)
+    announce("outage")
     await asyncio.Event().wait()
 
 
