@@ -26,7 +26,7 @@ from nearcast.serving.loop_rank import (
     QUIET_SHARE,
     LoopRank,
 )
-from nearcast.serving.precedence import NICENESS, LoopPrecedence, give_way_to_loop
+from nearcast.serving.precedence import NICENESS, LoopPrecedence, give_way_to_loop, yield_to_serving
 
 on_linux = pytest.mark.skipif(
     platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"), reason="asks Linux"
@@ -129,6 +129,13 @@ def test_a_look_at_no_time_changes_nothing() -> None:
 def test_a_models_thread_is_nicer_than_the_loops() -> None:
     with ThreadPoolExecutor(1) as before, ThreadPoolExecutor(1, initializer=give_way_to_loop) as models:
         assert models.submit(niceness).result() == min(19, before.submit(niceness).result() + NICENESS)
+
+
+@on_linux
+def test_a_thread_that_loads_interrupts_nobody_and_keeps_its_share() -> None:
+    with ThreadPoolExecutor(1) as before, ThreadPoolExecutor(1, initializer=yield_to_serving) as loader:
+        assert loader.submit(policy).result() == os.SCHED_BATCH
+        assert loader.submit(niceness).result() == before.submit(niceness).result()
 
 
 @on_linux
