@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks.foreign import call
 from benchmarks.fuzz_decoders import compare
+from benchmarks.fuzz_json import compare_json
 from benchmarks.fuzz_mutations import INFER, infer_message, mutate, record_http2, record_rest
 from benchmarks.fuzz_payloads import attack
 from benchmarks.fuzz_written import compare_written
@@ -49,11 +50,13 @@ def run(*, quick: bool) -> list[Row]:
     on_sockets = asyncio.run(_over_sockets(counts, rows))
     tally = compare(random.Random(SEED), MESSAGES[quick])
     written = compare_written(random.Random(SEED), MESSAGES[quick] // 10)
+    bodies = compare_json(random.Random(SEED), MESSAGES[quick] // 5)
     mqtt = attack(random.Random(SEED), PAYLOADS[quick])
     found = [
         *on_sockets["first"],
         *tally.first,
         *written.first,
+        *bodies.first,
         *mqtt.first,
         *(text for one in seen for text in one["first"]),
     ]
@@ -63,7 +66,7 @@ def run(*, quick: bool) -> list[Row]:
         Row("fuzz.connections", connections + sum(counts.values()), "1", f"{sum(counts.values())} over sockets"),
         Row(
             "fuzz.crashes",
-            crashes + on_sockets["crashes"] + tally.crashes + mqtt.crashes,
+            crashes + on_sockets["crashes"] + tally.crashes + bodies.crashes + mqtt.crashes,
             "1",
             "errors that nobody expected",
         ),
@@ -71,14 +74,15 @@ def run(*, quick: bool) -> list[Row]:
         Row("fuzz.probes_failed", failed + on_sockets["probes_failed"], "1"),
         Row("fuzz.tasks_left", sum(one["tasks"] for one in seen), "1", "methods that wait for connections long gone"),
         Row("fuzz.messages", tally.messages, "1", f"{tally.accepted} taken, {tally.stricter} refused by us alone"),
+        Row("fuzz.json_bodies", bodies.messages, "1", f"{bodies.accepted} taken, the others refused"),
         Row("fuzz.mqtt_payloads", mqtt.messages, "1", f"{mqtt.accepted} taken, the others refused"),
         Row("fuzz.mqtt_crashes", mqtt.crashes, "1", "payloads that were neither taken nor refused"),
         Row("fuzz.written", written.messages, "1", "messages of few forms, written with ever other values"),
         Row(
             "fuzz.decoder_disagreements",
-            tally.disagreements + written.disagreements,
+            tally.disagreements + written.disagreements + bodies.disagreements,
             "1",
-            "with protobuf's own parser, and of messages with themselves in pieces",
+            "with protobuf's own parser, and of what is recognised with what is parsed",
         ),
     ]
     return rows

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from benchmarks.fuzz_child import Crashes, converse, make_factory
 from benchmarks.fuzz_decoders import compare, feed
+from benchmarks.fuzz_json import compare_json
 from benchmarks.fuzz_mutations import mutate, record_http2
 from benchmarks.fuzz_written import compare_written
 from nearcast.errors import MeshError
@@ -67,10 +68,11 @@ def test_the_answers_do_not_depend_on_how_the_bytes_come(
 
 
 @given(st.integers(0, 2**32))
-def test_messages_mean_to_us_what_they_mean_to_protobuf(seed: int) -> None:
+def test_messages_mean_the_same_however_they_are_read(seed: int) -> None:
     tally = compare(random.Random(seed), 10)
     assert tally.first == []
     assert compare_written(random.Random(seed), 5).first == []
+    assert compare_json(random.Random(seed), 10).first == []
 
 
 @given(st.binary(max_size=300))
