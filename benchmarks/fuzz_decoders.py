@@ -44,8 +44,8 @@ class Tally:
 def compare(rng: random.Random, count: int) -> Tally:
     """Whatever protobuf refuses we refuse; what both take means the same; we may refuse more, never fail."""
     tally = Tally()
-    asked = [seed_message(rng) for _ in range(200)]
-    answered = [seed_answer(rng) for _ in range(100)]
+    asked = [seed_message(rng) for _ in range(min(count, 200))]
+    answered = [seed_answer(rng) for _ in range(min(count, 100))]
     for index in range(count):
         corpus, judge_one = (answered, judge_answer) if index % 4 == 0 else (asked, judge)
         body = mutate_message(rng.choice(corpus), corpus, rng)

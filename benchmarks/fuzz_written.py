@@ -27,7 +27,7 @@ _IDS = ("", "", "r", "a longer id", "ä")
 def compare_written(rng: random.Random, count: int) -> Tally:
     """Whatever we write protobuf takes for what went in."""
     tally = Tally()
-    forms = [_draw_form(rng) for _ in range(FORMS)]
+    forms = [_draw_form(rng) for _ in range(min(count, FORMS))]
     for _ in range(count):
         tally.messages += 1
         is_request, model, tensors = rng.choice(forms)
