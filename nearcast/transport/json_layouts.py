@@ -99,8 +99,8 @@ class JsonLayouts:
         self._requests[bytes(body[:json_size_bytes])] = layout
 
     def write(self, response: InferResponse, wanted: Wanted) -> tuple[bytes, list[bytes]] | None:
-        """An answer all of whose outputs go behind the JSON; None = it is no such answer."""
-        if not wanted.by_default or wanted.by_name or wanted.forms or response.id or response.parameters:
+        """An answer all of whose outputs are wanted behind the JSON; None = its JSON would not be that of others."""
+        if response.id or response.parameters:
             return None
         pieces: list[bytes] = []
         key: list[object] = [response.model, response.version]

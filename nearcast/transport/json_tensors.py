@@ -62,6 +62,11 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     by_name: Mapping[str, bool] = msgspec.field(default_factory=dict)
     forms: Mapping[str, Form] = msgspec.field(default_factory=dict)
 
+    @property
+    def is_all_binary(self) -> bool:
+        """Whether all outputs go behind the JSON, as they are."""
+        return self.by_default and not self.by_name and not self.forms
+
     def is_binary(self, name: str) -> bool:
         """Whether output `name` goes behind the JSON."""
         return self.by_name.get(name, self.by_default)

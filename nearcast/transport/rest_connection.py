@@ -7,10 +7,11 @@ quite ordinary is handed on as it came, so what HTTP means is said in one place 
 from __future__ import annotations
 
 import asyncio
-from email.utils import formatdate
+from collections.abc import Coroutine
 from functools import lru_cache
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from types import CoroutineType
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from nearcast.transport.peer import peer_name
 from nearcast.transport.rest_guard import RestGuard, Watched, late_body
 from nearcast.transport.rest_heads import Head, Heads, body_size, end_of_head
 from nearcast.transport.rest_inference import REST_LIMITS, Answer, RestInference, answer_error
-from nearcast.transport.seam import Call
+from nearcast.transport.seam import Call, Taken
 from nearcast.transport.tls_stream import BUFFERS
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class RestConnection(asyncio.BufferedProtocol):
 
     __slots__ = (
         "_beyond", "_deadline", "_filled", "_guard", "_head", "_head_bytes", "_heads", "_identity", "_inference",
-        "_is_busy", "_kept", "_left", "_loop", "_peer", "_received", "_room", "_task", "_timer", "_transport",
+        "_is_busy", "_kept", "_left", "_loop", "_peer", "_received", "_room", "_taken", "_timer", "_transport",
         "_watched",
     )  # fmt: skip
 
@@ -82,7 +83,7 @@ class RestConnection(asyncio.BufferedProtocol):
         self._timer: asyncio.TimerHandle | None = None
         # A request that is being answered here, and what came meanwhile.
         self._is_busy = False
-        self._task: asyncio.Task[None] | None = None
+        self._taken: Taken | None = None
         self._kept = b""
 
     # asyncio.BufferedProtocol.
@@ -110,9 +111,10 @@ class RestConnection(asyncio.BufferedProtocol):
         if self._timer is not None:
             self._timer.cancel()
         self._room = None
-        if self._task is not None:
+        if self._taken is not None:
             # Nobody waits for the answer any more.
-            self._task.cancel()
+            self._taken.cancel()
+        self._guard.release(self._watched)
         self._beyond.connection_lost(exc)
 
     # Receiving.
@@ -208,23 +210,42 @@ class RestConnection(asyncio.BufferedProtocol):
             self._identity = peer_uri(self._transport.get_extra_info("ssl_object"))
             self._peer = peer_name(self._transport)
         self._is_busy = True
-        self._task = eager.start(self._answer(head, body, deadline, self._identity), self._loop)
-
-    async def _answer(self, head: Head, body: Body, deadline: float | None, identity: str) -> None:
-        call = Call(method=head.path, identity=identity, peer=self._peer)
+        call = Call(method=head.path, identity=self._identity, peer=self._peer)
         try:
-            answer = await self._inference.answer(head.ask, body, deadline, call)
+            begun = self._inference.begin(head.ask, body, deadline, call, self._tell)
+        except MeshError as error:
+            self._tell(answer_error(error))
+        except Exception:  # noqa: BLE001 - one request may fail, never the process
+            self._tell(answer_failure(head.path))
+        else:
+            if isinstance(begun, CoroutineType):
+                task = eager.start(self._answer(begun, head.path), self._loop)
+                self._taken = cast("Taken | None", task)
+            elif self._is_busy:
+                self._taken = cast("Taken", begun)
+
+    async def _answer(self, begun: Coroutine[Any, Any, Answer], path: str) -> None:
+        try:
+            answer = await begun
         except MeshError as error:
             answer = answer_error(error)
         except Exception:  # noqa: BLE001 - one request may fail, never the process
-            answer = answer_failure(head.path)
-        finally:
-            self._guard.leave(self._watched)
-            self._is_busy = False
-            self._task = None
+            answer = answer_failure(path)
+        self._tell(answer)
+
+    def _tell(self, answer: Answer) -> None:
+        self._guard.leave(self._watched)
+        self._taken = None
         self._send(answer)
         if self._kept:
-            kept, self._kept = self._kept, b""
+            self._loop.call_soon(self._go_on)
+        else:
+            self._is_busy = False
+
+    def _go_on(self) -> None:
+        kept, self._kept = self._kept, b""
+        self._is_busy = False
+        if not self._transport.is_closing():
             self._transport.resume_reading()
             self._receive(kept)
 
@@ -249,6 +270,8 @@ def write_answer(answer: Answer, wall_s: int) -> bytes:
 
 @lru_cache(maxsize=16)
 def _write_head(code: int, kind: bytes, wall_s: int) -> bytes:
+    from email.utils import formatdate  # a hundredth of a node's start
+
     date = formatdate(wall_s, usegmt=True).encode()
     reason = HTTPStatus(code).phrase.encode()
     return b"HTTP/1.1 %d %b\r\nContent-Type: %b\r\nDate: %b\r\n" % (code, reason, kind, date)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from nearcast.errors import CATALOGUE, Code, MeshError
-from nearcast.handler import InferResponse
+from nearcast.handler import InferResponse, RequestContext
 from nearcast.transport.context import read_context
 from nearcast.transport.json_layouts import JsonLayouts
 from nearcast.transport.json_tensors import Body, Wanted, decode_raw_request, decode_request, encode_response
-from nearcast.transport.outputs import form_outputs
-from nearcast.transport.seam import Call, Fields, Limits
+from nearcast.transport.outputs import as_they_are, form_outputs
+from nearcast.transport.seam import Call, Fields, Limits, Taken
 from nearcast.transport.service import InferenceService
 from nearcast.wire import status
 from nearcast.wire.request import TensorRequest
@@ -127,28 +127,78 @@ class RestInference:
             raise MeshError(Code.INVALID_REQUEST, text)
         return self._clock.monotonic() + value / 1e3
 
+    def begin(
+        self, ask: Ask, body: Body, deadline: float | None, call: Call, tell: Callable[[Answer], None]
+    ) -> Taken | Coroutine[Any, Any, Answer]:
+        """As `answer`, but where layout and handler allow it, no coroutine is needed: then `tell` hears the answer.
+
+        Raises:
+            MeshError: as `answer`.
+        """
+        request = self._layouts.read(ask.model, ask.version, body, _json_size(ask, body))
+        if request is None:
+            return self.answer(ask, body, deadline, call)
+        wanted, context = request.form.wanted, self._context(ask, request, deadline, call)
+        beginning = self._service.beginning
+        if beginning is not None and context.deadline is None and wanted.is_all_binary and self._enter():
+            asker = _Asker(self, wanted, tell)
+            try:
+                asker.taken = beginning.begin(request, context, asker)
+            except MeshError as error:
+                asker.refuse(error)
+            except BaseException:
+                self._leave()
+                raise
+            if asker.taken is not None or asker.is_done:
+                return asker
+            self._leave()
+        return self._within_bounds(self._run(request, wanted, context, call))
+
     async def answer(self, ask: Ask, body: Body, deadline: float | None, call: Call) -> Answer:
         """Answer one request whose body is there.
 
         Raises:
             MeshError: what is wrong with the request, or went wrong with it.
         """
+        return await self._within_bounds(self._read_and_run(ask, body, deadline, call))
+
+    async def _within_bounds(self, answer: Coroutine[Any, Any, Answer]) -> Answer:
         # Not before the body was there: those who send slowly could hold all places.
-        if self._in_flight >= self._limits.concurrent_streams_max:
+        if not self._enter():
+            answer.close()
             text = "Too many requests are in flight on this listener; try again later."
             raise MeshError(Code.OVERLOADED, text, retry_after_ms=REST_LIMITS.retry_after_ms)
+        try:
+            return await answer
+        finally:
+            self._leave()
+
+    def _enter(self) -> bool:
+        if self._in_flight >= self._limits.concurrent_streams_max:
+            return False
         self._in_flight += 1
         self.idle.clear()
-        try:
-            return await self._run(ask, body, deadline, call)
-        finally:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self.idle.set()
+        return True
 
-    async def _run(self, ask: Ask, body: Body, deadline: float | None, call: Call) -> Answer:
-        request, wanted = await self._read(ask, body, call)
-        context = read_context(
+    def _leave(self) -> None:
+        self._in_flight -= 1
+        if not self._in_flight:
+            self.idle.set()
+
+    async def _read_and_run(self, ask: Ask, body: Body, deadline: float | None, call: Call) -> Answer:
+        size_bytes = _json_size(ask, body)
+        if size_bytes == 0:
+            metadata = await self._service.metadata(ask.model, ask.version)
+            request, wanted = decode_raw_request(metadata, ask.version, body)
+        else:
+            fetch = partial(self._service.regions.read, call)
+            decode = partial(decode_request, ask.model, ask.version, body, size_bytes, fetch)
+            request, wanted = await _apart(size_bytes, decode)
+            self._layouts.learn(body, size_bytes, request, wanted)
+        return await self._run(request, wanted, self._context(ask, request, deadline, call), call)
+
+    def _context(self, ask: Ask, request: TensorRequest, deadline: float | None, call: Call) -> RequestContext:
+        return read_context(
             ask.context,
             request.parameters,
             deadline=deadline,
@@ -156,31 +206,63 @@ class RestInference:
             trusted=False,
             clock=self._clock,
         )
-        response = await self._service.infer(request, context)
-        fields = status.served_to_fields(response.served)
-        head, pieces = self._layouts.write(response, wanted) or await self._write(response, wanted, call)
-        if not pieces:
-            return Answer(pieces=(head,), fields=fields)
-        return Answer(pieces=(head, *pieces), kind=_BINARY, fields=(*fields, (_JSON_SIZE, b"%d" % len(head))))
 
-    async def _read(self, ask: Ask, body: Body, call: Call) -> tuple[TensorRequest, Wanted]:
-        size_bytes = len(body) if ask.json_size_bytes is None else ask.json_size_bytes
-        known = self._layouts.read(ask.model, ask.version, body, size_bytes)
-        if known is not None:
-            return known, known.form.wanted
-        if size_bytes == 0:
-            return decode_raw_request(await self._service.metadata(ask.model, ask.version), ask.version, body)
-        fetch = partial(self._service.regions.read, call)
-        decode = partial(decode_request, ask.model, ask.version, body, size_bytes, fetch)
-        request, wanted = await _apart(size_bytes, decode)
-        self._layouts.learn(body, size_bytes, request, wanted)
-        return request, wanted
+    async def _run(self, request: TensorRequest, wanted: Wanted, context: RequestContext, call: Call) -> Answer:
+        response = await self._service.infer(request, context)
+        if wanted.is_all_binary:
+            return self._write_binary(response, wanted)
+        return _make_answer(response, *await self._write(response, wanted, call))
+
+    def _write_binary(self, response: InferResponse, wanted: Wanted) -> Answer:
+        found = self._layouts.write(response, wanted)
+        return _make_answer(response, *(found or encode_response(response, as_they_are(response), wanted)))
 
     async def _write(self, response: InferResponse, wanted: Wanted, call: Call) -> tuple[bytes, list[bytes]]:
         outputs = await form_outputs(self._service, response, wanted.forms, call)
         json_arrays = [each.array for each in outputs if each.array is not None and not wanted.is_binary(each.name)]
         encode = partial(encode_response, response, outputs, wanted)
         return await _apart(sum(array.nbytes for array in json_arrays), encode)
+
+
+class _Asker:
+    """Who asked, for a handler that answers without a coroutine."""
+
+    __slots__ = ("_inference", "_tell", "_wanted", "is_done", "taken")
+
+    def __init__(self, inference: RestInference, wanted: Wanted, tell: Callable[[Answer], None]) -> None:
+        self._inference = inference
+        self._wanted = wanted
+        self._tell = tell
+        self.is_done = False
+        self.taken: Taken | None = None
+
+    def answer(self, response: InferResponse) -> None:
+        self._end(self._inference._write_binary(response, self._wanted))  # noqa: SLF001 (its own)
+
+    def refuse(self, error: MeshError) -> None:
+        self._end(answer_error(error))
+
+    def cancel(self) -> None:
+        self.is_done = True
+        self._inference._leave()  # noqa: SLF001
+        if self.taken is not None:
+            self.taken.cancel()
+
+    def _end(self, answer: Answer) -> None:
+        self.is_done = True
+        self._inference._leave()  # noqa: SLF001
+        self._tell(answer)
+
+
+def _make_answer(response: InferResponse, head: bytes, pieces: Sequence[bytes]) -> Answer:
+    fields = status.served_to_fields(response.served)
+    if not pieces:
+        return Answer(pieces=(head,), fields=fields)
+    return Answer(pieces=(head, *pieces), kind=_BINARY, fields=(*fields, (_JSON_SIZE, b"%d" % len(head))))
+
+
+def _json_size(ask: Ask, body: Body) -> int:
+    return len(body) if ask.json_size_bytes is None else ask.json_size_bytes
 
 
 async def _apart(size_bytes: int, work: Callable[[], T]) -> T:

@@ -7,6 +7,8 @@ import json
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -14,12 +16,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nearcast.handler import InferRequest, RequestContext
+from nearcast.serving import HostLimits, ModelHost
+from nearcast.store import Store
 from nearcast.transport.rest import RestServer
 from nearcast.transport.rest_connection import RestConnection
 from nearcast.transport.seam import DEFAULT_LIMITS, Limits
 from nearcast.transport.service import InferenceService
 from nearcast.wire.response import TensorResponse
 from tests.integration.add_model import AddModel
+from tests.integration.host_parts import running
+from tests.tiny_models import activate, affine_model, install
 
 
 def infer(
@@ -35,6 +41,15 @@ def infer(
     lines = [b"POST /v2/models/%b/infer HTTP/1.1" % model.encode(), b"Host: x", b"Content-Length: %d" % len(body)]
     lines += [b"Inference-Header-Content-Length: %d" % len(text), *extra, b"", b""]
     return head_end.join(lines) + body
+
+
+def affine(x: np.ndarray) -> bytes:
+    """An inference of the model with one input."""
+    tensor = {"name": "x", "datatype": "FP32", "shape": [1, 4], "parameters": {"binary_data_size": 16}}
+    text = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    head = b"POST /v2/models/affine/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n" % (len(text) + 16)
+    head += b"Inference-Header-Content-Length: %d\r\n\r\n" % len(text)
+    return head + text + x.astype(np.float32).tobytes()
 
 
 PLAIN = infer()
@@ -129,18 +144,21 @@ class Wire(asyncio.Transport):
             if self.is_closed:
                 return
             assert not self.is_paused
-            if isinstance(self.protocol, asyncio.BufferedProtocol):
-                room = self.protocol.get_buffer(-1)
-                size = min(len(room), len(data))
-                room[:size] = data[:size]
-                self.protocol.buffer_updated(size)
-            else:
-                assert isinstance(self.protocol, asyncio.Protocol)
-                size = len(data)
-                self.protocol.data_received(data)
-            data = data[size:]
+            data = data[self.receive(data) :]
         if waits:
             await self.settle()
+
+    def receive(self, data: bytes) -> int:
+        """One read; says how much there was room for."""
+        if isinstance(self.protocol, asyncio.BufferedProtocol):
+            room = self.protocol.get_buffer(-1)
+            size = min(len(room), len(data))
+            room[:size] = data[:size]
+            self.protocol.buffer_updated(size)
+            return size
+        assert isinstance(self.protocol, asyncio.Protocol)
+        self.protocol.data_received(data)
+        return len(data)
 
     async def settle(self) -> None:
         """Until nothing moves: the handlers here wait for nothing but each other."""
@@ -153,28 +171,32 @@ def answers(written: bytes) -> Iterator[tuple[bytes, set[bytes], bytes]]:
     while written:
         head, _, rest = written.partition(b"\r\n\r\n")
         first, *lines = head.split(b"\r\n")
+        # What the parser says of garbage quotes what came with it.
+        is_quote = b"text/plain" in head
         size = int(re.search(rb"\r\nContent-Length: (\d+)", head)[1])
-        dropped = (b"Date:", b"Server:")
-        yield first, {line for line in lines if not line.startswith(dropped)}, rest[:size]
+        dropped = (b"Date:", b"Server:", *([b"Content-Length:"] if is_quote else []))
+        yield first, {line for line in lines if not line.startswith(dropped)}, b"" if is_quote else rest[:size]
         written = rest[size:]
 
 
 @asynccontextmanager
 async def connected(
-    model: AddModel, *, short: bool = True, limits: Limits = DEFAULT_LIMITS
-) -> AsyncIterator[tuple[Wire, RestServer]]:
-    """A connection, with the short way or without."""
+    model: AddModel | ModelHost, *, short: bool = True, limits: Limits = DEFAULT_LIMITS, count: int = 1
+) -> AsyncIterator[tuple[list[Wire], RestServer]]:
+    """Connections, with the short way or without."""
     rest = RestServer(InferenceService(model, model, server_name="x"), address="127.0.0.1:0", limits=limits)
     if not short:
         rest._begin = lambda *_: None
     runner = await rest._make_runner()
     try:
-        wire = Wire()
-        wire.protocol = runner.server()
-        wire.protocol.connection_made(wire)
-        assert isinstance(wire.protocol, RestConnection) == short
-        yield wire, rest
-        wire.protocol.connection_lost(None)
+        wires = [Wire() for _ in range(count)]
+        for wire in wires:
+            wire.protocol = runner.server()
+            wire.protocol.connection_made(wire)
+            assert isinstance(wire.protocol, RestConnection) == short
+        yield wires, rest
+        for wire in wires:
+            wire.protocol.connection_lost(None)
     finally:
         rest._guard.close()
         await runner.cleanup()
@@ -182,7 +204,7 @@ async def connected(
 
 async def talk(segments: Sequence[bytes], *, short: bool, waits: bool, turns: int) -> tuple[list[object], bool]:
     """What a connection answers."""
-    async with connected(PausingModel(turns), short=short) as (wire, _):
+    async with connected(PausingModel(turns), short=short) as ((wire,), _):
         for segment in segments:
             await wire.feed(segment, waits=waits)
         await wire.settle()
@@ -203,7 +225,7 @@ def segments(draw: st.DrawFn) -> list[bytes]:
     return [PLAIN, PLAIN, *filter(None, found)]
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(segments=segments(), waits=st.booleans(), turns=st.sampled_from([0, 3]))
 def test_answers_are_those_of_the_long_way(segments: list[bytes], waits: bool, turns: int) -> None:
     found = asyncio.run(talk(segments, short=True, waits=waits, turns=turns))
@@ -212,7 +234,7 @@ def test_answers_are_those_of_the_long_way(segments: list[bytes], waits: bool, t
 
 async def test_large_body_is_received_where_it_stays() -> None:
     model = AddModel()
-    async with connected(model) as (wire, _):
+    async with connected(model) as ((wire,), _):
         for _ in range(2):
             await wire.feed(infer(rows=40_000), waits=True)
         assert [first for first, *_ in answers(wire.written)] == [b"HTTP/1.1 200 OK"] * 2
@@ -225,7 +247,7 @@ async def test_large_body_is_received_where_it_stays() -> None:
 
 async def test_inputs_of_one_layout_are_not_mixed_up() -> None:
     model = AddModel()
-    async with connected(model) as (wire, _):
+    async with connected(model) as ((wire,), _):
         for _ in range(2):
             await wire.feed(PLAIN, waits=True)
         await wire.feed(PLAIN[:-32] + bytes(32), waits=True)
@@ -238,7 +260,7 @@ async def test_inputs_of_one_layout_are_not_mixed_up() -> None:
 
 async def test_hanging_up_cancels_what_was_begun() -> None:
     model = AddModel()
-    async with connected(model) as (wire, rest):
+    async with connected(model) as ((wire,), rest):
         await wire.feed(infer(model="slow"), waits=True)
         model.release.set()
         await wire.settle()
@@ -252,15 +274,58 @@ async def test_hanging_up_cancels_what_was_begun() -> None:
 async def test_bodies_that_are_late_or_too_many() -> None:
     big = infer(rows=40_000)
     limits = msgspec.structs.replace(DEFAULT_LIMITS, receive_buffer_bytes_max=2_000_000)
-    async with connected(AddModel(), limits=limits) as (wire, rest):
+    async with connected(AddModel(), limits=limits) as ((wire,), rest):
         await wire.feed(big, waits=True)
         rest._guard._body_bytes = 1_000_000  # of others
         await wire.feed(big, waits=True)
         rest._guard._body_bytes = 0
         await wire.feed(big, waits=True)
         await wire.feed(big[:1000], waits=True)
+        assert rest._guard._body_bytes > 0
         wire.protocol._expire()
         status = [first.split()[1] for first, *_ in answers(wire.written)]
         assert status == [b"200", b"429", b"200", b"400"]
         assert wire.is_closed
         assert rest._guard._body_bytes == 0
+
+
+async def test_hanging_up_gives_back_what_a_body_held() -> None:
+    big = infer(rows=40_000)
+    async with connected(AddModel()) as ((wire,), rest):
+        await wire.feed(big, waits=True)
+        await wire.feed(big[:300_000], waits=True)
+        assert rest._guard._body_bytes > 200_000
+    assert rest._guard._body_bytes == 0
+
+
+async def test_a_host_answers_a_crowd_without_coroutines(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    install(store, affine_model(scale=2.0))
+    activate(store, stable=1)
+    loop = asyncio.get_running_loop()
+    async with running(store, HostLimits(inline_us_max=1e9)) as host, connected(host, count=4) as (wires, rest):
+        for wire in wires:
+            for _ in range(2):
+                await wire.feed(affine(np.zeros(4)), waits=True)
+            wire.written = b""
+        tasks, made = len(asyncio.all_tasks()), []
+
+        def arrive(*, hangs_up: bool) -> None:
+            for number, wire in enumerate(wires):
+                wire.receive(affine(np.full(4, number)))
+            made.append(len(asyncio.all_tasks()))
+            if hangs_up:
+                wires[3].close()
+                wires[3].protocol.connection_lost(None)
+
+        # As a loop does it: not from a task. Those of a turn after a crowded one run together at its end.
+        for hangs_up in (False, True):
+            loop.call_soon(partial(arrive, hangs_up=hangs_up))
+            await wires[0].settle()
+        assert made == [tasks, tasks]
+        found = [[body[-16:] for *_, body in answers(wire.written)] for wire in wires]
+        doubles = [np.full(4, 2 * number, np.float32).tobytes() for number in range(4)]
+        assert found == [[double] * 2 for double in doubles[:3]] + [doubles[3:]]
+        assert rest._inference.idle.is_set()
+        assert rest._guard._body_bytes == 0
+        assert host.report().in_flight == 0
