@@ -20,6 +20,14 @@ LATE = (
     "yarl",
 )
 """Of HTTP, of nodes with certificates, of devices, of the other transport, of models, of those who read metrics."""
+LIST_DATACLASSES = """
+import dataclasses, sys
+import edge_node.app, nearcast.serving.engines.onnxruntime, nearcast.transport.ngh2_server
+ours = ("edge_node.", "nearcast.", "router.")
+modules = [module for name, module in sys.modules.items() if name.startswith(ours)]
+classes = {each for module in modules for each in vars(module).values() if dataclasses.is_dataclass(each)}
+print(*sorted(f"{each.__module__}.{each.__qualname__}" for each in classes if each.__module__.startswith(ours)))
+"""
 
 
 def test_a_node_without_models_and_devices_is_ready_before_it_loads_what_serves_them(tmp_path: Path) -> None:
@@ -43,6 +51,12 @@ def test_a_node_without_models_and_devices_is_ready_before_it_loads_what_serves_
         finally:
             node.terminate()
             node.communicate(timeout=20)
+
+
+def test_the_records_that_every_node_defines_are_structs() -> None:
+    """A frozen dataclass takes 0.5 ms to define, because it compiles its methods; a Struct takes a fortieth of that."""
+    found = subprocess.run([sys.executable, "-c", LIST_DATACLASSES], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["nearcast.identity.node.Identity"], "it alone has a field that nobody gives it"
 
 
 def imported(log: Path) -> set[str]:
