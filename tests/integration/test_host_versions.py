@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 
 from nearcast.errors import Code
+from nearcast.handler import Tensors
 from nearcast.serving import residency
+from nearcast.serving.engines import Outputs
+from nearcast.serving.engines.onnxruntime import OnnxModel
 from nearcast.serving.loading import Loaded, load_version
 from nearcast.store import Store
 from tests.integration.host_parts import CONTEXT, THREADED, refused, request, running, states, stats, wide
@@ -58,12 +61,19 @@ async def test_a_version_is_swapped_under_load_without_a_failed_request(store: S
         assert {each.release: each.state for each in host.status("affine")} == {1: "hot", 2: "hot"}
 
 
-async def test_what_is_replaced_is_drained_then_unloaded(store: Store) -> None:
-    install(store, affine_model(1.0, width=256, repeat=40), release=1, **wide(256))
+async def test_what_is_replaced_is_drained_then_unloaded(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(store, affine_model(1.0, width=256), release=1, **wide(256))
     install(store, affine_model(2.0, width=256), release=2, **wide(256))
     activate(store, stable=1)
+    x, replaced, run = np.ones((512, 256), np.float32), threading.Event(), OnnxModel.run
+
+    def run_until_replaced(model: OnnxModel, inputs: Tensors) -> Outputs:
+        if next(iter(inputs.values())).shape == x.shape:
+            assert replaced.wait(10)
+        return run(model, inputs)
+
+    monkeypatch.setattr(OnnxModel, "run", run_until_replaced)
     async with running(store, THREADED) as host:
-        x = np.ones((512, 256), np.float32)
         slow = asyncio.create_task(host.infer(request(x), CONTEXT))
         await until(lambda: host.report().in_flight == 1)
         activate(store, stable=2)
@@ -71,6 +81,7 @@ async def test_what_is_replaced_is_drained_then_unloaded(store: Store) -> None:
         assert not slow.done()
         assert [version.version for version in host.report().versions] == ["2"]
         assert (await host.infer(request(x[:1]), CONTEXT)).version == "2"
+        replaced.set()
         assert (await slow).version == "1"
         with refused(Code.VERSION_MISMATCH):
             await host.infer(request(x[:1], version="1"), CONTEXT)
