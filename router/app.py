@@ -63,7 +63,7 @@ class RouterApp:
         self._telemetry = telemetry.start(self.name, config.telemetry)
         self._store = Store(self._data / "models")
         seed = config.seed if config.seed >= 0 else secrets.randbits(63)
-        registry = self._telemetry.registry
+        registry = self._telemetry.collectors
         policy, self._decision_log = make_policy(
             config.policy, seed, config.decisions, data_dir=self._data, node=self.name, registry=registry
         )
@@ -71,7 +71,7 @@ class RouterApp:
             policy,
             splits=StoreSplits(self._store),
             node=self.name,
-            registry=self._telemetry.registry,
+            registry=self._telemetry.collectors,
             limits=config.limits,
         )
         if config.shadows:
@@ -141,7 +141,7 @@ class RouterApp:
             )
         link = ControlLink(url, self.identity)
         self._closers.push_async_callback(link.close)
-        renewal = Renewal(self.identity, control=url, registry=self._telemetry.registry)
+        renewal = Renewal(self.identity, control=url, registry=self._telemetry.collectors)
         renewal.start()
         self._closers.push_async_callback(renewal.close)
         return link
@@ -164,12 +164,12 @@ class RouterApp:
         listen, router = self._config.listen, self.router
         shown = self.identity if self._config.tls else None
         counts, frames = Statistics(), FramesLetGo()
-        self._telemetry.registry.register(frames)
+        self._telemetry.collectors.register(frames)
         lessor = Lessor(
             router,
             lambda: (Announced(report, address) for report, address in self.targets.reports),
             config=self._config.lease,
-            registry=self._telemetry.registry,
+            registry=self._telemetry.collectors,
         )
         service = InferenceService(
             self._handler, router, server_name="nearcast", statistics=counts, report=router.catalogue, frames=frames

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-from prometheus_client import CollectorRegistry, Gauge
+from typing import TYPE_CHECKING
 
 from nearcast.clock import SYSTEM_CLOCK, Clock
 from nearcast.errors import MeshError
 from nearcast.identity import Identity, Validity, renew
+from nearcast.metrics import Collector, Registry
 from nearcast.runtime import run_in_daemon
 from nearcast.telemetry import get_logger
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
 
 _log = get_logger(__name__)
 _EXPONENT_MAX = 16
@@ -38,7 +42,7 @@ class RenewalLimits:
     pause_max_s: float = 600.0
 
 
-class Renewal:
+class Renewal(Collector):
     """Renews the certificate of a running node. Nothing that it meets ends it or keeps the node from serving.
 
     Args:
@@ -54,7 +58,7 @@ class Renewal:
         identity: Identity,
         *,
         control: str = "",
-        registry: CollectorRegistry | None = None,
+        registry: Registry | None = None,
         limits: RenewalLimits | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
@@ -63,13 +67,16 @@ class Renewal:
         self._limits = limits or RenewalLimits()
         self._clock = clock
         self._validity = identity.validity()
-        self._ends_at = Gauge(
-            "nc_certificate_ends_at_seconds",
-            "When this node's certificate expires, in seconds since 1970.",
-            registry=registry,
-        )
-        self._ends_at.set(self._validity.ends_at)
+        if registry is not None:
+            registry.register(self)
         self._task: asyncio.Task[None] | None = None
+
+    def collect(self) -> Iterable[Metric]:
+        """When the certificate that is in use ends."""
+        from prometheus_client.core import GaugeMetricFamily
+
+        text = "When this node's certificate expires, in seconds since 1970."
+        yield GaugeMetricFamily("nc_certificate_ends_at_seconds", text, self._validity.ends_at)
 
     @property
     def validity(self) -> Validity:
@@ -119,6 +126,5 @@ class Renewal:
                 valid_for_s = round(self._validity.ends_at - self._clock.wall())
                 _log.warning("certificate_not_renewed", error=str(error), attempt=failures + 1, valid_for_s=valid_for_s)
             return False
-        self._ends_at.set(self._validity.ends_at)
         _log.info("certificate_renewed", failures=failures)
         return True

@@ -193,7 +193,7 @@ class ServingNode:
                 await self._follow_nodes(self._link, self.identity)
             from router.renewal import Renewal
 
-            renewal = Renewal(self.identity, registry=self._telemetry.registry)
+            renewal = Renewal(self.identity, registry=self._telemetry.collectors)
             renewal.start()
             closers.push_async_callback(renewal.close)
         closers.push_async_callback(self._close_listeners)
