@@ -1,4 +1,5 @@
-"""Mutated conversations against both transports, mutated messages and MQTT payloads against the decoders: no crash.
+"""Mutated conversations against both transports and the channel, mutated messages and MQTT payloads against the
+decoders: no crash.
 
 Most connections go to the protocol objects over a transport in memory, a smaller share over real sockets to a server
 process; rows say how many of each. `ARGS=--quick` takes seconds. Coverage-guided fuzzing is `benchmarks.fuzz_atheris`.
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.foreign import call
+from benchmarks.fuzz_channel import attack_channel
 from benchmarks.fuzz_decoders import compare
 from benchmarks.fuzz_json import compare_json
 from benchmarks.fuzz_mutations import INFER, infer_message, mutate, record_http2, record_rest
@@ -33,6 +35,7 @@ SOCKETS_FULL = {"h2": 8_000, "rest": 4_000}
 SOCKETS_QUICK = {"h2": 1_000, "rest": 500}
 MESSAGES = {True: 50_000, False: 1_000_000}
 PAYLOADS = {True: 30_000, False: 1_000_000}
+ANSWERED = {True: 5_000, False: 100_000}
 WORKERS = max(1, os.cpu_count() or 1)
 SEED = 20_260
 OPEN_AT_ONCE = 32
@@ -52,12 +55,14 @@ def run(*, quick: bool) -> list[Row]:
     written = compare_written(random.Random(SEED), MESSAGES[quick] // 10)
     bodies = compare_json(random.Random(SEED), MESSAGES[quick] // 5)
     mqtt = attack(random.Random(SEED), PAYLOADS[quick])
+    answered = attack_channel(random.Random(SEED), ANSWERED[quick])
     found = [
         *on_sockets["first"],
         *tally.first,
         *written.first,
         *bodies.first,
         *mqtt.first,
+        *answered.first,
         *(text for one in seen for text in one["first"]),
     ]
     for text in found:
@@ -66,7 +71,7 @@ def run(*, quick: bool) -> list[Row]:
         Row("fuzz.connections", connections + sum(counts.values()), "1", f"{sum(counts.values())} over sockets"),
         Row(
             "fuzz.crashes",
-            crashes + on_sockets["crashes"] + tally.crashes + bodies.crashes + mqtt.crashes,
+            crashes + on_sockets["crashes"] + tally.crashes + bodies.crashes + mqtt.crashes + answered.crashes,
             "1",
             "errors that nobody expected",
         ),
@@ -74,6 +79,7 @@ def run(*, quick: bool) -> list[Row]:
         Row("fuzz.probes_failed", failed + on_sockets["probes_failed"], "1"),
         Row("fuzz.tasks_left", sum(one["tasks"] for one in seen), "1", "methods that wait for connections long gone"),
         Row("fuzz.messages", tally.messages, "1", f"{tally.accepted} taken, {tally.stricter} refused by us alone"),
+        Row("fuzz.channels", answered.messages, "1", "connections to a server that sends mutated answers"),
         Row("fuzz.json_bodies", bodies.messages, "1", f"{bodies.accepted} taken, the others refused"),
         Row("fuzz.mqtt_payloads", mqtt.messages, "1", f"{mqtt.accepted} taken, the others refused"),
         Row("fuzz.mqtt_crashes", mqtt.crashes, "1", "payloads that were neither taken nor refused"),
