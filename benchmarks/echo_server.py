@@ -30,8 +30,9 @@ INFER_PATH = MODEL_INFER
 MESSAGE_SIZE_BYTES_MAX = 64 * 1024 * 1024
 
 
-async def echo(message: bytes, call: Call) -> Reply:
-    return Reply((message,))
+async def echo(message: bytes | Sequence[bytes], call: Call) -> Reply:
+    """Back as it came: what is large is never joined."""
+    return Reply((message,) if isinstance(message, bytes) else message)
 
 
 async def start_peer(identity: Path | None) -> str:
@@ -84,7 +85,7 @@ async def main(arguments: Sequence[str]) -> None:
         infer = oip_methods(InferenceService(model, model, server_name="bench"), trusted=False).unary[INFER_PATH]
         server = make_server(
             "ngh2" if kind == "ngh2" else "grpcio",
-            Methods(unary={PATH: echo, INFER_PATH: infer}),
+            Methods(unary={PATH: echo, INFER_PATH: infer}, pieced=frozenset((PATH, INFER_PATH))),
             address="127.0.0.1:0",
             identity=None if identity is None else load_identity(identity),
         )
