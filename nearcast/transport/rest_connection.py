@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
+from aiohttp import web
 
 from nearcast.errors import Code, MeshError
 from nearcast.identity import peer_uri
@@ -26,9 +28,6 @@ from nearcast.transport.rest_heads import Head, Heads, body_size, end_of_head
 from nearcast.transport.rest_inference import REST_LIMITS, Answer, RestInference, answer_error
 from nearcast.transport.seam import Call, Taken
 from nearcast.transport.tls_stream import BUFFERS
-
-if TYPE_CHECKING:
-    from aiohttp import web
 
 _ALIGNMENT_BYTES = 64
 _SMALL_SIZE_BYTES_MAX = 64 * 1024
@@ -270,8 +269,6 @@ def write_answer(answer: Answer, wall_s: int) -> bytes:
 
 @lru_cache(maxsize=16)
 def _write_head(code: int, kind: bytes, wall_s: int) -> bytes:
-    from email.utils import formatdate  # a hundredth of a node's start
-
     date = formatdate(wall_s, usegmt=True).encode()
     reason = HTTPStatus(code).phrase.encode()
     return b"HTTP/1.1 %d %b\r\nContent-Type: %b\r\nDate: %b\r\n" % (code, reason, kind, date)

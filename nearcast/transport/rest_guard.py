@@ -6,19 +6,17 @@ import asyncio
 import logging
 import zlib
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import msgspec
+from aiohttp import web
 
 from nearcast.errors import Code, MeshError
 from nearcast.transport.seam import Limits
 from nearcast.transport.watch import Seen, Verdict, Watch
 
-if TYPE_CHECKING:
-    from aiohttp import web
-
-    Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-    Begin = Callable[[web.RequestHandler, asyncio.Transport, "Watched"], None]
+Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Begin: TypeAlias = Callable[[web.RequestHandler, asyncio.Transport, "Watched"], None]
 
 _SWEEP_INTERVAL_S_MAX = 1.0
 _CROWDED_SHARE = 0.9
@@ -91,6 +89,7 @@ class RestGuard:
         if self._sweeper is not None:
             self._sweeper.cancel()
 
+    @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Note which connections have a request open."""
         connection = self._connections.get(request.protocol)
@@ -123,8 +122,6 @@ class RestGuard:
         Raises:
             MeshError: TOO_LARGE, INVALID_REQUEST if it is malformed or late, OVERLOADED if bodies fill the memory.
         """
-        from aiohttp import web
-
         text = f"The body is larger than {size_bytes_max} bytes; send fewer or smaller tensors."
         too_large = MeshError(Code.TOO_LARGE, text)
         if (request.content_length or 0) > size_bytes_max:
@@ -236,6 +233,3 @@ def _inflate(data: bytes, size_bytes_max: int) -> bytes:
     if not inflater.eof and len(body) < size_bytes_max:
         raise _malformed()
     return body
-
-
-RestGuard.middleware.__middleware_version__ = 1  # type: ignore[attr-defined]  # as @web.middleware sets it

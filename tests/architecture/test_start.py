@@ -14,6 +14,7 @@ LATE = (
     "edge_node.devices",
     "grpc",
     "mqtt5",
+    "nearcast.transport.rest_app",
     "onnxruntime",
     "prometheus_client",
     "sqlite3",

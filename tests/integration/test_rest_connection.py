@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from nearcast.handler import InferRequest, RequestContext
 from nearcast.serving import HostLimits, ModelHost
 from nearcast.store import Store
-from nearcast.transport.rest import RestServer
+from nearcast.transport.rest_app import RestApp
 from nearcast.transport.rest_connection import RestConnection
 from nearcast.transport.seam import DEFAULT_LIMITS, Limits
 from nearcast.transport.service import InferenceService
@@ -182,12 +182,12 @@ def answers(written: bytes) -> Iterator[tuple[bytes, set[bytes], bytes]]:
 @asynccontextmanager
 async def connected(
     model: AddModel | ModelHost, *, short: bool = True, limits: Limits = DEFAULT_LIMITS, count: int = 1
-) -> AsyncIterator[tuple[list[Wire], RestServer]]:
+) -> AsyncIterator[tuple[list[Wire], RestApp]]:
     """Connections, with the short way or without."""
-    rest = RestServer(InferenceService(model, model, server_name="x"), address="127.0.0.1:0", limits=limits)
+    rest = RestApp(InferenceService(model, model, server_name="x"), limits)
     if not short:
         rest._begin = lambda *_: None
-    runner = await rest._make_runner()
+    runner = await rest.make_runner()
     try:
         wires = [Wire() for _ in range(count)]
         for wire in wires:
