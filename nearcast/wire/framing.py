@@ -40,6 +40,7 @@ _NUMBERS = bytes(tag >> 3 if tag & 7 == 2 and tag < 0x40 else 0 for tag in range
 
 
 _KNOWN_TAG_MAX = 7 << 3 | 2
+_TAG_SIZE_BYTES_MAX = 5
 
 
 class Scan(msgspec.Struct):
@@ -170,12 +171,14 @@ def encode_prefix(number: int, size_bytes: int) -> bytes:
 
 def _skip_other(body: bytes, position: int) -> int:
     """Skip a field that the walk does not know by its first byte; returns the position behind it."""
+    start = position
     tag, position = varint(body, position)
     number, wire_type = tag >> 3, tag & 7
     if number == 0 or tag > 0xFFFF_FFFF:
         _fail("holds a field without a number")
-    if wire_type == 2 and tag <= _KNOWN_TAG_MAX:
-        # Protobuf would take it for the field that it names; two readers must not see two models in one message.
+    if (wire_type == 2 and tag <= _KNOWN_TAG_MAX) or position - start > _TAG_SIZE_BYTES_MAX:
+        # Protobuf would take it for the field that it names, or refuse the message; two readers must not see two models
+        # in one message.
         _fail("holds a tag in more bytes than it needs")
     match wire_type:
         case 0:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from google.protobuf.message import DecodeError
 
 from nearcast.errors import Code, MeshError
 from nearcast.handler import SEQUENCE_ID_CHARS_MAX
@@ -66,6 +67,13 @@ def test_a_tag_in_more_bytes_than_it_needs_is_refused(tag):
     """Protobuf takes it, so skipping it would show two readers two different messages."""
     pb.ModelInferRequest.FromString(tag + b"\x02hi")
     assert "tag" in refused(tag + b"\x02hi").message
+
+
+def test_a_tag_that_protobuf_refuses_for_its_length_is_refused():
+    body = b"\xc5\xf8\x8f\xf2\x8f\x00four"
+    with pytest.raises(DecodeError):
+        pb.ModelInferRequest.FromString(body)
+    assert "tag" in refused(body).message
 
 
 def test_a_known_number_of_another_wire_type_is_unknown():
