@@ -138,6 +138,8 @@ class RestConnection(asyncio.BufferedProtocol):
         missing = head.body_size_bytes - len(body)
         if missing < 0 or not _is_idle(self._beyond):
             return False
+        if missing and not self._guard.reserve(self._watched, head.body_size_bytes):
+            return False
         try:
             deadline = self._inference.open(head.ask)
             self._guard.hold(self._watched, len(body))
@@ -226,6 +228,10 @@ class RestConnection(asyncio.BufferedProtocol):
     async def _answer(self, begun: Coroutine[Any, Any, Answer], path: str) -> None:
         try:
             answer = await begun
+        except asyncio.CancelledError:
+            # The client has gone, or will wait in vain.
+            self._transport.abort()
+            raise
         except MeshError as error:
             answer = answer_error(error)
         except Exception:  # noqa: BLE001 - one request may fail, never the process

@@ -33,6 +33,7 @@ class Watched(msgspec.Struct, kw_only=True):
     requests: int = 0
     open_requests: int = 0
     body_bytes: int = 0
+    room_bytes: int = 0
     unsent_bytes: int = 0
 
 
@@ -49,6 +50,7 @@ class RestGuard:
         self._body_timeout_s = body_timeout_s
         self._connections: dict[web.RequestHandler, Watched] = {}
         self._body_bytes = 0
+        self._room_bytes = 0
         self._inflating = asyncio.Semaphore(_INFLATED_AT_ONCE)
         self._sweeper: asyncio.TimerHandle | None = None
         shortest_s = min(limits.handshake_timeout_s, limits.stall_timeout_s, limits.idle_timeout_s)
@@ -114,7 +116,16 @@ class RestGuard:
     def release(self, connection: Watched) -> None:
         """The body that the connection held is gone."""
         self._body_bytes -= connection.body_bytes
-        connection.body_bytes = 0
+        self._room_bytes -= connection.room_bytes
+        connection.body_bytes = connection.room_bytes = 0
+
+    def reserve(self, connection: Watched, size_bytes: int) -> bool:
+        """Whether there is room for a body that was announced. Its pages are untouched, but addresses are finite."""
+        if self._room_bytes + size_bytes > self._limits.receive_buffer_bytes_max:
+            return False
+        self._room_bytes += size_bytes
+        connection.room_bytes = size_bytes
+        return True
 
     async def read_body(self, request: web.Request, size_bytes_max: int) -> bytes:
         """The whole body, decompressed. It counts until the request ends.
