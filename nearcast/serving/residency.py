@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -214,9 +215,8 @@ class Residency:
                 slot.cold.add(release)
                 return refusal
             self._granted[slot.name, release] = self._need_bytes(slot, release)
-            loaded = await self._run_in_loader(
-                load_version, self._store, slot.name, release, self._default, self._tuner.profiles, self._tenant_keys
-            )
+            load = partial(load_version, self._store, slot.name, release, self._default)
+            loaded = await self._run_in(self._starter or self._loader, load, self._tuner.profiles, self._tenant_keys)
         except MeshError as error:
             slot.failed[release] = error.message
             # What found no room may find some later; what is broken stays so until the pointer is followed again.
@@ -383,9 +383,12 @@ class Residency:
         await self._run_in_loader(_free, engine)
 
     async def _run_in_loader(self, work: Callable[..., T], *arguments: Any) -> T:
-        loop = asyncio.get_running_loop()
+        # One thread: what is read first is let in first, pinned models before all others.
+        return await self._run_in(self._loader, work, *arguments)
+
+    async def _run_in(self, pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
         with self._precedence.loading():
-            return await loop.run_in_executor(self._starter or self._loader, work, *arguments)
+            return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
 
 
 def unknown_model(model: str, known: Iterable[str]) -> MeshError:

@@ -29,6 +29,7 @@ from router.policy.target import TargetState
 _FOREVER_S = 1e9
 _SETTLE_PAUSE_S = 0.001
 _DOUBTED = "second_opinion"
+_STATE_IS_LOST = frozenset({"gone", "draining", "connection_lost", "away", "not_resident"})
 
 
 class Policy:
@@ -391,11 +392,7 @@ class Policy:
         name, release = binding
         table = versions.get(release)
         held = [v for v in table.versions if v.target.name == name] if table is not None else []
-        if (
-            table is None
-            or not held
-            or held[0].obstacle(now)[0] in ("gone", "draining", "connection_lost", "not_resident")
-        ):
+        if table is None or not held or held[0].obstacle(now)[0] in _STATE_IS_LOST:
             return None
         choice = self._chooser.pick_late(now, table, facts, limit, lambda v: v is held[0], panic=True)
         if choice is None:

@@ -42,6 +42,7 @@ VERDICTS: Final[dict[str, str]] = {
     "gone": "has left",
     "connection_lost": "the connection is lost; a probe or time opens it again",
     "pushed_back": "has asked to be left alone for a while",
+    "away": "said lately that it cannot serve the version",
     "not_resident": "does not have the version in memory",
     "breaker_open": "failed too often in a row",
     "slow": "far slower than its like, or than it has been itself",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from router.policy.candidates import Candidates, Columns
     from router.policy.facts import RequestFacts
 
-EJECTIONS = frozenset({"breaker_open", "slow", "tier_open", "tier_starting"})
+EJECTIONS = frozenset({"away", "breaker_open", "slow", "tier_open", "tier_starting"})
 """Obstacles that exist to choose another target, and do not count where there is none."""
 _ERROR_GAIN = 0.3
 _DRAIN_GAIN = 0.1
@@ -283,11 +283,11 @@ class VersionState:
             return "connection_lost", max(0.0, target.breaker.until - now)
         if now < self.pushed_back_until:
             return "pushed_back", self.pushed_back_until - now
-        if now < self.unserved_until:
-            return "not_resident", self.unserved_until - now
         delay_s = 0.0 if self.residency == "hot" else self.load_s or max(0.0, self.ready_at - now)
         if self.residency != "hot" and not delay_s:
             return "not_resident", 0.0
+        if now < self.unserved_until:
+            return "away", self.unserved_until - now
         if not self.panic:
             if not self.breaker.admits(now):
                 return "breaker_open", max(0.0, self.breaker.until - now)

@@ -168,13 +168,25 @@ def test_a_model_that_is_overloaded_or_away_does_not_hold_up_another_one_there()
         Outcome(code=Code.OVERLOADED, retry_after_ms=500, told=True),
         Outcome(code=Code.UNAVAILABLE, retry_after_ms=500, sent=False, told=True),
     ):
-        policy = make_policy(near="peer")
+        policy = make_policy(near="peer", far="cloud")
         held = (VersionReport(model="digits", version="1"), VersionReport(model="other", version="1"))
-        policy.on_report(0.0, "near", report(versions=held))
-        policy.on_reply(0.001, policy.on_sent(0.0, facts(), sent(policy.decide(0.0, facts()))), answer)
-        assert refused(policy.decide(0.1, facts())).code is answer.code
+        for name in ("near", "far"):
+            policy.on_report(0.0, name, report(versions=held))
+        policy.on_reply(0.001, policy.on_sent(0.0, facts(), Send("near", "1")), answer)
+        assert sent(policy.decide(0.1, facts())).target == "far"
         assert sent(policy.decide(0.1, facts(model="other"))).target == "near"
         assert sent(policy.decide(0.6, facts())).target == "near"
+
+
+def test_a_target_that_did_not_serve_a_model_lately_is_asked_again_where_there_is_no_other() -> None:
+    for answer in (Outcome(code=Code.UNAVAILABLE, sent=False, told=True), Outcome(code=Code.MODEL_NOT_FOUND)):
+        policy = make_policy(near="peer", far="peer")
+        policy.on_reply(0.001, policy.on_sent(0.0, facts(), Send("near", "1")), answer)
+        attempt = policy.on_sent(0.1, facts(), sent(policy.decide(0.1, facts())))
+        lost = Outcome(code=Code.UNAVAILABLE, sent=False)
+        policy.on_reply(0.1, attempt, lost)
+        assert sent(policy.retry(0.1, facts(), attempt, lost, ["far"])).target == "near"
+        assert sent(policy.decide(0.1, facts())).reason == "panic"
 
 
 def test_overload_is_said_where_the_other_targets_are_lost() -> None:
@@ -262,7 +274,7 @@ class TestRetry:
         for _ in range(4):
             policy.on_reply(0.0, policy.on_sent(0.0, facts(), Send("a", "1")), behind)
             assert sent(policy.decide(0.0, facts())).target == "a"
-        for lost in (Outcome(code=Code.UNAVAILABLE, sent=True), Outcome(code=Code.UNAVAILABLE, sent=False, told=True)):
+        for lost in (Outcome(code=Code.UNAVAILABLE, sent=True), Outcome(code=Code.UNAVAILABLE, sent=False)):
             policy = make_policy(a="peer")
             policy.on_reply(0.0, policy.on_sent(0.0, facts(), Send("a", "1")), lost)
             assert refused(policy.decide(0.0, facts())).code is Code.UNAVAILABLE
