@@ -16,6 +16,7 @@ from nearcast.errors import Code, MeshError
 from nearcast.handler import Served, Tensors
 from nearcast.transport.json_tensors import decode_request
 from nearcast.transport.ngh2_framing import MessageReader
+from nearcast.wire.framing import encode_field
 from nearcast.wire.message import parameters_of
 from nearcast.wire.request import PiecedRequest, WireRequest
 from nearcast.wire.response import WireResponse
@@ -166,7 +167,9 @@ def seed_message(rng: random.Random) -> bytes:
     _fill(message, message.inputs, message.raw_input_contents, rng)
     if rng.random() < 0.5:
         message.outputs.add(name="y").parameters["classification"].int64_param = 3
-    return message.SerializeToString()
+    body = message.SerializeToString()
+    # An id may follow the raw contents; of two the last one counts.
+    return body + encode_field(3, "iü".encode()) if rng.random() < 0.3 else body
 
 
 def seed_answer(rng: random.Random) -> bytes:

@@ -61,8 +61,8 @@ class Layout:
 
     @property
     def head_size_bytes(self) -> int:
-        """Where the last of its fixed bytes ends: up to there a message must have come to be recognised."""
-        return max((start + len(piece) for start, piece in self._fixed), default=0)
+        """Where its id and the last of its fixed bytes end: so much of a message must have come to be recognised."""
+        return max((self._id[1], *(start + len(piece) for start, piece in self._fixed)))
 
     def fits(self, body: bytes) -> bool:
         """Whether a message of the same size has this layout."""

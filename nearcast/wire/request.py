@@ -97,10 +97,12 @@ class PiecedRequest(WireRequest):
         return self._size_bytes
 
     def decode(self) -> Tensors:
-        if self._inputs is None and self._layout.is_plain and not self._body:
+        if self._inputs is not None:
+            return self._inputs
+        if self._layout.is_plain and not self._body:
             self._inputs = self._layout.gather_tensors(self._pieces)
-        else:
-            self.encode()
+            return self._inputs
+        self.encode()
         return super().decode()
 
     def encode(self) -> bytes:
@@ -113,7 +115,7 @@ class PiecedRequest(WireRequest):
         return self._pieces
 
     def requested_outputs(self) -> Sequence[str]:
-        # Recognised by its first piece, a message has them there.
+        # Recognised by its first piece, a message has them and its id there.
         return self._layout.read_requested(self._pieces[0])
 
 

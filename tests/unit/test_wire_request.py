@@ -6,7 +6,7 @@ from google.protobuf.message import DecodeError
 
 from nearcast.errors import Code, MeshError
 from nearcast.handler import SEQUENCE_ID_CHARS_MAX
-from nearcast.wire.framing import LIMITS
+from nearcast.wire.framing import LIMITS, encode_field
 from nearcast.wire.request import PiecedRequest, TensorRequest, WireRequest
 from nearcast.wire.v1 import oip_pb2 as pb
 
@@ -112,6 +112,26 @@ def test_tensors_of_a_message_in_pieces_are_aligned_whatever_the_offset(model, o
         assert request.encode() == body
         if number and order == "yx":
             assert not np.shares_memory(decoded["x"], np.frombuffer(request.encode(), np.uint8))
+
+
+@pytest.mark.parametrize("last_size_bytes", [3000, 24, 5, 3])
+def test_an_id_behind_the_raw_contents_is_read_whole_from_pieces(last_size_bytes):
+    base = TensorRequest(model="behind", inputs={"x": np.ones(1500, np.int64)}).encode()
+    for number in range(3):  # the first time nothing is known of the layout
+        id_ = f"request-{number:04d}-of-tenänt"
+        body = base + encode_field(3, id_.encode())
+        request = PiecedRequest([body[:-last_size_bytes], body[-last_size_bytes:]])
+        assert request.id == WireRequest(body).id == id_
+        np.testing.assert_array_equal(request.decode()["x"], np.ones(1500, np.int64))
+
+
+def test_decoding_again_joins_no_pieces():
+    body = TensorRequest(model="again", inputs={"x": np.arange(40_000, dtype=np.float32)}).encode()
+    WireRequest(body).decode()
+    request = PiecedRequest([body[:17_000], body[17_000:]])
+    assert request.decode() is request.decode()
+    assert len(request.encode_pieces()) == 2
+    assert request._body == b""
 
 
 def test_large_aligned_tensor_is_a_view():
