@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, TypeAlias, cast
@@ -78,10 +78,10 @@ class ServerConnection(Ngh2Connection):
         self.writers: set[ServerStream] = set()
         # Calls whose start waits until the peer has read earlier replies.
         self._waiting: dict[int, ServerStream] = {}
-        # Of the bytes that are being read: complete calls, calls with a deadline, and calls whose message goes on.
+        # Of the bytes that are being read: complete calls, calls with a deadline, and frames of messages that go on.
         self._ready: list[ServerStream] = []
         self._timed: list[ServerStream] = []
-        self._growing: dict[ServerStream, None] = {}
+        self._growing: defaultdict[ServerStream, list[bytes]] = defaultdict(list)
         # Answered calls whose request still comes in: reset once the answer is out, or it would be swallowed.
         self._half_closed: set[int] = set()
         self._is_greeted = False
@@ -140,8 +140,7 @@ class ServerConnection(Ngh2Connection):
                     self._receive(stream, event.data, is_end=event.end_stream)
                 else:
                     # A large message comes in many frames.
-                    stream.run.append(event.data)
-                    self._growing[stream] = None
+                    self._growing[stream].append(event.data)
             elif kind is RequestReceived:
                 self._open(event)
             elif kind is StreamClosed or kind is StreamReset:
@@ -152,9 +151,7 @@ class ServerConnection(Ngh2Connection):
             else:
                 self._handle_rare(event)
         if self._growing:
-            growing, self._growing = self._growing, {}
-            for stream in growing:
-                self._receive_run(stream)
+            self._receive_growing()
         # Only now, so that nothing runs for a call that was reset in the same breath.
         ready, self._ready = self._ready, []
         for stream in ready:
@@ -162,6 +159,9 @@ class ServerConnection(Ngh2Connection):
         # Only now, because most calls are over by now.
         if self._timed:
             self._set_timers()
+        if self._waiting:
+            # A reply that was reset unread has left room.
+            self.flush_soon()
 
     def _set_timers(self) -> None:
         now = time.monotonic()
@@ -254,19 +254,20 @@ class ServerConnection(Ngh2Connection):
                 self._ready.append(stream)
                 return
         if stream.stream_method is None:
-            stream.run = [*stream.run, data]
-            self._receive_run(stream)
+            self._receive_run(stream, [*self._growing.pop(stream, ()), data])
             return
         try:
             stream.receive(data)
         except MeshError as error:
             self._give_up(stream, error)
 
-    def _receive_run(self, stream: ServerStream) -> None:
-        """Take the frames of a unary call that came together, unless they were taken with its last one."""
-        run, stream.run = stream.run, []
-        if not run:
-            return
+    def _receive_growing(self) -> None:
+        growing, self._growing = self._growing, defaultdict(list)
+        for stream, run in growing.items():
+            self._receive_run(stream, run)
+
+    def _receive_run(self, stream: ServerStream, run: list[bytes]) -> None:
+        """Take the frames of a unary call that came together."""
         size_bytes = sum(map(len, run))
         if stream.is_done:
             self.acknowledge(size_bytes, stream.id)
@@ -370,9 +371,6 @@ class ServerConnection(Ngh2Connection):
         self.finish(stream)
         self._half_closed.discard(stream.id)
         self.server.cancel(stream)
-        if self._waiting:
-            # Its unread reply is gone: there may be room for the next.
-            self.flush_soon()
 
     def _expire(self, stream: ServerStream) -> None:
         stream.deadline_timer = None
@@ -398,7 +396,8 @@ class ServerConnection(Ngh2Connection):
         queued_bytes = self.h2.queued_body_size()
         if queued_bytes or self.unsent_bytes or self._paused:
             self.owe(queued_bytes)
-        while self._waiting and queued_bytes <= self.limits.reply_queue_bytes_max:
+        # One that is taken over may be answered before the next is looked at.
+        while self._waiting and self.h2.queued_body_size() <= self.limits.reply_queue_bytes_max:
             stream = self._waiting.pop(next(iter(self._waiting)))
             if not stream.hand_over():
                 stream.task = self.loop.create_task(stream.answer(stream.take()))

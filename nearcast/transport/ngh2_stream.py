@@ -50,8 +50,6 @@ class ServerStream:
     # As long as nobody had to look into it: the message in the pieces in which it comes, with its prefix.
     pieces: list[bytes] | None = None
     pieces_size_bytes_max = 0
-    # Of these, frames that came in one read and are not taken yet.
-    run = cast("list[bytes]", ())
     reader: MessageReader | None = None
     received_bytes = 0
     # Streaming calls only; those have an inbox of their own.

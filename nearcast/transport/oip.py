@@ -68,15 +68,17 @@ def _infer(service: InferenceService, *, trusted: bool) -> UnaryMethod:
 def _pass(service: InferenceService) -> PassMethod:
     def pass_on(pieces: Sequence[bytes], call: Call, responder: Responder) -> Taken | Coroutine[Any, Any, Reply]:
         request, context = _read(service, pieces, call, trusted=False)
-        taken = None
         # Who takes the call over leaves its deadline to the transport, which knows of no other.
-        if context.deadline == call.deadline and not request.is_extended and request.model:
-            if service.beginning is not None:
-                taken = service.beginning.begin(request, context, _Asker(responder))
-            elif service.passing is not None:
-                if context.deadline is not None:
-                    context.require_time(service.clock.monotonic())
-                taken = service.passing.pass_on(request, context, responder, service.counts)
+        if context.deadline != call.deadline or request.is_extended or not request.model:
+            return _answer(service, request, context, call)
+        if service.beginning is not None:
+            taken = service.beginning.begin(request, context, _Asker(responder))
+            return taken or _answer(service, request, context, call)
+        if service.passing is None:
+            return _answer(service, request, context, call)
+        if context.deadline is not None:
+            context.require_time(service.clock.monotonic())
+        taken = service.passing.pass_on(request, context, responder, service.counts)
         return taken or _answer(service, request, context, call)
 
     return pass_on

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import ngh2
@@ -14,7 +14,7 @@ import uvloop
 from nearcast.transport.ngh2_channel import Ngh2Channel
 from nearcast.transport.ngh2_connection import split_address
 from nearcast.transport.ngh2_server import Ngh2Server
-from nearcast.transport.seam import DEFAULT_LIMITS, Call, Limits, Methods, Reply
+from nearcast.transport.seam import DEFAULT_LIMITS, Call, Limits, Methods, Reply, Responder, Taken
 from tests.patience import until
 
 MEBIBYTE = 1 << 20
@@ -195,6 +195,28 @@ async def test_unread_replies_hold_back_further_calls() -> None:
             client.h2.send_data(client.open("/t.T/big"), b"\0\0\0\0\0", end_stream=True)
             await client.pump(timeout_s=0.02)
         assert 2 <= len(started) <= 5
+        await client.close()
+
+
+async def test_room_for_one_reply_lets_in_one_call_that_is_answered_at_once() -> None:
+    answered: list[int] = []
+
+    def big(pieces: Sequence[bytes], call: Call, responder: Responder) -> Taken:
+        answered.append(1)
+        responder.reply(Reply((bytes(MEBIBYTE),)))
+        return asyncio.get_running_loop().create_future()
+
+    limits = Limits(reply_queue_bytes_max=2 * MEBIBYTE)
+    async with serving(limits, Methods(unary={"/t.T/big": echo}, passing={"/t.T/big": big})) as server:
+        client = await RawClient.connect(server.address, window=1000)
+        calls = [client.open("/t.T/big") for _ in range(20)]
+        for call in calls:
+            client.h2.send_data(call, b"\0\0\0\0\0", end_stream=True)
+        assert await client.pump(lambda: len(answered) >= 3)
+        assert len(answered) == 3
+        client.h2.reset_stream(calls[0])
+        assert await client.pump(lambda: len(answered) > 3), "a reset makes room"
+        assert len(answered) == 4
         await client.close()
 
 
