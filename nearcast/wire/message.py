@@ -46,6 +46,17 @@ class Header(msgspec.Struct, frozen=True):
     contents: pb.InferTensorContents | None = None
 
 
+class Form(msgspec.Struct, frozen=True):
+    """What messages share that differ only in their id, their parameters and the bytes of their tensors.
+
+    `template`: the message with a %b where these go; without raw contents unless `is_whole`. It is if its tensors are
+    small and sent byte by byte: else their lengths differ, or to join them costs a copy.
+    """
+
+    template: bytes
+    is_whole: bool
+
+
 def read_parameters(body: bytes, spans: Sequence[Span]) -> Mapping[str, Parameter]:
     """The parameters of a message; a parameter without a value counts as absent.
 
@@ -165,20 +176,16 @@ def encode_message(
     """
     # Numpy's scalars, which engines may hand out, have all that is asked of an array here.
     arrays = tensors.values()
-    form = model, version, sixth, raw_field, *tensors, *map(_TYPE_AND_SHAPE, arrays)
-    fixed = _FIXED.get(form)
-    if fixed is None:
-        fixed = _remember(form, _make_fixed(model, version, tensors, sixth, raw_field))
+    key = model, version, sixth, raw_field, *tensors, *map(_TYPE_AND_SHAPE, arrays)
+    form = _FORMS.get(key)
+    if form is None:
+        form = _remember(key, _make_form(model, version, tensors, sixth, raw_field))
     named = encode_field(3, encode_text(id_)) if id_ else b""
     if parameters:
         named += encode_parameters(parameters)
-    if len(fixed) > _HEAD_PIECES:
-        pieces = list(fixed)
-        pieces[1::2] = named, *map(_TO_BYTES, arrays)
-        return (b"".join(pieces),)
-    # One tensor at least is large, or not sent byte by byte.
-    raws = [to_raw(array) for array in arrays]
-    return _large_apart([fixed[0], named, fixed[2]], raws, raw_field)
+    if form.is_whole:
+        return (form.template % (named, *map(_TO_BYTES, arrays)),)
+    return _large_apart([form.template % named], [to_raw(array) for array in arrays], raw_field)
 
 
 def _large_apart(gathered: list[bytes], raws: Sequence[bytes], raw_field: int) -> tuple[bytes, ...]:
@@ -273,17 +280,12 @@ def _from_contents(header: Header, contents: pb.InferTensorContents, model: str)
 
 
 _TYPE_AND_SHAPE, _TO_BYTES = attrgetter("dtype", "shape"), methodcaller("tobytes")
-_HEAD_PIECES = 3
-_FIXED: dict[Hashable, tuple[bytes, ...]] = {}
-"""What all messages of one form share, at most `layouts_max` of them: as `Layouts`, of messages that go out."""
+_FORMS: dict[Hashable, Form] = {}
+"""At most `layouts_max` of them: as `Layouts`, of messages that go out."""
 
 
-def _make_fixed(model: str, version: str, tensors: Tensors, sixth: bytes, raw_field: int) -> tuple[bytes, ...]:
-    """What stays the same before the id, up to the first raw content, and up to each further one; b"" where these go.
-
-    Only the first two if a tensor is large or not sent byte by byte: then lengths differ, or joining costs a copy.
-    """
-    headers, prefixes, is_plain = [], [], True
+def _make_form(model: str, version: str, tensors: Tensors, sixth: bytes, raw_field: int) -> Form:
+    headers, prefixes, is_whole = [], [], True
     for name, array in tensors.items():
         datatype = datatype_of(array.dtype)
         packed = b"".join(encode_varint(size) for size in array.shape)
@@ -291,22 +293,24 @@ def _make_fixed(model: str, version: str, tensors: Tensors, sixth: bytes, raw_fi
         headers.append(encode_prefix(5, len(inner)) + inner)
         prefixes.append(encode_prefix(raw_field, array.nbytes))
         is_swapped = datatype == "BYTES" or array.dtype.byteorder == ">"
-        is_plain = is_plain and not is_swapped and array.nbytes < LIMITS.zero_copy_size_bytes_min
+        is_whole = is_whole and not is_swapped and array.nbytes < LIMITS.zero_copy_size_bytes_min
     head = encode_field(1, encode_text(model)) + encode_field(2, encode_text(version))
-    fixed = [head, b"", b"".join((*headers, sixth, *prefixes[:1] * is_plain))]
-    if is_plain and prefixes:
-        for prefix in prefixes[1:]:
-            fixed += (b"", prefix)
-        fixed.append(b"")
-    return tuple(fixed)
+    template = _escape(head) + b"%b" + _escape(b"".join((*headers, sixth)))
+    if is_whole:
+        template += b"".join(_escape(prefix) + b"%b" for prefix in prefixes)
+    return Form(template, is_whole)
 
 
-def _remember(form: Hashable, fixed: tuple[bytes, ...]) -> tuple[bytes, ...]:
-    if sum(map(len, fixed)) <= LIMITS.layout_size_bytes_max:
-        if len(_FIXED) >= LIMITS.layouts_max:
-            _FIXED.clear()
-        _FIXED[form] = fixed
-    return fixed
+def _escape(fixed: bytes) -> bytes:
+    return fixed.replace(b"%", b"%%")
+
+
+def _remember(key: Hashable, form: Form) -> Form:
+    if len(form.template) <= LIMITS.layout_size_bytes_max:
+        if len(_FORMS) >= LIMITS.layouts_max:
+            _FORMS.clear()
+        _FORMS[key] = form
+    return form
 
 
 def _parse(kind: Any, data: bytes, what: str) -> Any:

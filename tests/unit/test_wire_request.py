@@ -114,6 +114,18 @@ def test_tensors_of_a_message_in_pieces_are_aligned_whatever_the_offset(model, o
             assert not np.shares_memory(decoded["x"], np.frombuffer(request.encode(), np.uint8))
 
 
+@pytest.mark.parametrize("size_bytes", [0x25, LIMITS.zero_copy_size_bytes_min + 0x25])
+def test_percent_signs_stay_as_they_are(size_bytes):
+    """They mean something in the templates of messages; a size of 37 bytes is one, too."""
+    inputs = {"%b": np.ones(0x25, np.uint8), "%": np.full(size_bytes, 0x25, np.uint8)}
+    body = TensorRequest(model="50%b", version="%%", id="%d", inputs=inputs, outputs=("%s",)).encode()
+    message = pb.ModelInferRequest.FromString(body)
+    assert (message.model_name, message.model_version, message.id) == ("50%b", "%%", "%d")
+    assert [(tensor.name, *tensor.shape) for tensor in message.inputs] == [("%b", 0x25), ("%", size_bytes)]
+    assert [output.name for output in message.outputs] == ["%s"]
+    assert list(message.raw_input_contents) == [array.tobytes() for array in inputs.values()]
+
+
 @pytest.mark.parametrize("last_size_bytes", [3000, 24, 5, 3])
 def test_an_id_behind_the_raw_contents_is_read_whole_from_pieces(last_size_bytes):
     base = TensorRequest(model="behind", inputs={"x": np.ones(1500, np.int64)}).encode()
