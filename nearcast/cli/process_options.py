@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 import click
@@ -17,8 +16,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 SPARED_PACKAGES = ("rich", "better_exceptions", "greenlet", "typing_extensions")
 """What structlog and msgspec import where it is installed: for coloured tracebacks and greenlets, which our processes
 have not, and types of older interpreters."""
-SPARED_TEXTS = ("numpy._core._add_newdocs", "numpy._core._add_newdocs_scalars")
-"""By which numpy writes its documentation into its objects: a seventh of the time that its import takes."""
 
 
 def settings_options(function: F) -> F:
@@ -54,8 +51,6 @@ def quick_start() -> Iterator[None]:
     spared = [name for name in SPARED_PACKAGES if name not in sys.modules]
     for name in spared:
         sys.modules[name] = None  # type: ignore[assignment]  # as if it were not installed
-    for name in SPARED_TEXTS:
-        sys.modules.setdefault(name, ModuleType(name))
     try:
         import msgspec  # noqa: F401
         import structlog  # noqa: F401
