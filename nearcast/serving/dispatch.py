@@ -197,7 +197,7 @@ class Dispatch:
             answers = [unloaded(self._title) for _ in batch]
         elif isinstance(outcome, BaseException):
             _LOG.error("%s failed", self._title, exc_info=outcome)
-            answers = [MeshError(Code.INTERNAL, f"Model {self._title} failed; the log says why.") for _ in batch]
+            answers = [failed(self._title) for _ in batch]
         else:
             answers = outcome
             self.count(batch, answers)
@@ -245,7 +245,7 @@ class Dispatch:
             try:
                 joined = self._run_joined([batch[index] for index in live], [parts[index] for index in live], now)
                 answers |= zip(live, joined, strict=True)
-            except (MeshError, ValueError, TypeError, MemoryError):
+            except Exception:  # noqa: BLE001 (it is logged)
                 # One request may have failed all of them: each gets a run of its own.
                 _LOG.info("a batch of %s failed; its requests run one by one", self._title, exc_info=True)
         for index in live:
@@ -266,8 +266,8 @@ class Dispatch:
                     parts[index] = pipeline.prepare(waiting.inputs, partial(self._require_time, waiting))
                     self._require_time(waiting)
                     waiting.before_s = self._clock.monotonic() - began
-                except MeshError as error:
-                    wrong[index] = error
+                except Exception as error:  # noqa: BLE001 (one of several requests: the others want their answers)
+                    wrong[index] = self._failure(error)
         return wrong
 
     def _require_time(self, waiting: Waiting) -> None:
@@ -291,8 +291,14 @@ class Dispatch:
             if waiting.step is not None:
                 return waiting.step()
             return self._runner.run(inputs), started, self._clock.monotonic()
-        except MeshError as error:
+        except Exception as error:  # noqa: BLE001 (one of several requests: the others want their answers)
+            return self._failure(error)
+
+    def _failure(self, error: Exception) -> MeshError:
+        if isinstance(error, MeshError):
             return error
+        _LOG.error("%s failed", self._title, exc_info=error)
+        return failed(self._title)
 
     def _refusal(self, refusal: Refuse) -> MeshError:
         if refusal.why == "hopeless":
@@ -330,6 +336,11 @@ def expired() -> MeshError:
 def unloaded(title: str) -> MeshError:
     """The error for work that waits for a version which goes."""
     return MeshError(Code.UNAVAILABLE, f"Model {title} is being unloaded; try again.")
+
+
+def failed(title: str) -> MeshError:
+    """The error for work that broke as no model should; how it did is for the log."""
+    return MeshError(Code.INTERNAL, f"Model {title} failed; the log says why.")
 
 
 def _too_slow() -> MeshError:

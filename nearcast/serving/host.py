@@ -7,6 +7,7 @@ beside the serving ones, the switch is one assignment, and what was replaced is 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from nearcast.serving.asked import Asked
 from nearcast.serving.cache import ResponseCache
 from nearcast.serving.confidence import is_uncertain
 from nearcast.serving.description import describe
+from nearcast.serving.dispatch import failed
 from nearcast.serving.engines import Timed
 from nearcast.serving.limits import HostLimits
 from nearcast.serving.memory_metrics import MemoryCollector
@@ -42,6 +44,7 @@ from nearcast.serving.version import HotVersion
 from nearcast.store import Store
 from nearcast.wire.response import TensorResponse
 
+_LOG = logging.getLogger(__name__)
 _TIMER_EARLY_S = 0.001
 """Event loops round their timers to milliseconds."""
 
@@ -144,6 +147,8 @@ class ModelHost:
         except (MeshError, asyncio.CancelledError) as error:
             self.fail(asked, error)
             raise
+        except Exception as error:
+            raise self._failure(asked, error) from error
         finally:
             self.leave(version)
         return self.end(asked, timed)
@@ -166,7 +171,7 @@ class ModelHost:
         asked = Asked(slot, version, request, context, arrived, self._in_flight)
         try:
             asked.read(self._now)
-        except MeshError:
+        except Exception:  # noqa: BLE001
             # It is found again and counted.
             return None
         if not version.runs_inline(asked.size):
@@ -182,6 +187,8 @@ class ModelHost:
         except MeshError as error:
             self.fail(asked, error)
             raise
+        except Exception as error:
+            raise self._failure(asked, error) from error
         asker.answer(self.end(asked, timed))
         return asked
 
@@ -202,6 +209,13 @@ class ModelHost:
         now = self._now()
         code = error.code if isinstance(error, MeshError) else _why_cancelled(now, asked.context)
         asked.version.statistics.fail(code, int((now - asked.arrived) * 1e6))
+
+    def _failure(self, asked: Asked, error: Exception) -> MeshError:
+        """Log and count what no model should raise, and say it so that nothing of it shows."""
+        _LOG.error("%s failed", asked.version.title, exc_info=error)
+        public = failed(asked.version.title)
+        self.fail(asked, public)
+        return public
 
     def end(self, asked: Asked, timed: Timed) -> InferResponse:
         """Count a request that is answered, and make its answer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections.abc import Coroutine
 from typing import Any
@@ -14,7 +15,7 @@ from nearcast.clock import Clock
 from nearcast.errors import MeshError
 from nearcast.handler import RequestContext, Tensors
 from nearcast.serving.batching import BatchingConfig
-from nearcast.serving.dispatch import Answer, Dispatch, Waiting, settle, unloaded
+from nearcast.serving.dispatch import Answer, Dispatch, Waiting, failed, settle, unloaded
 from nearcast.serving.engines import Timed
 from nearcast.serving.limits import HostLimits
 from nearcast.serving.loading import Loaded
@@ -25,6 +26,8 @@ from nearcast.serving.statistics import Statistics
 from nearcast.serving.turn import Turn
 from nearcast.serving.turn_rows import TurnRows
 from nearcast.serving.workers import Workers
+
+_LOG = logging.getLogger(__name__)
 
 
 class HotVersion:
@@ -230,9 +233,15 @@ class HotVersion:
 
     def _run_turn(self, batch: list[Waiting]) -> None:
         live = [waiting for waiting in batch if not waiting.answer.done()]
-        if not self._joins:
-            self._run_in_a_row(live)
-            return
+        run = self._run_together if self._joins else self._run_in_a_row
+        try:
+            run(live)
+        except Exception:  # noqa: BLE001 (nobody else would tell those who wait)
+            _LOG.exception("a turn of %s failed", self.title)
+            for waiting in live:
+                settle(waiting.answer, failed(self.title))
+
+    def _run_together(self, live: list[Waiting]) -> None:
         rows = sum(waiting.rows for waiting in live)
         self.statistics.release("turn", rows)
         began = self._busy_s()

@@ -182,6 +182,10 @@ class _After:
         for step, anchors in self._steps:
             match step:
                 case Softmax():
+                    if not values[step.tensor].shape[-1]:
+                        raise MeshError(
+                            Code.INVALID_REQUEST, f"The model gives an empty {step.tensor} for these inputs; send more."
+                        )
                     values[step.tensor] = softmax(values[step.tensor])
                 case TopK():
                     scores, classes = top_k(values[step.source], step.k)
