@@ -7,7 +7,7 @@ that of the answer is written once. Each is bounded like the layouts of protobuf
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from nearcast.wire.framing import LIMITS
 from nearcast.wire.request import TensorRequest
 from nearcast.wire.tensors import Array
 
+K = TypeVar("K")
+V = TypeVar("V")
 _PLAIN = "iuf"
 """Kinds of numpy types whose elements are their bytes, whatever these are."""
 
@@ -70,7 +72,7 @@ class JsonLayouts:
 
     def read(self, model: str, version: str, body: Body, json_size_bytes: int) -> LayoutRequest | None:
         """The request in a body, if its layout is known."""
-        if json_size_bytes > LIMITS.layout_size_bytes_max:
+        if json_size_bytes > min(len(body), LIMITS.layout_size_bytes_max):
             return None
         layout = self._requests.get(bytes(body[:json_size_bytes]))
         if layout is None or layout.size_bytes != len(body):
@@ -94,9 +96,7 @@ class JsonLayouts:
             (start - json_size_bytes) % dtype.itemsize for _, dtype, _, start, _ in layout.tensors
         ):
             return
-        if len(self._requests) >= LIMITS.layouts_max:
-            self._requests.clear()
-        self._requests[bytes(body[:json_size_bytes])] = layout
+        _remember(self._requests, bytes(body[:json_size_bytes]), layout)
 
     def write(self, response: InferResponse, wanted: Wanted) -> tuple[bytes, list[bytes]] | None:
         """An answer all of whose outputs are wanted behind the JSON; None = its JSON would not be that of others."""
@@ -115,7 +115,12 @@ class JsonLayouts:
         if head is None:
             head, _ = encode_response(response, as_they_are(response), wanted)
             if len(head) <= LIMITS.layout_size_bytes_max:
-                if len(self._answers) >= LIMITS.layouts_max:
-                    self._answers.clear()
-                self._answers[known] = head
+                _remember(self._answers, known, head)
         return head, pieces
+
+
+def _remember(known: dict[K, V], key: K, value: V) -> None:
+    if len(known) >= LIMITS.layouts_max:
+        # The oldest: what is still in use is back with its next request.
+        del known[next(iter(known))]
+    known[key] = value

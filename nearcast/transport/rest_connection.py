@@ -14,6 +14,7 @@ from http import HTTPStatus
 from types import CoroutineType
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 from aiohttp import web
 
@@ -23,7 +24,7 @@ from nearcast.telemetry import get_logger
 from nearcast.transport import eager
 from nearcast.transport.json_tensors import Body
 from nearcast.transport.peer import peer_name
-from nearcast.transport.rest_guard import RestGuard, Watched, late_body
+from nearcast.transport.rest_guard import LINGER_S, RestGuard, Watched, late_body
 from nearcast.transport.rest_heads import Head, Heads, body_size, end_of_head
 from nearcast.transport.rest_inference import REST_LIMITS, Answer, RestInference, answer_error
 from nearcast.transport.seam import Call, Taken
@@ -31,6 +32,10 @@ from nearcast.transport.tls_stream import BUFFERS
 
 _ALIGNMENT_BYTES = 64
 _SMALL_SIZE_BYTES_MAX = 64 * 1024
+KEPT_SIZE_BYTES_MAX = 64 * 1024
+"""Of what comes while a request is answered: beyond it nothing is read, and a client that hangs up is not noticed."""
+_PHRASES = {each.value: each.phrase.encode() for each in HTTPStatus}
+"""Without 499, which no standard names."""
 
 
 class RestConnection(asyncio.BufferedProtocol):
@@ -48,7 +53,7 @@ class RestConnection(asyncio.BufferedProtocol):
     __slots__ = (
         "_beyond", "_deadline", "_filled", "_guard", "_head", "_head_bytes", "_heads", "_identity", "_inference",
         "_is_busy", "_kept", "_left", "_loop", "_peer", "_received", "_room", "_taken", "_timer", "_transport",
-        "_watched",
+        "_unread", "_watched",
     )  # fmt: skip
 
     def __init__(
@@ -84,6 +89,8 @@ class RestConnection(asyncio.BufferedProtocol):
         self._is_busy = False
         self._taken: Taken | None = None
         self._kept = b""
+        # Bytes of a body that was refused: they are dropped, then the connection closes.
+        self._unread: int | None = None
 
     # asyncio.BufferedProtocol.
 
@@ -110,6 +117,7 @@ class RestConnection(asyncio.BufferedProtocol):
         if self._timer is not None:
             self._timer.cancel()
         self._room = None
+        self._kept = b""
         if self._taken is not None:
             # Nobody waits for the answer any more.
             self._taken.cancel()
@@ -120,8 +128,9 @@ class RestConnection(asyncio.BufferedProtocol):
 
     def _receive(self, data: bytes) -> None:
         if self._is_busy:
-            self._kept += data
-            self._transport.pause_reading()
+            self._keep(data)
+        elif self._unread is not None:
+            self._drop(self._unread - len(data))
         elif self._left == 0:
             end = data.find(b"\r\n\r\n") + 4
             head_bytes = data[:end]
@@ -132,6 +141,22 @@ class RestConnection(asyncio.BufferedProtocol):
             if self._left is not None:
                 self._left = self._left - len(data) if len(data) <= self._left else None
             self._beyond.data_received(data)
+
+    def _keep(self, data: bytes) -> None:
+        """For after the answer. Reading goes on, or a client that hangs up would not be noticed."""
+        self._kept += data
+        try:
+            self._guard.hold(self._watched, len(data))
+        except MeshError:
+            self._transport.abort()
+            return
+        if len(self._kept) > KEPT_SIZE_BYTES_MAX:
+            self._transport.pause_reading()
+
+    def _drop(self, unread: int) -> None:
+        self._unread = unread
+        if unread <= 0:
+            self._transport.close()
 
     def _take(self, head: Head, head_bytes: bytes, body: bytes) -> bool:
         """Answer a request here, if nothing speaks against it."""
@@ -181,11 +206,13 @@ class RestConnection(asyncio.BufferedProtocol):
             self._timer = None
 
     def _expire(self) -> None:
+        self._unread = 0 if self._room is None else len(self._room) - self._filled
         self._end_filling()
         self._guard.leave(self._watched)
-        self._left = None
-        self._send(answer_error(late_body(REST_LIMITS.body_timeout_s)))
-        self._transport.close()
+        answer = answer_error(late_body(REST_LIMITS.body_timeout_s))
+        self._send(msgspec.structs.replace(answer, fields=(*answer.fields, (b"Connection", b"close"))))
+        # A client that still sends into a closed connection would lose the answer.
+        self._timer = self._loop.call_later(LINGER_S, self._transport.close)
 
     def _pass_on(self, data: bytes) -> None:
         """Give aiohttp what begins with a head, and learn what it makes of it."""
@@ -230,6 +257,7 @@ class RestConnection(asyncio.BufferedProtocol):
             answer = await begun
         except asyncio.CancelledError:
             # The client has gone, or will wait in vain.
+            self._guard.leave(self._watched)
             self._transport.abort()
             raise
         except MeshError as error:
@@ -241,7 +269,12 @@ class RestConnection(asyncio.BufferedProtocol):
     def _tell(self, answer: Answer) -> None:
         self._guard.leave(self._watched)
         self._taken = None
-        self._send(answer)
+        try:
+            self._send(answer)
+        except Exception:  # noqa: BLE001 - it could not be written, and no other may take its place
+            get_logger(__name__).exception("rest_answer_failed")
+            self._transport.abort()
+            return
         if self._kept:
             self._loop.call_soon(self._go_on)
         else:
@@ -250,6 +283,7 @@ class RestConnection(asyncio.BufferedProtocol):
     def _go_on(self) -> None:
         kept, self._kept = self._kept, b""
         self._is_busy = False
+        self._guard.release(self._watched)
         if not self._transport.is_closing():
             self._transport.resume_reading()
             self._receive(kept)
@@ -276,8 +310,7 @@ def write_answer(answer: Answer, wall_s: int) -> bytes:
 @lru_cache(maxsize=16)
 def _write_head(code: int, kind: bytes, wall_s: int) -> bytes:
     date = formatdate(wall_s, usegmt=True).encode()
-    reason = HTTPStatus(code).phrase.encode()
-    return b"HTTP/1.1 %d %b\r\nContent-Type: %b\r\nDate: %b\r\n" % (code, reason, kind, date)
+    return b"HTTP/1.1 %d %b\r\nContent-Type: %b\r\nDate: %b\r\n" % (code, _PHRASES.get(code, b""), kind, date)
 
 
 def _make_room(head: Head) -> memoryview:

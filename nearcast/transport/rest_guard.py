@@ -22,7 +22,7 @@ _SWEEP_INTERVAL_S_MAX = 1.0
 _CROWDED_SHARE = 0.9
 _INFLATED_AT_ONCE = 2
 # After an early refusal: the rest of a body is read and dropped, or the client would not see the answer.
-_LINGER_S = 2.0
+LINGER_S = 2.0
 _ZLIB_OR_GZIP, _RAW_DEFLATE = 47, -15
 
 
@@ -62,7 +62,7 @@ class RestGuard:
         # A traceback for each malformed request would fill the disk; handlers' own failures are logged elsewhere.
         logger = logging.getLogger(f"{__name__}.http")
         logger.setLevel(logging.CRITICAL)
-        return {"auto_decompress": False, "lingering_time": _LINGER_S, "logger": logger}
+        return {"auto_decompress": False, "lingering_time": LINGER_S, "logger": logger}
 
     def watch(self, server: web.Server, begin: Begin) -> None:
         """Begin: hear of each connection that comes and goes, and tell `begin` of those that come."""

@@ -13,6 +13,7 @@ import msgspec
 
 from nearcast.errors import MeshError
 from nearcast.transport.rest_inference import Ask, read_ask
+from nearcast.wire import status
 
 HEADS_MAX = 256
 HEAD_SIZE_BYTES_MAX = 1024
@@ -21,8 +22,8 @@ COMPRESSIONS = frozenset({"gzip", "deflate"})
 """Answers are compressed for a client that names one of these alone. Libraries name several without being asked."""
 _INFER = re.compile(r"/v2/models/([\w.~-]+)(?:/versions/([\w.~-]+))?/infer", re.ASCII)
 _END = b"\r\n\r\n"
-# What asks for more than an answer to a body of a known size.
-_SPECIAL = ("Content-Encoding", "Transfer-Encoding", "Expect", "Upgrade", "Connection")
+# What asks for more than an answer to a body of a known size, and what is never the same again.
+_SPECIAL = ("Content-Encoding", "Transfer-Encoding", "Expect", "Upgrade", status.TRACE, status.IDEMPOTENCY_KEY)
 
 
 class Message(Protocol):
@@ -63,7 +64,8 @@ class Heads:
         if found is None or len(head) > HEAD_SIZE_BYTES_MAX:
             return
         if len(self._known) >= HEADS_MAX:
-            self._known.clear()
+            # The oldest: what is still in use is back with its next request.
+            del self._known[next(iter(self._known))]
         self._known[head] = found
 
     def _read(self, message: Message, body_size_bytes: int) -> Head | None:
@@ -73,6 +75,8 @@ class Heads:
             return None
         if any(name in headers for name in _SPECIAL) or headers.get("Accept-Encoding", "") in COMPRESSIONS:
             return None
+        if "Connection" in headers and not _only_keeps_alive(headers):
+            return None
         if not 0 < body_size_bytes <= self._body_size_bytes_max:
             return None
         try:
@@ -80,6 +84,11 @@ class Heads:
         except MeshError:
             return None
         return Head(path=message.path, ask=ask, body_size_bytes=body_size_bytes)
+
+
+def _only_keeps_alive(headers: Mapping[str, str]) -> bool:
+    """Whether its connection is told what HTTP/1.1 does anyway, once and nothing else."""
+    return [value for name, value in headers.items() if name.lower() == "connection"] == ["keep-alive"]
 
 
 def end_of_head(data: bytes) -> int:

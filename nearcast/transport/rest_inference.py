@@ -147,11 +147,11 @@ class RestInference:
             except MeshError as error:
                 asker.refuse(error)
             except BaseException:
-                self._leave()
+                asker.cancel()
                 raise
             if asker.taken is not None or asker.is_done:
                 return asker
-            self._leave()
+            asker.cancel()
         return self._within_bounds(self._run(request, wanted, context, call))
 
     async def answer(self, ask: Ask, body: Body, deadline: float | None, call: Call) -> Answer:
@@ -243,12 +243,16 @@ class _Asker:
         self._end(answer_error(error))
 
     def cancel(self) -> None:
+        if self.is_done:
+            return
         self.is_done = True
         self._inference._leave()  # noqa: SLF001
         if self.taken is not None:
             self.taken.cancel()
 
     def _end(self, answer: Answer) -> None:
+        if self.is_done:
+            return
         self.is_done = True
         self._inference._leave()  # noqa: SLF001
         self._tell(answer)

@@ -12,14 +12,17 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nearcast.handler import InferRequest, RequestContext
 from nearcast.serving import HostLimits, ModelHost
 from nearcast.store import Store
+from nearcast.transport import rest_connection
+from nearcast.transport.rest import RestServer
 from nearcast.transport.rest_app import RestApp
-from nearcast.transport.rest_connection import RestConnection
+from nearcast.transport.rest_connection import KEPT_SIZE_BYTES_MAX, RestConnection
 from nearcast.transport.seam import DEFAULT_LIMITS, Limits
 from nearcast.transport.service import InferenceService
 from nearcast.wire.response import TensorResponse
@@ -71,6 +74,7 @@ PARTS = (
     infer(model="busy"),
     infer(extra=[b"nc-deadline-ms: x"]),
     infer(extra=[b"Connection: close"]),
+    infer(extra=[b"Connection: keep-alive"]),
     infer(extra=[b"Accept-Encoding: gzip, deflate"]),
     infer(extra=[b"Content-Length: 3"]),
     infer(head_end=b"\n"),
@@ -286,10 +290,91 @@ async def test_bodies_that_are_late_or_too_many() -> None:
         await wire.feed(big[:1000], waits=True)
         assert rest._guard._body_bytes > 0
         wire.protocol._expire()
+        assert not wire.is_closed  # it would not read the answer
+        await wire.feed(big[1000:], waits=True)
+        assert b"\r\nConnection: close\r\n" in wire.written
         status = [first.split()[1] for first, *_ in answers(wire.written)]
         assert status == [b"200", b"429", b"200", b"200", b"400"]
         assert wire.is_closed
         assert rest._guard._body_bytes == rest._guard._room_bytes == 0
+
+
+async def test_the_rest_of_a_late_body_is_awaited_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rest_connection, "LINGER_S", 0.0)
+    async with connected(AddModel()) as ((wire,), _):
+        await wire.feed(PLAIN, waits=True)
+        await wire.feed(PLAIN[:-9], waits=True)
+        wire.protocol._expire()
+        await wire.feed(b"x", waits=True)
+        assert wire.is_closed
+
+
+@asynccontextmanager
+async def answering() -> AsyncIterator[tuple[Wire, RestApp, AddModel]]:
+    """A connection whose request waits for the model's release."""
+    model = AddModel()
+    model.release.set()
+    async with connected(model) as ((wire,), rest):
+        await wire.feed(infer(model="slow"), waits=True)
+        model.release.clear()
+        await wire.feed(infer(model="slow"), waits=True)
+        wire.written = b""
+        yield wire, rest, model
+
+
+async def test_hanging_up_behind_a_pipelined_request_cancels() -> None:
+    model = AddModel()
+    server = RestServer(InferenceService(model, model, server_name="x"), address="127.0.0.1:0")
+    await server.start()
+    host, port = server.address.rsplit("/", 1)[-1].rsplit(":", 1)
+    reader, writer = await asyncio.open_connection(host, int(port))
+    model.release.set()
+    writer.write(infer(model="slow"))
+    await reader.readuntil(b'"outputs":[]}')
+    model.release.clear()
+    model.running.clear()
+    writer.write(infer(model="slow"))
+    await model.running.wait()
+    writer.write(PLAIN)
+    writer.close()
+    await asyncio.wait_for(model.cancelled.wait(), 5)
+    await server.drain(1)
+
+
+async def test_no_more_than_a_bound_is_kept_for_after_an_answer() -> None:
+    async with answering() as (wire, _, _):
+        await wire.feed(bytes(KEPT_SIZE_BYTES_MAX), waits=True)
+        assert not wire.is_paused
+        wire.receive(b"x")
+        assert wire.is_paused
+
+
+async def test_what_is_kept_counts_until_it_goes_on() -> None:
+    async with answering() as (wire, rest, model):
+        held = rest._guard._body_bytes
+        await wire.feed(PLAIN, waits=True)
+        assert rest._guard._body_bytes == held + len(PLAIN)
+        model.release.set()
+        await wire.settle()
+        assert len(list(answers(wire.written))) == 2
+        assert rest._guard._body_bytes == 0
+
+
+async def test_what_is_kept_is_refused_where_bodies_fill_the_memory() -> None:
+    async with answering() as (wire, rest, _):
+        rest._guard._body_bytes += DEFAULT_LIMITS.receive_buffer_bytes_max  # of others
+        await wire.feed(PLAIN, waits=True)
+        assert wire.is_closed
+
+
+async def test_an_answer_that_cannot_be_written_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rest_connection, "_write_head", lambda *_: 1 // 0)
+    async with answering() as (wire, rest, model):
+        (watched,) = rest._guard._connections.values()
+        model.release.set()
+        await wire.settle()
+        assert wire.is_closed
+        assert watched.open_requests == watched.body_bytes == 0
 
 
 async def test_hanging_up_gives_back_what_a_body_held() -> None:
