@@ -19,6 +19,7 @@ from model_sync.agent.report import sign_report
 from model_sync.agent.status import ModelStatus
 from model_sync.publisher.control_client import ControlClient
 from model_sync.publisher.push import push
+from model_sync.replica.state import State
 from model_sync.rollout.report import SIGNATURE_HEADER, ModelReport, ReleaseReport, SyncReport
 from nearcast.errors import Code, MeshError
 from nearcast.handler import RequestContext
@@ -346,10 +347,12 @@ async def test_a_report_that_fails_changes_no_state(mesh: Sync, tmp_path: Path) 
         assert reporter is not None
         told, reporter._failed = reporter._failed, lambda reason: (reasons.append(reason), told(reason))
         machine = node.agent._shells[MODEL]._machine  # type: ignore[union-attr]
+        await until(lambda: machine.state is not State.CHECK, "the agent has looked at the repository")
         before = (machine.memory, machine.pointer, machine.state, dict(machine.installed))
         journal = (tmp_path / "refused-1" / "store" / ".agent" / "journal").read_bytes()
         await until(lambda: len(reasons) >= 3, "reports are refused")
         assert "not enrolled" in reasons[0]
+        await until(lambda: machine.state is not State.CHECK, "the agent has looked once more")
         assert (machine.memory, machine.pointer, machine.state, machine.installed) == before
         assert (tmp_path / "refused-1" / "store" / ".agent" / "journal").read_bytes() == journal
         assert await node.ask("2") == X[0, 0] + 2
