@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def _serve(*arguments: object) -> Iterator[dict[str, Any]]:
         line = child.stdout.readline()
         if not line:
             raise RuntimeError(f"{' '.join(command)} ended with {child.wait()} before it was ready")
-        yield json.loads(line)
+        yield {**json.loads(line), "pid": child.pid}
     finally:
         peers.stop_group(child)
         if child.stdout is not None:
@@ -98,7 +98,7 @@ class Loop:
 def time_loop(root: Path, workload: Workload) -> Loop:
     """One run of the engine after another in a process of its own, on the servers' core."""
     with _serve(root, workload.name, "loop") as found:
-        return Loop(**{name: float(value) for name, value in found.items()})
+        return Loop(**{each.name: float(found[each.name]) for each in fields(Loop)})
 
 
 def _mlserver(workload: Workload, model: Path, *, workers: int, joins: bool) -> Candidate:
