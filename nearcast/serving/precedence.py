@@ -12,14 +12,17 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import logging
+import math
 import os
 import platform
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from nearcast.metrics import Collector
 from nearcast.serving.loop_rank import LoopRank
@@ -49,13 +52,15 @@ class LoopPrecedence(Collector):
         self._wanted = real_time
         self._rank = LoopRank(0.0, 0.0)
         self._timer: asyncio.TimerHandle | None = None
+        self._due = math.inf
         self._loads = 0
 
     def start(self) -> None:
         """On the loop's own thread. One whose scheduling somebody has chosen already keeps that."""
         if _is_ordinary() and _ask_for_short_slices() and self._wanted:
-            self._rank = LoopRank(time.monotonic(), time.thread_time())
-            self._wait()
+            now, self._due = time.monotonic(), math.inf
+            self._rank = LoopRank(now, time.thread_time())
+            self._wait(now)
 
     def stop(self) -> None:
         """Be ordinary from now on. On the loop's own thread."""
@@ -66,18 +71,21 @@ class LoopPrecedence(Collector):
             self._rank.is_first = False
             _ask_for_short_slices()
 
-    @contextmanager
-    def loading(self) -> Iterator[None]:
-        """While a thread loads or frees a version: half busy and ordinary it would wait behind that thread."""
+    def lead(self, work: Future[Any]) -> None:
+        """While a thread loads or frees a version: half busy and ordinary the loop would wait behind that thread.
+
+        Until the work is over, not until nobody waits for it any more.
+        """
+        end = partial(_call_if_open, asyncio.get_running_loop(), self._end_load)
         self._loads += 1
+        work.add_done_callback(end)
         if self._loads == 1:
             self._change(self._rank.begin_load)
-        try:
-            yield
-        finally:
-            self._loads -= 1
-            if not self._loads:
-                self._change(self._rank.end_load)
+
+    def _end_load(self) -> None:
+        self._loads -= 1
+        if not self._loads:
+            self._change(self._rank.end_load)
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: the registry need not collect to learn the names."""
@@ -89,23 +97,34 @@ class LoopPrecedence(Collector):
         text = "1 while the event loop's thread is real-time, 0 while it is busy or the system grants no such thing."
         yield GaugeMetricFamily("nearcast_loop_real_time", text, float(self._rank.is_first))
 
-    def _wait(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self._rank.window_s, self._change, self._rank.look)
+    def _look(self) -> None:
+        self._due = math.inf
+        self._change(self._rank.look)
 
     def _change(self, judge: Callable[[float, float], object]) -> None:
         if self._timer is None:  # not started, over, or not granted
             return
-        self._timer.cancel()
-        was_first = self._rank.is_first
-        judge(time.monotonic(), time.thread_time())
+        was_first, now = self._rank.is_first, time.monotonic()
+        judge(now, time.thread_time())
         if self._rank.is_first is not was_first:
             if was_first:
                 _ask_for_short_slices()
             elif not _become_real_time():
-                self._rank.is_first, self._timer = False, None
+                self._rank.is_first = False
+                self._timer.cancel()
+                self._timer = None
                 _LOG.info("the loop's thread stays ordinary: the system grants no real-time priority (RLIMIT_RTPRIO)")
                 return
-        self._wait()
+        self._wait(now)
+
+    def _wait(self, now: float) -> None:
+        """A timer that is due sooner stays: nothing that comes often puts off a look."""
+        due = now + self._rank.window_s
+        if due < self._due:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._due = due
+            self._timer = asyncio.get_running_loop().call_later(self._rank.window_s, self._look)
 
 
 def give_way_to_loop() -> bool:
@@ -123,13 +142,19 @@ def yield_to_serving() -> None:
     then the loop waits with it: at nice 19 comparing versions made it wait 20 to 140 ms on a busy core, at nice 10
     loading one made p99 14-35 ms instead of 6-11.
     """
-    if _is_ordinary():
-        _take_turns(_SCHED_BATCH, SLICE_NS, 0, 0)
+    if _is_ordinary() and not _take_turns(_SCHED_BATCH, SLICE_NS, 0, 0):
+        with suppress(OSError):  # without short slices, where the system knows or permits only that
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def _call_if_open(loop: asyncio.AbstractEventLoop, callback: Callable[[], object], _: Future[Any]) -> None:
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(callback)
 
 
 def _is_ordinary() -> bool:
-    """Whether nobody else has chosen how the calling thread is scheduled, on a system that we know how to ask."""
-    if platform.system() != "Linux" or platform.machine() not in _SYSCALLS:
+    """Whether nobody else has chosen how the calling thread is scheduled."""
+    if platform.system() != "Linux":
         return False
     return os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK == _SCHED_OTHER
 
@@ -154,6 +179,9 @@ def _niceness() -> int:
 
 
 def _take_turns(policy: int, slice_ns: int, nicer: int, flags: int) -> bool:
+    """False where the system refuses, or where we do not know how to ask it."""
+    if platform.machine() not in _SYSCALLS:
+        return False
     niceness = min(19, _niceness() + nicer)
     attributes = _ATTRIBUTES.pack(_ATTRIBUTES.size, policy, flags, niceness, 0, slice_ns, 0, 0)
     call = ctypes.CDLL(None, use_errno=True).syscall

@@ -216,7 +216,9 @@ class Residency:
                 return refusal
             self._granted[slot.name, release] = self._need_bytes(slot, release)
             load = partial(load_version, self._store, slot.name, release, self._default)
-            loaded = await self._run_in(self._starter or self._loader, load, self._tuner.profiles, self._tenant_keys)
+            loaded = await self._lead_while(
+                self._starter or self._loader, load, self._tuner.profiles, self._tenant_keys
+            )
         except MeshError as error:
             slot.failed[release] = error.message
             # What found no room may find some later; what is broken stays so until the pointer is followed again.
@@ -380,15 +382,17 @@ class Residency:
 
     async def _free(self, engine: LoadedModel) -> None:
         """Give the memory back to the system. Off the loop: weights and heap are large. Before the next load begins."""
-        await self._run_in_loader(_free, engine)
+        await self._lead_while(self._loader, _free, engine)
 
     async def _run_in_loader(self, work: Callable[..., T], *arguments: Any) -> T:
         # One thread: what is read first is let in first, pinned models before all others.
-        return await self._run_in(self._loader, work, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._loader, work, *arguments)
 
-    async def _run_in(self, pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
-        with self._precedence.loading():
-            return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
+    async def _lead_while(self, pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
+        """For what takes the core for long; the loop goes before it meanwhile."""
+        future = pool.submit(work, *arguments)
+        self._precedence.lead(future)
+        return await asyncio.wrap_future(future)
 
 
 def unknown_model(model: str, known: Iterable[str]) -> MeshError:
