@@ -6,6 +6,7 @@ import gzip
 import http.client
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -78,46 +79,58 @@ def _slow_s(client: Any, count: int) -> float:
     return time.monotonic() - began
 
 
-def _require_prompt(client: Any, all_s: float) -> None:
-    began = time.monotonic()
-    client.infer(SLOW, {"x": ONE_ROW})
-    took_s = time.monotonic() - began
-    expect(
-        took_s < 0.6 * all_s,
-        f"it waited {took_s * 1e3:.0f} ms for work that nobody wants; all of it takes {all_s * 1e3:.0f} ms",
-    )
-
-
 QUEUED = 8
 
 
 @check("behaviour.cancelled_work_is_dropped", RECOMMENDED)
 def cancelled(client: Any) -> None:
     """After eight clients hang up, the next request does not wait for what they had asked for."""
-    all_s = _slow_s(client, QUEUED)
-    if client.transport == GRPC:
+
+    def hang_up() -> None:
+        if client.transport != GRPC:
+            _send_and_hang_up(client)
+            return
         body = client.request(SLOW, {"x": ONE_ROW}).SerializeToString()
         calls = [client.channel.unary_unary(SERVICE + "ModelInfer").future(body, timeout=10) for _ in range(QUEUED)]
         time.sleep(0.02)
         for call in calls:
             call.cancel()
-    else:
-        _send_and_hang_up(client)
-    _require_prompt(client, all_s)
+
+    _require_prompt(client, hang_up)
 
 
 @check("behaviour.expired_work_is_dropped", RECOMMENDED, GRPC)
 def expired(client: Grpc) -> None:
     """After the deadline (grpc-timeout) of eight queued requests, the next one does not wait for them."""
+
+    def let_expire() -> None:
+        body = client.request(SLOW, {"x": ONE_ROW}).SerializeToString()
+        calls = [client.channel.unary_unary(SERVICE + "ModelInfer").future(body, timeout=0.02) for _ in range(QUEUED)]
+        for call in calls:
+            expect(
+                call.code()
+                in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED),
+                f"it ended with {call.code()}",
+            )
+
+    _require_prompt(client, let_expire)
+
+
+def _require_prompt(client: Any, abandon: Callable[[], None]) -> None:
+    """A request right after `abandon` does not wait for it, in one of three tries: a busy machine is not slow each
+    time, a server that works off what nobody wants is.
+    """
     all_s = _slow_s(client, QUEUED)
-    body = client.request(SLOW, {"x": ONE_ROW}).SerializeToString()
-    calls = [client.channel.unary_unary(SERVICE + "ModelInfer").future(body, timeout=0.02) for _ in range(QUEUED)]
-    for call in calls:
-        expect(
-            call.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED),
-            f"it ended with {call.code()}",
-        )
-    _require_prompt(client, all_s)
+    took: list[float] = []
+    for _ in range(3):
+        abandon()
+        began = time.monotonic()
+        client.infer(SLOW, {"x": ONE_ROW})
+        took.append(time.monotonic() - began)
+        if took[-1] < 0.6 * all_s:
+            return
+    waited_ms = min(took) * 1e3
+    expect(False, f"it waited {waited_ms:.0f} ms for work that nobody wants; all of it takes {all_s * 1e3:.0f} ms")
 
 
 @check("behaviour.quick_beside_slow", RECOMMENDED)
