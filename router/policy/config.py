@@ -53,7 +53,7 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         breaker_open_ms: how long it stays open the first time; doubles with each relapse.
         breaker_open_ms_max: bound of that doubling.
         breaker_trials: requests that a half-open breaker lets through at the same time.
-        pushback_ms_max: a target's wish to be left alone counts for at most this long.
+        pushback_ms_max: a target's wish to be left alone with a model counts for at most this long.
         sequences_max: sequences whose target is remembered; the least recently used is forgotten first.
         targets_max: targets that are known at the same time.
         versions_max: versions that one target may report; the rest of its report is not read.

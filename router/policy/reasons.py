@@ -23,7 +23,7 @@ REFUSALS: Final[dict[str, str]] = {
     "unknown_version": "targets hold the model, none this version",
     "not_ready": "no version of the model is ready yet",
     "unreachable": "the targets are known, none can be reached now",
-    "pushed_back": "every target has asked to be left alone for a while",
+    "pushed_back": "every target that can be reached has asked to be left alone for a while",
     "saturated": "every queue is too long for the deadline",
     "deadline_too_short": "even an idle target would be too slow",
     "shed": "a queue stands, and what is left of it is kept for more important requests",
