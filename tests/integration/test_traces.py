@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -150,18 +150,23 @@ async def test_a_request_is_one_tree_from_the_client_to_the_model(tmp_path: Path
     assert below[failed.span_id][0].status.code == 2
 
 
+def trace_half(stack: AsyncExitStack, draws: Iterator[float]) -> tuple[Traces, Any]:
+    """Traces of half of the requests, each by the next of `draws`, and the exporter that keeps their spans."""
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    seen = InMemorySpanExporter()
+    traces = Traces(SimpleSpanProcessor(seen), node="front", role="router", share=0.5, draw=lambda: next(draws))
+    stack.push_async_callback(traces.close)
+    return traces, seen
+
+
 @needs_otel
 @pytest.mark.parametrize("draws", [[0.2, 0.6, 0.1, 0.7], [0.9, 0.9, 0.9, 0.9], [0.0, 0.0, 0.0, 0.0]])
 async def test_a_share_of_the_requests_begins_a_trace(
     tmp_path: Path, stack: AsyncExitStack, draws: list[float]
 ) -> None:
-    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-
-    left = iter(draws)
-    seen = InMemorySpanExporter()
-    traces = Traces(SimpleSpanProcessor(seen), node="front", role="router", share=0.5, draw=lambda: next(left))
-    stack.push_async_callback(traces.close)
+    traces, seen = trace_half(stack, iter(draws))
     host = await start_host(stack, tmp_path)
     router = await start_router(stack, host, await listen(stack, host, host))
     node = RemoteNode(make_channel("ngh2", await listen(stack, TracedHandler(router, traces), router)))
@@ -182,14 +187,9 @@ async def test_a_share_of_the_requests_begins_a_trace(
 async def test_a_request_that_the_router_does_not_pass_on_is_drawn_for_once(
     tmp_path: Path, stack: AsyncExitStack
 ) -> None:
-    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-
     draws = [0.6, 0.1, 0.7, 0.8]
     left = iter(draws)
-    seen = InMemorySpanExporter()
-    traces = Traces(SimpleSpanProcessor(seen), node="front", role="router", share=0.5, draw=lambda: next(left))
-    stack.push_async_callback(traces.close)
+    traces, seen = trace_half(stack, left)
     host = await start_host(stack, tmp_path)
     router = await start_router(stack, host, await listen(stack, host, host))
     router.shadow([ShadowConfig(model="affine", to_version="2", share=0.0)])
